@@ -1,0 +1,80 @@
+"""What every GGUF quant type offers: bytes that mean weights, and a search for good bytes.
+
+A type is one file here and one line in `xent_quant.formats.FORMATS`.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xent_quant.errors import QuantizationError
+
+Effort = Literal["fast", "normal", "high"]
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+
+class QuantFormat(ABC):
+    """A block format. Subclasses set the class variables and write `quantize_rows` and `dequantize_rows`.
+
+    `block_size` counts the weights of one stored block, `block_bytes` its bytes, `ggml_type` is ggml's number.
+    """
+
+    name: ClassVar[str]
+    ggml_type: ClassVar[int]
+    block_size: ClassVar[int]
+    block_bytes: ClassVar[int]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales included."""
+        return 8 * self.block_bytes / self.block_size
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row of `columns` weights. Raises QuantizationError where blocks do not divide it."""
+        if columns % self.block_size:
+            raise QuantizationError(f"{self.name}: rows of {columns} weights are not a multiple of its block of {self.block_size}")
+        return columns // self.block_size * self.block_bytes
+
+    def quantize(self, weights: F32, importance: F32 | None = None, *, effort: Effort = "normal", name: str = "tensor") -> U8:
+        """Quantise `weights` [rows, columns] float32 to [rows, row_bytes] uint8.
+
+        `importance` [columns] float32 >= 0 is the mean square of each input column (an imatrix); None leaves the
+        format its own default weighting. `name` is used in messages only. Holds the result and per-thread block
+        buffers, nothing as large as `weights`. Raises QuantizationError naming the tensor for ragged rows, NaN,
+        infinities, importance of the wrong shape or negative, and scales that float16 cannot hold.
+        """
+        if weights.ndim != 2 or weights.dtype != np.float32:
+            raise QuantizationError(f"{name}: expected a 2-D float32 array, got {weights.ndim}-D {weights.dtype}")
+        try:
+            row_bytes = self.row_bytes(weights.shape[1])
+        except QuantizationError as error:
+            raise QuantizationError(f"{name}: {error}") from None
+        if importance is not None:
+            importance = np.ascontiguousarray(importance, dtype=np.float32)
+            if importance.shape != (weights.shape[1],):
+                raise QuantizationError(f"{name}: importance of shape {importance.shape} for {weights.shape[1]} columns")
+            if not (np.isfinite(importance).all() and (importance >= 0).all()):
+                raise QuantizationError(f"{name}: importance holds negative or non-finite values; calibrate again")
+        weights = np.ascontiguousarray(weights)
+        packed = np.empty((weights.shape[0], row_bytes), np.uint8)
+        problem = self.quantize_rows(weights, importance, packed, effort)
+        if problem:
+            raise QuantizationError(f"{name}: {problem}")
+        return packed
+
+    @abstractmethod
+    def quantize_rows(self, weights: F32, importance: F32 | None, packed: U8, effort: Effort) -> str:
+        """Fill `packed` [rows, row_bytes]. Returns "" or what is wrong with the weights (NaN, overflow)."""
+
+    def dequantize(self, packed: U8) -> F32:
+        """[rows, row_bytes] uint8 to [rows, columns] float32, exactly as ggml does."""
+        if packed.ndim != 2 or packed.dtype != np.uint8 or packed.shape[1] % self.block_bytes:
+            raise QuantizationError(f"{self.name}: packed rows must be 2-D uint8 of a multiple of {self.block_bytes} bytes")
+        return self.dequantize_rows(np.ascontiguousarray(packed))
+
+    @abstractmethod
+    def dequantize_rows(self, packed: U8) -> F32:
+        """The inverse on checked input."""

@@ -1,0 +1,26 @@
+"""Progress is an argument, not logging: the library reports to a Progress, only the command line draws one."""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives the advance of a long job, in units that `start` names."""
+
+    def start(self, label: str, total: int, unit: str = "weights") -> None:
+        """A job of `total` units begins; a second call replaces the first job."""
+
+    def advance(self, amount: int) -> None:
+        """`amount` further units are done."""
+
+    def finish(self) -> None:
+        """The job is over."""
+
+
+class Silent:
+    """A Progress that shows nothing; the default of every library call."""
+
+    def start(self, label: str, total: int, unit: str = "weights") -> None: ...
+
+    def advance(self, amount: int) -> None: ...
+
+    def finish(self) -> None: ...
