@@ -18,3 +18,8 @@ class TensorInfo:
     @property
     def n_weights(self) -> int:
         return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return self.n_weights * (4 if self.dtype == "F32" else 2)

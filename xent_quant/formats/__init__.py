@@ -1,0 +1,36 @@
+"""GGUF quant types by llama.cpp's name. Adding one: a file here, a line in `_MODULES`, a reference and a test."""
+
+from functools import cache
+from importlib import import_module
+
+from xent_quant.errors import ConfigError
+from xent_quant.formats.base import QuantFormat
+
+_MODULES: dict[str, tuple[str, str]] = {
+    "F32": ("floats", "F32Format"),
+    "F16": ("floats", "F16Format"),
+    "BF16": ("floats", "BF16Format"),
+    "Q8_0": ("q8_0", "Q80Format"),
+    "Q6_K": ("q6_k", "Q6K"),
+    "Q5_K": ("q5_k", "Q5K"),
+    "Q5_1": ("q5_1", "Q51Format"),
+    "Q5_0": ("q5_0", "Q50Format"),
+    "Q4_K": ("q4_k", "Q4K"),
+    "Q4_1": ("q4_1", "Q41Format"),
+    "Q4_0": ("q4_0", "Q40Format"),
+    "Q3_K": ("q3_k", "Q3K"),
+    "Q2_K": ("q2_k", "Q2K"),
+}
+"""Name to (module, class); modules load on first use, since each compiles its kernel."""
+
+NAMES = tuple(_MODULES)
+
+
+@cache
+def get(name: str) -> QuantFormat:
+    """The format of this name. Raises ConfigError that lists the names there are."""
+    if name not in _MODULES:
+        raise ConfigError(f"{name}: no such quant type; there are {', '.join(NAMES)}")
+    module, kind = _MODULES[name]
+    instance: QuantFormat = getattr(import_module(f"xent_quant.formats.{module}"), kind)()
+    return instance

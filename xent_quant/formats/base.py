@@ -15,6 +15,9 @@ Effort = Literal["fast", "normal", "high"]
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
+IMPORTANCE_FLOOR = 1e-6
+"""Share of the mean below which no column's importance counts as less."""
+
 
 class QuantFormat(ABC):
     """A block format. Subclasses set the class variables and write `quantize_rows` and `dequantize_rows`.
@@ -58,6 +61,9 @@ class QuantFormat(ABC):
                 raise QuantizationError(f"{name}: importance of shape {importance.shape} for {weights.shape[1]} columns")
             if not (np.isfinite(importance).all() and (importance >= 0).all()):
                 raise QuantizationError(f"{name}: importance holds negative or non-finite values; calibrate again")
+            mean = np.float32(importance.mean(dtype=np.float64))
+            # Scale-free, and with a floor: a column of no measured energy must survive.
+            importance = np.maximum(importance / mean, np.float32(IMPORTANCE_FLOOR)) if mean > 0 else None
         weights = np.ascontiguousarray(weights)
         packed = np.empty((weights.shape[0], row_bytes), np.uint8)
         problem = self.quantize_rows(weights, importance, packed, effort)

@@ -1,0 +1,124 @@
+"""Importance matrices in llama-imatrix's GGUF format: per tensor and expert, the sum of squared inputs of each column.
+
+Layout (llama.cpp tools/imatrix): `general.type` = "imatrix", `imatrix.datasets`, `imatrix.chunk_count`,
+`imatrix.chunk_size`; per weight tensor `<name>.in_sum2` [n_expert, n_column] raw sums of x², and `<name>.counts`
+[n_expert, 1] rows seen. Dense tensors have one matrix. Tensor names are llama.cpp's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from xent_quant.errors import CalibrationError
+
+F32 = NDArray[np.float32]
+
+PRIOR_ROWS = 64.0
+"""An expert's statistics count as its own rows plus this many rows of its tensor's average over experts, so an expert
+that no token reached gets the average, and one that saw thousands is left as measured."""
+
+COLUMN_FLOOR = 1e-4
+"""No column's importance falls below this share of the mean: a column that calibration never excited must survive."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Statistics of one weight tensor: `sums` [n_experts, n_columns] float32 Σx², `counts` [n_experts] float32 rows."""
+
+    sums: F32
+    counts: F32
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """All entries of a file, by llama.cpp tensor name (`blk.0.ffn_down_exps.weight`)."""
+
+    entries: Mapping[str, Entry]
+    datasets: tuple[str, ...] = ()
+    chunk_count: int = 0
+    chunk_size: int = 0
+    source: str = field(default="", compare=False)
+
+    @classmethod
+    def read(cls, path: Path) -> "Imatrix":
+        """Read a GGUF imatrix, stock llama-imatrix's or ours. Raises CalibrationError for anything else."""
+        if not path.is_file():
+            raise CalibrationError(f"{path}: no such file; make one with llama-imatrix --output-format gguf")
+        try:
+            reader = gguf.GGUFReader(path)
+            kind = reader.fields.get("general.type")
+            if kind is None or kind.contents() != "imatrix":
+                raise CalibrationError(f"{path}: a GGUF, but not an imatrix (general.type is not 'imatrix')")
+            tensors = {tensor.name: np.array(tensor.data, dtype=np.float32) for tensor in reader.tensors}
+        except CalibrationError:
+            raise
+        except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+            raise CalibrationError(
+                f"{path}: not a readable GGUF imatrix ({error}); the older .dat kind must be converted with llama-imatrix"
+            ) from error
+
+        def value(key: str) -> object:
+            entry = reader.fields.get(key)
+            return entry.contents() if entry is not None else None
+
+        entries: dict[str, Entry] = {}
+        for name, sums in tensors.items():
+            if not name.endswith(".in_sum2"):
+                continue
+            base = name.removesuffix(".in_sum2")
+            if base + ".counts" not in tensors:
+                raise CalibrationError(f"{path}: {base}: sums without counts; the file is incomplete, calibrate again")
+            matrix, counts = sums.reshape(-1, sums.shape[-1]), tensors[base + ".counts"].reshape(-1)
+            if len(counts) != len(matrix):
+                raise CalibrationError(f"{path}: {base}: {len(matrix)} matrices but {len(counts)} counts; calibrate again")
+            if not (np.isfinite(matrix).all() and np.isfinite(counts).all() and (matrix >= 0).all() and (counts >= 0).all()):
+                raise CalibrationError(f"{path}: {base}: negative or non-finite statistics; calibrate again")
+            entries[base] = Entry(matrix, counts)
+        if not entries:
+            raise CalibrationError(f"{path}: holds no statistics; calibrate again")
+        datasets, chunks, size = value("imatrix.datasets"), value("imatrix.chunk_count"), value("imatrix.chunk_size")
+        return cls(
+            entries,
+            datasets=tuple(str(item) for item in datasets) if isinstance(datasets, list) else (),
+            chunk_count=chunks if isinstance(chunks, int) else 0,
+            chunk_size=size if isinstance(size, int) else 0,
+            source=path.name,
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the file as llama-imatrix does (names sorted, dense tensors 1-D), so that llama-quantize reads it."""
+        writer = gguf.GGUFWriter(path, "")
+        writer.kv_data[0].clear()  # llama-imatrix writes no general.architecture
+        writer.add_string("general.type", "imatrix")
+        writer.add_array("imatrix.datasets", list(self.datasets) or ["unknown"])
+        writer.add_uint32("imatrix.chunk_count", self.chunk_count)
+        writer.add_uint32("imatrix.chunk_size", self.chunk_size)
+        for name in sorted(self.entries):
+            entry = self.entries[name]
+            dense = len(entry.sums) == 1
+            writer.add_tensor(name + ".in_sum2", entry.sums[0] if dense else entry.sums)
+            writer.add_tensor(name + ".counts", entry.counts if dense else entry.counts[:, None])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def importance(self, name: str, expert: int = 0) -> F32 | None:
+        """Mean x² per input column of one matrix, [n_columns] float32, or None where the file has no such tensor.
+
+        A rare expert is shrunk towards the tensor's average over experts, (Σx² + k·mean) / (rows + k) with k =
+        PRIOR_ROWS, and no column falls below COLUMN_FLOOR of the mean.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        total = float(entry.counts.sum(dtype=np.float64))
+        if total == 0:
+            return None
+        average = entry.sums.sum(axis=0, dtype=np.float64) / total  # [n_columns]
+        blended = (entry.sums[expert] + PRIOR_ROWS * average) / (float(entry.counts[expert]) + PRIOR_ROWS)
+        return np.maximum(blended, COLUMN_FLOOR * blended.mean()).astype(np.float32)

@@ -1,0 +1,37 @@
+"""From what a person typed to a folder on disk: a path, a Hub id, or nothing for the bundled miniature."""
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from xent_quant.errors import CheckpointError
+
+PATTERNS = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.model", "README.md", "LICENSE*"]
+
+
+def miniature() -> Path:
+    """The checkpoint that ships with the package: xent-mini, see its README.md."""
+    return Path(str(resources.files("xent_quant") / "data" / "xent-mini"))
+
+
+def resolve(model: str | Path | None) -> Path:
+    """The checkpoint folder; downloads a Hub id through huggingface_hub's cache. Raises CheckpointError."""
+    if model is None:
+        return miniature()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file; give the checkpoint's folder")
+    if isinstance(model, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        raise CheckpointError(f"{model}: no such folder, and not a Hub id such as xverse/XVERSE-Ent-A4.2B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=PATTERNS))
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"{model}: no such folder here, and no such public model on the Hub") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{model}: no such folder here, and the Hub could not be reached ({first})") from error

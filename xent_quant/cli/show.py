@@ -1,0 +1,152 @@
+"""What a person sees: progress on stderr, tables on stdout."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from xent_quant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from xent_quant.pipeline import PlanSummary, QuantizeResult
+
+out = Console()
+err = Console(stderr=True)
+
+
+def note(message: str) -> None:
+    err.print(message, style="dim", highlight=False)
+
+
+def as_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def parse_size(text: str) -> int:
+    """ "4G", "500M", "2.5GiB" or plain bytes to bytes, in powers of 1024. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ConfigError(f"--split-size: {text!r} is not a size; write for example 4G or 500M")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def human_bytes(amount: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.2f} GiB"
+
+
+def human_count(amount: float) -> str:
+    for unit in ("", " K", " M"):
+        if amount < 1000:
+            return f"{amount:.0f}{unit}" if not unit else f"{amount:.1f}{unit}"
+        amount /= 1000
+    return f"{amount:.2f} B"
+
+
+class _Speed(ProgressColumn):
+    """Units per second, in millions where there are many."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{human_count(speed)} {task.fields['unit']}/s", style="progress.data.speed")
+
+
+class _Bar:
+    """A Progress (see xent_quant.progress) drawn by rich."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._task: TaskID | None = None
+
+    def start(self, label: str, total: int, unit: str = "weights") -> None:
+        self.finish()
+        self._task = self._bars.add_task(label, total=total, unit=unit)
+
+    def advance(self, amount: int) -> None:
+        if self._task is not None:
+            self._bars.advance(self._task, amount)
+
+    def finish(self) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = None
+
+
+@contextmanager
+def progress() -> Iterator[_Bar]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Speed(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bars:
+        yield _Bar(bars)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def plan(summary: "PlanSummary") -> None:
+    """--dry-run: every tensor, then the totals."""
+    table = _table("tensor", ">shape", "type", ">bytes", ">bits/weight")
+    for tensor in summary.tensors:
+        shape = " × ".join(str(size) for size in tensor.shape)
+        table.add_row(tensor.name, shape, tensor.type, f"{tensor.nbytes:,}", f"{tensor.bits_per_weight:.2f}")
+    out.print(table)
+    out.print()
+    totals(summary)
+
+
+def totals(summary: "PlanSummary") -> None:
+    table = _table("type", ">tensors", ">weights", ">size", ">bits/weight")
+    for row in summary.by_type():
+        table.add_row(row.type, str(row.tensors), human_count(row.weights), human_bytes(row.nbytes), f"{row.bits_per_weight:.2f}")
+    table.add_section()
+    table.add_row("total", str(len(summary.tensors)), human_count(summary.n_weights), human_bytes(summary.nbytes), f"{summary.bits_per_weight:.2f}")
+    out.print(table)
+    for line in summary.notes:
+        out.print(line, highlight=False)
+    out.print(
+        f"All on a GPU with {summary.vram_context:,} tokens of context: about {human_bytes(summary.vram_bytes)} of VRAM.", highlight=False
+    )
+
+
+def result(done: "QuantizeResult") -> None:
+    """The closing table."""
+    totals(done.plan)
+    out.print(
+        f"{human_bytes(done.source_bytes)} → {human_bytes(done.nbytes)} in {done.seconds:.1f} s "
+        f"({human_count(done.plan.n_weights / max(done.seconds, 1e-9))} weights/s, {done.threads} threads)",
+        highlight=False,
+    )
+    for line in done.notes:
+        out.print(line, highlight=False)
+    for path in done.files:
+        out.print(f"  {path}", highlight=False, soft_wrap=True)
+
+
+def description(facts: dict[str, Any]) -> None:
+    """`inspect`: facts as two columns, then the per-type table."""
+    table = _table("", "")
+    table.show_header = False
+    for key, value in facts.items():
+        if key not in ("tensors", "types"):
+            table.add_row(key.replace("_", " "), human_bytes(value) if key.endswith("bytes") else f"{value:,}" if isinstance(value, int) else str(value))
+    out.print(table)
+    if facts.get("types"):
+        types = _table("type", ">tensors", ">weights", ">size")
+        for row in facts["types"]:
+            types.add_row(row["type"], str(row["tensors"]), human_count(row["weights"]), human_bytes(row["nbytes"]))
+        out.print()
+        out.print(types)
