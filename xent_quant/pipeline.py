@@ -114,12 +114,12 @@ def _open(model: str | Path | None) -> "Checkpoint":
 
 
 def _plan(
-    checkpoint: "Checkpoint", bits: int, type: str | None, tensor_types: Sequence[str], pad: str, has_imatrix: bool
+    checkpoint: "Checkpoint", bits: int, type: str | None, tensor_types: Sequence[str], pad: str
 ) -> tuple["GGUFPlan", PlanSummary]:
     from exporters.gguf import plan as gguf_plan
     from xent_quant import recipes
 
-    recipe = recipes.recipe(bits=bits, type=type, tensor_types=tensor_types, has_imatrix=has_imatrix)
+    recipe = recipes.recipe(bits=bits, type=type, tensor_types=tensor_types)
     planned = gguf_plan.plan(checkpoint.architecture, recipe, pad=pad)
     return planned, PlanSummary(planned.tensors, planned.vram_bytes(VRAM_CONTEXT), VRAM_CONTEXT, planned.notes)
 
@@ -131,10 +131,9 @@ def plan(
     type: str | None = None,
     tensor_types: Sequence[str] = (),
     pad: str = "auto",
-    imatrix: str | Path | None = None,
 ) -> PlanSummary:
     """What `quantize` would write with the same options, from headers alone."""
-    return _plan(_open(model), bits, type, tensor_types, pad, imatrix is not None)[1]
+    return _plan(_open(model), bits, type, tensor_types, pad)[1]
 
 
 def quantize(
@@ -175,7 +174,7 @@ def quantize(
     started = time.perf_counter()
     checkpoint = _open(model)
     statistics = _read_imatrix(imatrix)
-    planned, summary = _plan(checkpoint, bits, type, tensor_types, pad, statistics is not None)
+    planned, summary = _plan(checkpoint, bits, type, tensor_types, pad)
     if statistics is not None:
         _check_imatrix(statistics, planned)
     done = export_gguf(
@@ -183,7 +182,8 @@ def quantize(
         planned,
         Path(output),
         name or checkpoint.path.resolve().name,
-        imatrix=statistics,
+        importance=statistics.importance if statistics else None,
+        imatrix_keys=_imatrix_keys(statistics) if statistics else {},
         split_size=split_size,
         effort=effort,
         progress=progress or Silent(),
@@ -206,6 +206,15 @@ def _read_imatrix(path: str | Path | None) -> "Imatrix | None":
     from calibration.imatrix import Imatrix
 
     return Imatrix.read(Path(path))
+
+
+def _imatrix_keys(statistics: "Imatrix") -> dict[str, str | int]:
+    return {
+        "quantize.imatrix.file": statistics.source,
+        "quantize.imatrix.dataset": ", ".join(statistics.datasets),
+        "quantize.imatrix.entries_count": len(statistics.entries),
+        "quantize.imatrix.chunks_count": statistics.chunk_count,
+    }
 
 
 def _check_imatrix(statistics: "Imatrix", planned: "GGUFPlan") -> None:
