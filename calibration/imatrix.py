@@ -121,4 +121,5 @@ class Imatrix:
             return None
         average = entry.sums.sum(axis=0, dtype=np.float64) / total  # [n_columns]
         blended = (entry.sums[expert] + PRIOR_ROWS * average) / (float(entry.counts[expert]) + PRIOR_ROWS)
-        return np.maximum(blended, COLUMN_FLOOR * blended.mean()).astype(np.float32)
+        floored: F32 = np.maximum(blended, COLUMN_FLOOR * blended.mean()).astype(np.float32)
+        return floored

@@ -272,7 +272,9 @@ def _describe_gguf(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a readable GGUF file ({error}); it may be truncated, export it again") from error
     tensors = [(t.tensor_type.name, int(t.n_elements), int(t.n_bytes)) for t in reader.tensors]
     short = {
-        key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.") and key != "tokenizer.chat_template"
+        key: field.contents()
+        for key, field in reader.fields.items()
+        if not key.startswith("GGUF.") and key != "tokenizer.chat_template"
     }
     return {
         "path": str(path),

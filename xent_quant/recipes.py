@@ -1,8 +1,8 @@
 """Recipes: from bits, or a mix by llama.cpp's name, to a type for every tensor.
 
 A mix that carries llama.cpp's name follows llama-quantize's rule for that name (llama-quant.cpp,
-`llama_tensor_get_type_impl`) as far as it concerns models of 64 or fewer experts other than 8; where its K type cannot divide a row the same
-fallback type is taken. Routers and norms stay F32.
+`llama_tensor_get_type_impl`) as far as it concerns these models (no 8 experts, no 70B special cases); where its K type
+cannot divide a row, the same fallback type is taken. Routers and norms stay F32.
 """
 
 import re

@@ -52,8 +52,8 @@ def readme(checkpoint: Checkpoint, plan: GGUFPlan, targets: list[Path], name: st
     lines = [
         f"# {name} {plan.recipe.name}",
         "",
-        f"{plan.nbytes / 1e9:.2f} GB, {8 * plan.nbytes / sum(t.n_weights for t in plan.tensors):.2f} bits per weight, made by xent-quant "
-        f"from {name}. The licence of the weights is the base model's{f' ({terms})' if terms else ''}.",
+        f"{plan.nbytes / 1e9:.2f} GB, {8 * plan.nbytes / sum(t.n_weights for t in plan.tensors):.2f} bits per weight, "
+        f"made by xent-quant from {name}. The licence of the weights is the base model's{f' ({terms})' if terms else ''}.",
         "",
         "| tensors | type |",
         "|---|---|",
@@ -70,7 +70,10 @@ def readme(checkpoint: Checkpoint, plan: GGUFPlan, targets: list[Path], name: st
     lines += [f"ollama create {name.lower()} -f Modelfile && ollama run {name.lower()}"] if len(targets) == 1 else []
     lines += ["```", ""]
     if len(targets) > 1:
-        lines += ["llama.cpp loads the first shard and finds the others; ollama wants a single file (llama-gguf-split --merge).", ""]
+        lines += [
+            "llama.cpp loads the first shard and finds the others; ollama wants a single file (llama-gguf-split --merge).",
+            "",
+        ]
     if plan.architecture.num_experts:
         lines += [f"With a GPU, `-ngl 99` and, for {CONTEXT:,} tokens of context:", "", "| VRAM | option |", "|---|---|"]
         for size in CARDS_GB:
@@ -88,9 +91,4 @@ def _kind(name: str, role: Role) -> str:
 
 def modelfile(targets: list[Path]) -> str:
     """ollama's recipe: raw completion with the base model's generation defaults."""
-    return (
-        f"FROM ./{targets[0].name}\n"
-        'TEMPLATE "{{ .Prompt }}"\n'
-        "PARAMETER repeat_penalty 1.1\n"
-        f"PARAMETER num_ctx {CONTEXT}\n"
-    )
+    return f'FROM ./{targets[0].name}\nTEMPLATE "{{{{ .Prompt }}}}"\nPARAMETER repeat_penalty 1.1\nPARAMETER num_ctx {CONTEXT}\n'

@@ -77,7 +77,8 @@ def export_gguf(
     parts = shards(plan.tensors, split_size)
     stem = f"{name}-{plan.recipe.name}"
     targets = [
-        output / (f"{stem}.gguf" if len(parts) == 1 else f"{stem}-{index + 1:05d}-of-{len(parts):05d}.gguf") for index in range(len(parts))
+        output / (f"{stem}.gguf" if len(parts) == 1 else f"{stem}-{index + 1:05d}-of-{len(parts):05d}.gguf")
+        for index in range(len(parts))
     ]
     extras = {output / "README.md": card.readme(checkpoint, plan, targets, name), output / "Modelfile": card.modelfile(targets)}
     try:

@@ -87,10 +87,37 @@ def _wanted(model: Architecture, width: int) -> Iterator[tuple[str, Role, int, t
         block = f"blk.{layer}."
         yield block + "attn_norm.weight", Role.NORM, layer, (hidden,), (names.input_norm(layer),), 1, hidden, 0
         kv = model.num_kv_heads * model.head_dim
-        yield block + "attn_q.weight", Role.ATTENTION_Q, layer, (hidden, hidden), (names.attention(layer, "q"),), hidden, hidden, model.num_heads
-        yield block + "attn_k.weight", Role.ATTENTION_K, layer, (kv, hidden), (names.attention(layer, "k"),), kv, hidden, model.num_kv_heads
+        yield (
+            block + "attn_q.weight",
+            Role.ATTENTION_Q,
+            layer,
+            (hidden, hidden),
+            (names.attention(layer, "q"),),
+            hidden,
+            hidden,
+            model.num_heads,
+        )
+        yield (
+            block + "attn_k.weight",
+            Role.ATTENTION_K,
+            layer,
+            (kv, hidden),
+            (names.attention(layer, "k"),),
+            kv,
+            hidden,
+            model.num_kv_heads,
+        )
         yield block + "attn_v.weight", Role.ATTENTION_V, layer, (kv, hidden), (names.attention(layer, "v"),), kv, hidden, 0
-        yield block + "attn_output.weight", Role.ATTENTION_OUTPUT, layer, (hidden, hidden), (names.attention(layer, "o"),), hidden, hidden, 0
+        yield (
+            block + "attn_output.weight",
+            Role.ATTENTION_OUTPUT,
+            layer,
+            (hidden, hidden),
+            (names.attention(layer, "o"),),
+            hidden,
+            hidden,
+            0,
+        )
         yield block + "ffn_norm.weight", Role.NORM, layer, (hidden,), (names.post_attention_norm(layer),), 1, hidden, 0
         if model.num_experts:
             shape = (model.num_experts, hidden)
@@ -98,9 +125,9 @@ def _wanted(model: Architecture, width: int) -> Iterator[tuple[str, Role, int, t
         for projection in PROJECTIONS:
             role = {"gate": Role.GATE, "up": Role.UP, "down": Role.DOWN}[projection]
 
-            def swiglu(suffix: str, sources: tuple[str, ...], own: int, padded: int, experts: tuple[int, ...] = ()) -> tuple[
-                str, Role, int, tuple[int, ...], tuple[str, ...], int, int, int
-            ]:
+            def swiglu(
+                suffix: str, sources: tuple[str, ...], own: int, padded: int, experts: tuple[int, ...] = ()
+            ) -> tuple[str, Role, int, tuple[int, ...], tuple[str, ...], int, int, int]:
                 down = projection == "down"  # noqa: B023  (called at once)
                 shape = (hidden, padded) if down else (padded, hidden)
                 rows, columns = (hidden, own) if down else (own, hidden)
@@ -122,7 +149,14 @@ def _wanted(model: Architecture, width: int) -> Iterator[tuple[str, Role, int, t
 def _tensors(model: Architecture, recipe: Recipe, width: int) -> tuple[PlannedTensor, ...]:
     return tuple(
         PlannedTensor(
-            name, shape, fitting(recipe.type_of(name, role, layer, model.num_layers), shape[-1]), role, sources, rows, columns, heads
+            name,
+            shape,
+            fitting(recipe.type_of(name, role, layer, model.num_layers), shape[-1]),
+            role,
+            sources,
+            rows,
+            columns,
+            heads,
         )
         for name, role, layer, shape, sources, rows, columns, heads in _wanted(model, width)
     )
@@ -145,16 +179,20 @@ def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:
     padded = -(-width // SUPER_BLOCK) * SUPER_BLOCK
     if pad == "auto" and padded != width:
         wider = _tensors(model, recipe, padded)
-        saved = sum(tensor.nbytes for tensor in tensors) - sum(tensor.nbytes for tensor in wider)
+        saved = _saved(tensors, wider)
         if saved > 0:
             tensors, width = wider, padded
             notes.append(
-                f"Expert width {model.intermediate_size} padded with zeros to {padded}: the same function, {saved / 1e6:.1f} MB less "
-                "than the fallback types that rows of that width need."
+                f"Expert width {model.intermediate_size} padded with zeros to {padded}: the same function, "
+                f"{saved / 1e6:.1f} MB less than the fallback types that rows of that width need."
             )
     fallbacks = sorted({(want, t.type) for t, want in zip(tensors, _asked(model, recipe, width), strict=True) if want != t.type})
     notes.extend(f"{want} does not divide some rows: {got} there, as llama-quantize does." for want, got in fallbacks)
     return GGUFPlan(arch, model, recipe, width, tensors, tuple(notes))
+
+
+def _saved(plain: tuple[PlannedTensor, ...], padded: tuple[PlannedTensor, ...]) -> int:
+    return sum(tensor.nbytes for tensor in plain) - sum(tensor.nbytes for tensor in padded)
 
 
 def _asked(model: Architecture, recipe: Recipe, width: int) -> list[str]:

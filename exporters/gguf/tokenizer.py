@@ -16,9 +16,7 @@ from xent_quant.checkpoint.headers import read_json
 from xent_quant.errors import CheckpointError, UnsupportedError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PRE_BY_REGEX = {LLAMA3: "llama-bpe", QWEN2: "qwen2", GPT2: "gpt-2"}
@@ -62,7 +60,9 @@ def load(folder: Path, architecture: Architecture) -> TokenizerSpec:
         raise UnsupportedError(f"{path}: normalizer {value['normalizer'].get('type')} cannot be expressed in llama.cpp")
     size = architecture.vocab_size
     if by_id and max(by_id) >= size:
-        raise CheckpointError(f"{path}: token id {max(by_id)} does not fit config.json's vocab_size {size}; they belong to different models")
+        raise CheckpointError(
+            f"{path}: token id {max(by_id)} does not fit config.json's vocab_size {size}; they belong to different models"
+        )
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
     parts = _parts(value.get("pre_tokenizer"))
     kinds = [part.get("type") for part in parts]
@@ -72,7 +72,9 @@ def load(folder: Path, architecture: Architecture) -> TokenizerSpec:
     if byte_fallback:
         others = set(kinds) - {"Metaspace", "Digits", "Punctuation", None}
         if others:
-            raise UnsupportedError(f"{path}: pre-tokenizer {', '.join(sorted(map(str, others)))} with byte fallback cannot be expressed")
+            raise UnsupportedError(
+                f"{path}: pre-tokenizer {', '.join(sorted(map(str, others)))} with byte fallback cannot be expressed"
+            )
         prefix = next((_prefix(part) for part in parts if part.get("type") == "Metaspace"), False)
         _check_splits(path, kinds, [token for index, token in by_id.items() if types[index] == NORMAL])
         ranks: dict[str, int] = {}
@@ -86,7 +88,9 @@ def load(folder: Path, architecture: Architecture) -> TokenizerSpec:
     regex = next((part["pattern"].get("Regex", "") for part in parts if part.get("type") == "Split"), GPT2)
     pre = PRE_BY_REGEX.get(regex)
     if pre is None:
-        raise UnsupportedError(f"{path}: its splitting regex matches none that llama.cpp knows ({', '.join(PRE_BY_REGEX.values())})")
+        raise UnsupportedError(
+            f"{path}: its splitting regex matches none that llama.cpp knows ({', '.join(PRE_BY_REGEX.values())})"
+        )
     joined = tuple(f"{left} {right}" for left, right in merges)
     return TokenizerSpec("gpt2", pre, tuple(tokens), tuple(types), (0.0,) * size, joined, False, *add)
 
@@ -125,7 +129,9 @@ def _check_splits(path: Path, kinds: list[str | None], tokens: list[str]) -> Non
         if kind in kinds:
             crossing = next((token for token in tokens if len(token) > 1 and len(splitter.pre_tokenize_str(token)) > 1), None)
             if crossing is not None:
-                raise UnsupportedError(f"{path}: token {crossing!r} crosses a {kind} split; llama.cpp would form it, Hugging Face never does")
+                raise UnsupportedError(
+                    f"{path}: token {crossing!r} crosses a {kind} split; llama.cpp would form it, Hugging Face never does"
+                )
 
 
 def write(writer: gguf.GGUFWriter, spec: TokenizerSpec, architecture: Architecture) -> None:

@@ -123,9 +123,13 @@ class Architecture:
         scaling = config.get("rope_scaling")
         kind = (scaling or rope).get("rope_type", (scaling or rope).get("type", "default"))
         if kind != "default":
-            raise UnsupportedError(f"{source}: rope_scaling of type {kind!r} is not supported; remove it to use the native context")
+            raise UnsupportedError(
+                f"{source}: rope_scaling of type {kind!r} is not supported; remove it to use the native context"
+            )
         if config.get("pretraining_tp", 1) not in (1, None):
-            raise UnsupportedError(f"{source}: pretraining_tp {config['pretraining_tp']} is not supported; set it to 1 if the weights are whole")
+            raise UnsupportedError(
+                f"{source}: pretraining_tp {config['pretraining_tp']} is not supported; set it to 1 if the weights are whole"
+            )
 
         vocab_size = integer("vocab_size")
         heads = integer("num_attention_heads")

@@ -46,7 +46,9 @@ def _safetensors(file: Path) -> dict[str, Location]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(f"{file}: truncated or not safetensors (header of {length} bytes in a file of {size}); {DAMAGED}")
+            raise CheckpointError(
+                f"{file}: truncated or not safetensors (header of {length} bytes in a file of {size}); {DAMAGED}"
+            )
         raw = stream.read(length)
     try:
         header = json.loads(raw)
@@ -101,7 +103,9 @@ def locate(folder: Path) -> dict[str, Location]:
                 found.update(scan(file))
             absent = [name for name in weight_map if name not in found]
             if absent:
-                raise CheckpointError(f"{folder / weight_map[absent[0]]}: {absent[0]}: not there, {index.name} lists it; {DAMAGED}")
+                raise CheckpointError(
+                    f"{folder / weight_map[absent[0]]}: {absent[0]}: not there, {index.name} lists it; {DAMAGED}"
+                )
             return found
         if single.is_file():
             return scan(single)

@@ -47,7 +47,9 @@ class Checkpoint:
             if info.shape != shape:
                 raise CheckpointError(f"{location.file}: {name}: shape {list(info.shape)}, config.json asks for {list(shape)}")
             if info.dtype not in ITEM_SIZE:
-                raise CheckpointError(f"{location.file}: {name}: dtype {info.dtype}; only F32, F16 and BF16 weights can be quantised")
+                raise CheckpointError(
+                    f"{location.file}: {name}: dtype {info.dtype}; only F32, F16 and BF16 weights can be quantised"
+                )
             infos[name] = info
         ignored = tuple(sorted(set(locations) - set(infos)))
         return cls(path, config, architecture, infos, locations, ignored)
@@ -80,7 +82,9 @@ class Checkpoint:
             values = widen(raw, info.dtype).reshape(shape)
         if not np.isfinite(values).all():
             row_index = int(np.argwhere(~np.isfinite(values))[0][0]) + start
-            raise CheckpointError(f"{location.file}: {name}: NaN or infinite weight in row {row_index}; the checkpoint is damaged")
+            raise CheckpointError(
+                f"{location.file}: {name}: NaN or infinite weight in row {row_index}; the checkpoint is damaged"
+            )
         return values
 
     def read_torch(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
@@ -109,4 +113,6 @@ def check_free_space(folder: Path, needed: int) -> None:
     """Raise ExportError unless the file system of `folder` (which exists) has `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ExportError(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; make room or choose another --output")
+        raise ExportError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; make room or choose another --output"
+        )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from xent_quant import __version__
-from xent_quant.errors import ConfigError, XentQuantError
+from xent_quant.errors import XentQuantError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -53,7 +53,14 @@ def quantize(
         str | None, Parameter(group=TENSORS, help="A type or mix by its llama.cpp name (Q4_K_M), instead of --bits.")
     ] = None,
     tensor_type: Annotated[
-        list[str], Parameter(group=TENSORS, negative="", consume_multiple=False, help="REGEX=TYPE on GGUF tensor names; repeatable, first match wins.")
+        list[str],
+        Parameter(
+            group=TENSORS,
+            negative="",
+            consume_multiple=False,
+            show_default=False,
+            help="REGEX=TYPE on GGUF tensor names; repeatable, first match wins.",
+        ),
     ] = [],  # noqa: B006
     pad: Annotated[
         Literal["auto", "never"],
@@ -65,7 +72,8 @@ def quantize(
     threads: Annotated[int | None, Parameter(group=WRITING, help="CPU threads. Default: all.")] = None,
     force: Annotated[bool, Parameter(group=WRITING, negative="", help="Replace existing output.")] = False,
     dry_run: Annotated[
-        bool, Parameter(group=WRITING, negative="", help="Print every tensor, its type and bytes, and the VRAM needed; write nothing.")
+        bool,
+        Parameter(group=WRITING, negative="", help="Print every tensor, its type and bytes, and the VRAM needed; write nothing."),
     ] = False,
     json: Json = False,
     verbose: Verbose = 0,
@@ -139,7 +147,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     verbosity = _verbosity(arguments)
-    logging.basicConfig(level=logging.WARNING - 10 * min(verbosity, 2), format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    for ours in ("xent_quant", "exporters", "calibration"):
+        logging.getLogger(ours).setLevel(logging.WARNING - 10 * min(verbosity, 2))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
     try:
         app(arguments, exit_on_error=False, print_error=False)
@@ -168,5 +178,3 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-
-__all__ = ["ConfigError", "app", "main"]

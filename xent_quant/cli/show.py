@@ -85,7 +85,13 @@ class _Bar:
 
 @contextmanager
 def progress() -> Iterator[_Bar]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Speed(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Speed(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as bars:
         yield _Bar(bars)
 
@@ -113,12 +119,19 @@ def totals(summary: "PlanSummary") -> None:
     for row in summary.by_type():
         table.add_row(row.type, str(row.tensors), human_count(row.weights), human_bytes(row.nbytes), f"{row.bits_per_weight:.2f}")
     table.add_section()
-    table.add_row("total", str(len(summary.tensors)), human_count(summary.n_weights), human_bytes(summary.nbytes), f"{summary.bits_per_weight:.2f}")
+    table.add_row(
+        "total",
+        str(len(summary.tensors)),
+        human_count(summary.n_weights),
+        human_bytes(summary.nbytes),
+        f"{summary.bits_per_weight:.2f}",
+    )
     out.print(table)
     for line in summary.notes:
         out.print(line, highlight=False)
     out.print(
-        f"All on a GPU with {summary.vram_context:,} tokens of context: about {human_bytes(summary.vram_bytes)} of VRAM.", highlight=False
+        f"All on a GPU with {summary.vram_context:,} tokens of context: about {human_bytes(summary.vram_bytes)} of VRAM.",
+        highlight=False,
     )
 
 
@@ -142,7 +155,10 @@ def description(facts: dict[str, Any]) -> None:
     table.show_header = False
     for key, value in facts.items():
         if key not in ("tensors", "types"):
-            table.add_row(key.replace("_", " "), human_bytes(value) if key.endswith("bytes") else f"{value:,}" if isinstance(value, int) else str(value))
+            table.add_row(
+                key.replace("_", " "),
+                human_bytes(value) if key.endswith("bytes") else f"{value:,}" if isinstance(value, int) else str(value),
+            )
     out.print(table)
     if facts.get("types"):
         types = _table("type", ">tensors", ">weights", ">size")

@@ -192,8 +192,10 @@ class Block32(QuantFormat):
             importance = np.ones(weights.shape[1], np.float32)
         problems = np.zeros(weights.shape[0], np.int8)
         steps, rounds = EFFORTS[effort]
-        if self.bits == 8:  # 255 levels: the rounding error is flat in the step, so two candidates suffice
-            steps, rounds = min(steps, 1 if effort != "high" else 9), rounds
+        if self.bits == 8:  # 255 levels: the rounding error is flat in the step, so one candidate does
+            steps = 9 if effort == "high" else 1
+        if self.affine:  # two unknowns need a finer ladder
+            steps, rounds = 2 * steps, 2 * rounds
         type(self).kernel(weights, importance, packed, problems, steps, rounds)
         return MESSAGES[int(problems.max())] if problems.any() else ""
 

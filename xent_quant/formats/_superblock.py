@@ -46,9 +46,20 @@ def affine(sub_blocks: int, bits: int, scale_codes: int, block_bytes: int) -> Ca
         for row in nb.prange(weights.shape[0]):
             x = np.empty((size, sub_blocks), f)  # transposed: lanes are sub-blocks
             w = np.empty((size, sub_blocks), f)
-            low, span, sw, sx, sxx = np.empty(sub_blocks, f), np.empty(sub_blocks, f), np.empty(sub_blocks, f), np.empty(sub_blocks, f), np.empty(sub_blocks, f)
+            low, span, sw, sx, sxx = (
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+            )
             sl, sll, sxl = np.empty(sub_blocks, f), np.empty(sub_blocks, f), np.empty(sub_blocks, f)
-            inverse, scale, offset, error = np.empty(sub_blocks, f), np.empty(sub_blocks, f), np.empty(sub_blocks, f), np.empty(sub_blocks, f)
+            inverse, scale, offset, error = (
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+            )
             s, m = np.empty(sub_blocks, f), np.empty(sub_blocks, f)
             code_s, code_m = np.empty(sub_blocks, f), np.empty(sub_blocks, f)
             try_s, try_m = np.empty(sub_blocks, f), np.empty(sub_blocks, f)
@@ -225,12 +236,19 @@ def affine(sub_blocks: int, bits: int, scale_codes: int, block_bytes: int) -> Ca
                     for half in range(2):
                         for i in range(32):
                             p = 128 * half + i
-                            packed[row, out + 16 + 32 * half + i] = codes[p] | (codes[p + 32] << 2) | (codes[p + 64] << 4) | (codes[p + 96] << 6)
+                            packed[row, out + 16 + 32 * half + i] = (
+                                codes[p] | (codes[p + 32] << 2) | (codes[p + 64] << 4) | (codes[p + 96] << 6)
+                            )
                     head = out + 80
                 else:
                     head = out
                     for j in range(4):
-                        s0, s4, m0, m4 = np.uint8(best_s[j]), np.uint8(best_s[j + 4]), np.uint8(best_m[j]), np.uint8(best_m[j + 4])
+                        s0, s4, m0, m4 = (
+                            np.uint8(best_s[j]),
+                            np.uint8(best_s[j + 4]),
+                            np.uint8(best_m[j]),
+                            np.uint8(best_m[j + 4]),
+                        )
                         packed[row, out + 4 + j] = s0 | ((s4 >> 4) << 6)
                         packed[row, out + 8 + j] = m0 | ((m4 >> 4) << 6)
                         packed[row, out + 12 + j] = (s4 & 15) | ((m4 & 15) << 4)
@@ -262,9 +280,19 @@ def symmetric(bits: int, scale_codes: int, block_bytes: int) -> Callable[..., No
         for row in nb.prange(weights.shape[0]):
             x = np.empty((size, sub_blocks), f)
             w = np.empty((size, sub_blocks), f)
-            peak, sxx, sll, sxl = np.empty(sub_blocks, f), np.empty(sub_blocks, f), np.empty(sub_blocks, f), np.empty(sub_blocks, f)
+            peak, sxx, sll, sxl = (
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+            )
             inverse, scale, error = np.empty(sub_blocks, f), np.empty(sub_blocks, f), np.empty(sub_blocks, f)
-            s, try_s, code_s, best_s = np.empty(sub_blocks, f), np.empty(sub_blocks, f), np.empty(sub_blocks, f), np.empty(sub_blocks, f)
+            s, try_s, code_s, best_s = (
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+                np.empty(sub_blocks, f),
+            )
             keep_ll, keep_xl = np.empty(sub_blocks, f), np.empty(sub_blocks, f)
             codes = np.empty(256, np.uint8)
             for block in range(weights.shape[1] // 256):
@@ -388,7 +416,9 @@ def symmetric(bits: int, scale_codes: int, block_bytes: int) -> Callable[..., No
                             a1, a2, a3, a4 = codes[p], codes[p + 32], codes[p + 64], codes[p + 96]
                             packed[row, out + 64 * half + i] = (a1 & 15) | ((a3 & 15) << 4)
                             packed[row, out + 64 * half + 32 + i] = (a2 & 15) | ((a4 & 15) << 4)
-                            packed[row, out + 128 + 32 * half + i] = (a1 >> 4) | ((a2 >> 4) << 2) | ((a3 >> 4) << 4) | ((a4 >> 4) << 6)
+                            packed[row, out + 128 + 32 * half + i] = (
+                                (a1 >> 4) | ((a2 >> 4) << 2) | ((a3 >> 4) << 4) | ((a4 >> 4) << 6)
+                            )
                     for j in range(16):
                         packed[row, out + 192 + j] = np.uint8(int(best_s[j]) & 255)
                 else:
@@ -401,7 +431,10 @@ def symmetric(bits: int, scale_codes: int, block_bytes: int) -> Callable[..., No
                         for i in range(32):
                             p = 128 * half + i
                             packed[row, out + 32 + 32 * half + i] = (
-                                (codes[p] & 3) | ((codes[p + 32] & 3) << 2) | ((codes[p + 64] & 3) << 4) | ((codes[p + 96] & 3) << 6)
+                                (codes[p] & 3)
+                                | ((codes[p + 32] & 3) << 2)
+                                | ((codes[p + 64] & 3) << 4)
+                                | ((codes[p + 96] & 3) << 6)
                             )
                     for j in range(4):
                         high_bits = 0

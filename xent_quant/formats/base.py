@@ -38,7 +38,9 @@ class QuantFormat(ABC):
     def row_bytes(self, columns: int) -> int:
         """Bytes of one row of `columns` weights. Raises QuantizationError where blocks do not divide it."""
         if columns % self.block_size:
-            raise QuantizationError(f"{self.name}: rows of {columns} weights are not a multiple of its block of {self.block_size}")
+            raise QuantizationError(
+                f"{self.name}: rows of {columns} weights are not a multiple of its block of {self.block_size}"
+            )
         return columns // self.block_size * self.block_bytes
 
     def quantize(self, weights: F32, importance: F32 | None = None, *, effort: Effort = "normal", name: str = "tensor") -> U8:

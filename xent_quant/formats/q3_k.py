@@ -33,5 +33,5 @@ class Q3K(KType):
         low = ((blocks[:, 32:96].reshape(-1, 2, 1, 32) >> shifts[:, None]) & 3).reshape(-1, 8, 32)
         high = ((blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None]) & 1) << 2  # [n, 8, 32]
         codes = (low | high).reshape(-1, 16, 16).astype(np.float32) - np.float32(4)
-        values = (d * scales)[:, :, None] * codes
+        values: F32 = (d * scales)[:, :, None] * codes
         return values.reshape(packed.shape[0], -1)

@@ -32,5 +32,5 @@ class Q5K(KType):
         qs = blocks[:, 48:].reshape(-1, 4, 1, 32)
         low = np.concatenate([qs & 15, qs >> 4], axis=2).reshape(-1, 8, 32)
         codes = (low | (high.transpose(0, 2, 1) << 4)).astype(np.float32)
-        values = (d * scales)[:, :, None] * codes - (dmin * minima)[:, :, None]
+        values: F32 = (d * scales)[:, :, None] * codes - (dmin * minima)[:, :, None]
         return values.reshape(packed.shape[0], -1)

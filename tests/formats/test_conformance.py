@@ -1,0 +1,104 @@
+"""Every quant type against gguf-py's dequantiser, and against stock ggml's error with the same importance."""
+
+import gguf
+import numpy as np
+import pytest
+
+from xent_quant import formats
+from xent_quant.checkpoint.hub import miniature
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.errors import ConfigError, QuantizationError
+from xent_quant.validation.llama_cpp import quantize_chunk
+
+BLOCK_TYPES = [name for name in formats.NAMES if formats.get(name).block_size > 1]
+RANDOM = np.random.default_rng(0)
+GAUSSIAN = (RANDOM.standard_normal((24, 768)) * 0.02).astype(np.float32)
+HEAVY = (RANDOM.standard_t(4, (24, 768)) * 0.02).astype(np.float32)
+HEAVY[:, ::97] *= 8
+IMPORTANCE = RANDOM.exponential(size=768).astype(np.float32)
+
+
+def ladder() -> np.ndarray:
+    """Rows from zeros through subnormals to large values, constants, one outlier, all-negative. [n, 256] float32."""
+    base = RANDOM.standard_normal((8, 256)).astype(np.float32)
+    scales = np.array([0, 1e-40, 1e-12, 6e-8, 6e-5, 1, 1e3, 1e4], np.float32)[:, None]
+    special = np.stack([np.full(256, 0.25), np.full(256, -0.25), np.eye(1, 256, 7)[0], -np.abs(base[0])]).astype(np.float32)
+    return np.concatenate([base * scales, special])
+
+
+def error(kind: formats.QuantFormat, weights: np.ndarray, packed: np.ndarray, importance: np.ndarray | float) -> float:
+    return float((importance * np.square((weights - kind.dequantize(packed)).astype(np.float64))).sum())
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_gguf_py_reads_what_we_say(name: str) -> None:
+    kind = formats.get(name)
+    for weights in (ladder(), GAUSSIAN, HEAVY):
+        for importance in (None, IMPORTANCE[: weights.shape[1]]):
+            packed = kind.quantize(weights, importance, effort="fast")
+            got = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(kind.ggml_type))
+            assert np.array_equal(kind.dequantize(packed), got)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_error_is_not_above_stock(name: str) -> None:
+    kind = formats.get(name)
+    trained = Checkpoint.open(miniature()).read("model.layers.1.mlp.experts.3.gate_proj.weight")
+    for weights in (trained, GAUSSIAN, HEAVY):
+        importance = np.resize(IMPORTANCE, weights.shape[1])
+        stock = quantize_chunk(kind.ggml_type, kind.row_bytes(weights.shape[1]), weights, importance)
+        ours = kind.quantize(weights, importance)
+        assert error(kind, weights, ours, importance) <= error(kind, weights, stock, importance)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_zero_sub_blocks_stay_zero(name: str) -> None:
+    weights = GAUSSIAN.copy()
+    weights[:, 480:512] = 0
+    importance = IMPORTANCE.copy()
+    importance[480:512] = 0
+    kind = formats.get(name)
+    assert not kind.dequantize(kind.quantize(weights, importance))[:, 480:512].any()
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_a_column_of_no_importance_survives(name: str) -> None:
+    importance = IMPORTANCE.copy()
+    importance[::5] = 0
+    kind = formats.get(name)
+    got = kind.dequantize(kind.quantize(GAUSSIAN, importance))[:, ::5]
+    kept = np.square(GAUSSIAN[:, ::5] - got).sum() / np.square(GAUSSIAN[:, ::5]).sum()
+    assert kept < 0.3
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_weights_are_refused_by_name(name: str, bad: float) -> None:
+    weights = GAUSSIAN.copy()
+    weights[3, 5] = bad
+    with pytest.raises(QuantizationError, match=r"^blk.0.x: "):
+        formats.get(name).quantize(weights, name="blk.0.x")
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_float16_overflow_is_refused(name: str) -> None:
+    with pytest.raises(QuantizationError, match="float16"):
+        formats.get(name).quantize(np.linspace(-1, 1, 256, dtype=np.float32)[None] * np.float32(1e12), name="blk.0.x")
+
+
+def test_ragged_rows_and_wrong_importance_are_refused() -> None:
+    with pytest.raises(QuantizationError, match="not a multiple"):
+        formats.get("Q4_K").quantize(np.zeros((1, 200), np.float32))
+    with pytest.raises(QuantizationError, match="importance of shape"):
+        formats.get("Q4_K").quantize(GAUSSIAN, np.ones(5, np.float32))
+    with pytest.raises(ConfigError, match="Q4_K"):
+        formats.get("Q9_K")
+
+
+def test_more_effort_never_loses_much() -> None:
+    for name in ("Q4_K", "Q6_K"):
+        kind = formats.get(name)
+        fast, normal, high = (
+            error(kind, HEAVY, kind.quantize(HEAVY, IMPORTANCE, effort=e), IMPORTANCE) for e in ("fast", "normal", "high")
+        )
+        assert high <= normal <= fast

@@ -1,0 +1,69 @@
+"""XVERSE's forward pass in float64, one token and one expert at a time, written from the description of the model.
+
+Slow on purpose; shares nothing with the project's own forward.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+def forward(weights: dict[str, np.ndarray], config: dict[str, Any], ids: list[int]) -> np.ndarray:
+    """Logits [len(ids), vocab] float64."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    size = hidden // heads
+    eps, theta = config["rms_norm_eps"], config["rope_theta"]
+
+    def get(name: str) -> np.ndarray:
+        return weights[name].astype(np.float64)
+
+    def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+    def rotate(vector: np.ndarray, position: int) -> np.ndarray:
+        out = vector.copy()
+        for i in range(size // 2):
+            angle = position * theta ** (-2 * i / size)
+            first, second = vector[i], vector[i + size // 2]
+            out[i] = first * math.cos(angle) - second * math.sin(angle)
+            out[i + size // 2] = second * math.cos(angle) + first * math.sin(angle)
+        return out
+
+    def mlp(x: np.ndarray, prefix: str) -> np.ndarray:
+        gate = get(prefix + "gate_proj.weight") @ x
+        return get(prefix + "down_proj.weight") @ (gate / (1 + np.exp(-gate)) * (get(prefix + "up_proj.weight") @ x))
+
+    x = get("model.embed_tokens.weight")[ids]
+    for layer in range(config["num_hidden_layers"]):
+        base = f"model.layers.{layer}."
+        normed = norm(x, get(base + "input_layernorm.weight"))
+        q, k, v = (normed @ get(f"{base}self_attn.{n}_proj.weight").T for n in "qkv")
+        mixed = np.zeros((len(ids), heads * size))
+        for head in range(heads):
+            source = head // (heads // kv_heads)
+            keys = [rotate(k[t, source * size : (source + 1) * size], t) for t in range(len(ids))]
+            for t in range(len(ids)):
+                query = rotate(q[t, head * size : (head + 1) * size], t)
+                scores = np.array([query @ keys[s] / math.sqrt(size) for s in range(t + 1)])
+                scores = np.exp(scores - scores.max())
+                scores /= scores.sum()
+                mixed[t, head * size : (head + 1) * size] = scores @ v[: t + 1, source * size : (source + 1) * size]
+        x = x + mixed @ get(base + "self_attn.o_proj.weight").T
+        normed = norm(x, get(base + "post_attention_layernorm.weight"))
+        for t in range(len(ids)):
+            if not config.get("num_experts"):
+                x[t] += mlp(normed[t], base + "mlp.")
+                continue
+            scores = get(base + "mlp.router.weight") @ normed[t]
+            probabilities = np.exp(scores - scores.max())
+            probabilities /= probabilities.sum()
+            chosen = np.argsort(-probabilities, kind="stable")[: config["moe_top_k"]]
+            total = probabilities[chosen].sum() if config.get("norm_topk_prob", True) else 1.0
+            for e in chosen:
+                x[t] += probabilities[e] / total * mlp(normed[t], f"{base}mlp.experts.{e}.")
+            if config["num_shared_experts"]:
+                x[t] += mlp(normed[t], base + "mlp.shared_experts.")
+    head = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
+    return norm(x, get("model.norm.weight")) @ get(head).T
