@@ -1,16 +1,17 @@
-"""Recipes: from bits, or a mix by llama.cpp's name, to a type for every tensor.
+"""Recipes: from bits, or a mix by llama.cpp's name, to a quant type for every tensor.
 
-A mix that carries llama.cpp's name follows llama-quantize's rule for that name (llama-quant.cpp,
-`llama_tensor_get_type_impl`) as far as it concerns these models (no 8 experts, no 70B special cases); where its K type
-cannot divide a row, the same fallback type is taken. Routers and norms stay F32.
+A mix that carries llama.cpp's name follows llama-quantize's rule for that name (`llama_tensor_get_type_impl` and
+`tensor_type_fallback` in llama.cpp's src/llama-quant.cpp, read in November 2026), so its file has the quality that people
+know under that name. Routers and norms stay F32.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 
 from xent_quant import formats
+from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ConfigError
 
 
@@ -30,40 +31,156 @@ class Role(StrEnum):
     DOWN = "down"
 
 
+class Layers(Enum):
+    """The layers that a rule is about; llama-quantize's integer divisions."""
+
+    ALL = auto()
+    FIRST_2 = auto()
+    FIRST_4 = auto()
+    FIRST_EIGHTH = auto()
+    FIRST_SIXTEENTH = auto()
+    MORE_BITS = auto()  # the first and the last eighth, and every third between
+
+    def contains(self, layer: int, layers: int) -> bool:
+        match self:
+            case Layers.ALL:
+                return True
+            case Layers.FIRST_2:
+                return layer < 2
+            case Layers.FIRST_4:
+                return layer < 4
+            case Layers.FIRST_EIGHTH:
+                return layer < layers // 8
+            case Layers.FIRST_SIXTEENTH:
+                return layer < layers // 16
+            case Layers.MORE_BITS:
+                return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+class When(Enum):
+    """What else a rule asks for."""
+
+    ALWAYS = auto()
+    GROUPED_QUERIES = auto()  # four or more query heads to a key head: attn_v is small, bits there are cheap
+    WITH_IMATRIX = auto()
+    WITHOUT_IMATRIX = auto()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors of this role, in these layers, get `type`. The first rule that holds decides."""
+
+    role: Role
+    type: str
+    layers: Layers = Layers.ALL
+    when: When = When.ALWAYS
+
+
 @dataclass(frozen=True)
 class Mix:
-    """One of llama.cpp's file types: `base` for everything, and what differs. `number` is its LLAMA_FTYPE."""
+    """One of llama.cpp's file types: `number` is its LLAMA_FTYPE, `base` the type where no rule holds.
 
-    base: str
+    `eight_experts_output` is the type of the attention output in models of 8 experts, which llama-quantize takes for
+    Mixtral; None leaves the base.
+    """
+
     number: int
-    head: str | None = None
-    value: str | None = None  # attn_v in layers that get more bits
-    value_rest: str | None = None
-    down: str | None = None  # ffn_down in layers that get more bits
-    down_rest: str | None = None
-    attention_output: str | None = None
+    base: str
+    rules: tuple[Rule, ...] = ()
+    head: str = "Q6_K"
+    eight_experts_output: str | None = None
 
+    @property
+    def types(self) -> set[str]:
+        return {self.base, self.head, *(rule.type for rule in self.rules)}
+
+
+V, DOWN, OUTPUT = Role.ATTENTION_V, Role.DOWN, Role.ATTENTION_OUTPUT
 
 MIXES: dict[str, Mix] = {
-    "F32": Mix("F32", 0),
-    "F16": Mix("F16", 1),
-    "BF16": Mix("BF16", 32),
-    "Q8_0": Mix("Q8_0", 7),
-    "Q6_K": Mix("Q6_K", 18),
-    "Q5_K_M": Mix("Q5_K", 17, head="Q6_K", value="Q6_K", down="Q6_K"),
-    "Q5_K_S": Mix("Q5_K", 16, head="Q6_K"),
-    "Q4_K_M": Mix("Q4_K", 15, head="Q6_K", value="Q6_K", down="Q6_K"),
-    "Q4_0": Mix("Q4_0", 2, head="Q6_K"),
+    "F32": Mix(0, "F32", head="F32"),
+    "F16": Mix(1, "F16", head="F16"),
+    "BF16": Mix(32, "BF16", head="BF16"),
+    "Q8_0": Mix(7, "Q8_0", head="Q8_0"),
+    "Q6_K": Mix(18, "Q6_K"),
+    "Q5_K_M": Mix(17, "Q5_K", (Rule(V, "Q6_K", Layers.MORE_BITS), Rule(DOWN, "Q6_K", Layers.MORE_BITS))),
+    "Q5_K_S": Mix(16, "Q5_K"),
+    "Q5_1": Mix(9, "Q5_1"),
+    "Q5_0": Mix(8, "Q5_0", (Rule(DOWN, "Q5_1", Layers.FIRST_EIGHTH, When.WITH_IMATRIX),)),
+    "Q4_K_M": Mix(
+        15,
+        "Q4_K",
+        (Rule(V, "Q6_K", Layers.MORE_BITS), Rule(DOWN, "Q6_K", Layers.MORE_BITS)),
+        eight_experts_output="Q5_K",
+    ),
+    "Q4_K_S": Mix(
+        14,
+        "Q4_K",
+        (Rule(V, "Q5_K", Layers.FIRST_4), Rule(DOWN, "Q5_K", Layers.FIRST_EIGHTH)),
+        eight_experts_output="Q5_K",
+    ),
+    "Q4_1": Mix(3, "Q4_1"),
+    "Q4_0": Mix(2, "Q4_0", (Rule(DOWN, "Q4_1", Layers.FIRST_EIGHTH, When.WITH_IMATRIX),)),
+    "IQ4_NL": Mix(
+        25,
+        "IQ4_NL",
+        (Rule(V, "Q5_K", when=When.GROUPED_QUERIES), Rule(DOWN, "Q5_K", Layers.FIRST_EIGHTH, When.WITHOUT_IMATRIX)),
+        eight_experts_output="Q5_K",
+    ),
+    "IQ4_XS": Mix(
+        30,
+        "IQ4_XS",
+        (Rule(V, "Q5_K", when=When.GROUPED_QUERIES), Rule(DOWN, "Q5_K", Layers.FIRST_EIGHTH, When.WITHOUT_IMATRIX)),
+        eight_experts_output="Q5_K",
+    ),
+    "IQ3_M": Mix(
+        27,
+        "IQ3_S",
+        (Rule(V, "Q4_K"), Rule(DOWN, "Q4_K", Layers.FIRST_EIGHTH), Rule(OUTPUT, "Q4_K")),
+        eight_experts_output="Q5_K",
+    ),
+    "IQ3_S": Mix(26, "IQ3_S", (Rule(V, "Q4_K", when=When.GROUPED_QUERIES),), eight_experts_output="Q5_K"),
+    "Q3_K_L": Mix(13, "Q3_K", (Rule(V, "Q5_K"), Rule(DOWN, "Q5_K"), Rule(OUTPUT, "Q5_K"))),
+    "Q3_K_M": Mix(
+        12,
+        "Q3_K",
+        (
+            Rule(V, "Q5_K", Layers.FIRST_2),
+            Rule(V, "Q4_K"),
+            Rule(DOWN, "Q5_K", Layers.FIRST_SIXTEENTH),
+            Rule(DOWN, "Q4_K"),
+            Rule(OUTPUT, "Q4_K"),
+        ),
+        eight_experts_output="Q5_K",
+    ),
+    "Q3_K_S": Mix(11, "Q3_K", eight_experts_output="Q5_K"),
+    "Q2_K": Mix(
+        10,
+        "Q2_K",
+        (Rule(V, "Q4_K", when=When.GROUPED_QUERIES), Rule(V, "Q3_K"), Rule(DOWN, "Q3_K"), Rule(OUTPUT, "Q3_K")),
+        eight_experts_output="Q5_K",
+    ),
+    "Q2_K_S": Mix(21, "Q2_K", (Rule(V, "Q4_K", when=When.GROUPED_QUERIES), Rule(DOWN, "Q4_K", Layers.FIRST_EIGHTH))),
 }
+"""Every mix known by name. Those whose types `formats` does not have yet are refused, not approximated."""
+
+ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
+"""Type names that llama-quantize reads as the name of a mix."""
+
 BITS: dict[int, str] = {8: "Q8_0", 6: "Q6_K", 5: "Q5_K_M", 4: "Q4_K_M"}
-FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+FALLBACK = {
+    "Q6_K": "Q8_0",
+    "Q5_K": "Q5_1",
+    "Q4_K": "Q5_0",
+    "Q3_K": "Q4_0",
+    "Q2_K": "Q4_0",
+    "IQ4_XS": "IQ4_NL",
+    "IQ3_S": "IQ4_NL",
+}
 """llama-quantize's replacement where rows are not a multiple of 256."""
 
-
-def more_bits(layer: int, layers: int) -> bool:
-    """llama.cpp's use_more_bits: the first and last eighth of the layers, and every third between."""
-    eighth = layers // 8
-    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+LAST_RESORT = "F16"
 
 
 @dataclass(frozen=True)
@@ -73,9 +190,10 @@ class Recipe:
     name: str
     mix: Mix
     overrides: tuple[tuple[re.Pattern[str], str], ...] = ()
+    imatrix: bool = False
 
-    def type_of(self, name: str, role: Role, layer: int, layers: int) -> str:
-        """The type asked for, before any fallback for the row length."""
+    def type_of(self, name: str, role: Role, layer: int, model: Architecture) -> str:
+        """The type asked for, before any fallback for the row length. `layer` is ignored outside of layers."""
         if role in (Role.NORM, Role.ROUTER):
             return "F32"
         for pattern, kind in self.overrides:
@@ -83,29 +201,45 @@ class Recipe:
                 return kind
         mix = self.mix
         if role is Role.HEAD:
-            return mix.head or mix.base
-        if role is Role.ATTENTION_V:
-            return (mix.value if more_bits(layer, layers) else mix.value_rest) or mix.base
-        if role is Role.DOWN:
-            return (mix.down if more_bits(layer, layers) else mix.down_rest) or mix.base
-        if role is Role.ATTENTION_OUTPUT:
-            return mix.attention_output or mix.base
+            return mix.head
+        if model.num_experts == 8 and formats.get(mix.base).block_size > 1:
+            if role in (Role.ATTENTION_K, Role.ATTENTION_V):
+                return "Q8_0"
+            if role is Role.ATTENTION_OUTPUT:
+                return mix.eight_experts_output or mix.base
+            if role is Role.DOWN and self.name == "IQ3_M" and Layers.MORE_BITS.contains(layer, model.num_layers):
+                return "Q4_K"
+        for rule in mix.rules:
+            if rule.role is role and rule.layers.contains(layer, model.num_layers) and self._holds(rule.when, model):
+                return rule.type
         return mix.base
 
+    def _holds(self, when: When, model: Architecture) -> bool:
+        match when:
+            case When.ALWAYS:
+                return True
+            case When.GROUPED_QUERIES:
+                return model.num_heads // model.num_kv_heads >= 4
+            case When.WITH_IMATRIX:
+                return self.imatrix
+            case When.WITHOUT_IMATRIX:
+                return not self.imatrix
 
-def recipe(*, bits: int = 4, type: str | None = None, tensor_types: Sequence[str] = ()) -> Recipe:
-    """The recipe for `--bits`, `--type` and `--tensor-type REGEX=TYPE`. Raises ConfigError naming the option."""
+
+def recipe(*, bits: int = 4, type: str | None = None, tensor_types: Sequence[str] = (), imatrix: bool = False) -> Recipe:
+    """The recipe for `--bits`, `--type` and `--tensor-type REGEX=TYPE`; `imatrix` tells whether there is one, which some
+    of llama-quantize's rules ask. Raises ConfigError naming the option.
+    """
     if type is None:
         if bits not in BITS:
-            raise ConfigError(f"--bits {bits}: no mix of that size yet; there are {', '.join(map(str, sorted(BITS)))}")
+            raise ConfigError(f"--bits {bits}: not there yet; there are {', '.join(map(str, sorted(BITS)))}")
         name = BITS[bits]
     else:
-        name = type.upper()
+        name = ALIASES.get(type.upper(), type.upper())
     mix = MIXES.get(name)
-    if mix is None:
-        if name not in formats.NAMES:
-            raise ConfigError(f"--type {type}: unknown; mixes: {', '.join(MIXES)}; single types: {', '.join(formats.NAMES)}")
-        mix = Mix(name, {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q3_K": 11, "Q2_K": 10}[name])
+    if mix is None or not mix.types <= set(formats.NAMES):
+        there = (known for known, mix in MIXES.items() if mix.types <= set(formats.NAMES))
+        raise ConfigError(f"--type {type}: {'unknown' if mix is None else 'not there yet'}; there are {', '.join(there)}")
     overrides = []
     for item in tensor_types:
         pattern, separator, kind = item.rpartition("=")
@@ -117,11 +251,15 @@ def recipe(*, bits: int = 4, type: str | None = None, tensor_types: Sequence[str
             overrides.append((re.compile(pattern), kind.upper()))
         except re.error as error:
             raise ConfigError(f"--tensor-type {item!r}: not a regular expression: {error}") from error
-    return Recipe(name, mix, tuple(overrides))
+    return Recipe(name, mix, tuple(overrides), imatrix)
 
 
 def fitting(kind: str, columns: int) -> str:
-    """`kind`, or llama-quantize's fallback where its blocks do not divide rows of `columns` weights; F16 at the end."""
-    while columns % formats.get(kind).block_size:
-        kind = FALLBACK.get(kind, "F16")
-    return kind
+    """`kind`, or llama-quantize's fallback where its blocks do not divide rows of `columns` weights.
+
+    Where the fallback does not divide them either, F16 as llama-quantize; also where it knows no fallback and stops.
+    """
+    if columns % formats.get(kind).block_size == 0:
+        return kind
+    smaller = FALLBACK.get(kind, LAST_RESORT)
+    return smaller if columns % formats.get(smaller).block_size == 0 else LAST_RESORT

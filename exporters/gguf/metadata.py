@@ -2,18 +2,52 @@
 
 import gguf
 
+from exporters.gguf.card import TAGS, BaseModel, short_count
 from exporters.gguf.plan import GGUFPlan
+from xent_quant.checkpoint.architecture import Architecture
 
 
-def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, licence: str | None) -> None:
+def size_label(model: Architecture) -> str:
+    """Parameters, and of a mixture those active in a token: `26B-A4.2B`."""
+    total, active = parameters(model)
+    return short_count(total) if total == active else f"{short_count(total)}-A{short_count(active)}"
+
+
+def parameters(model: Architecture) -> tuple[int, int]:
+    """(all, active in one token) of the checkpoint's tensors."""
+    total = 0
+    for shape in model.tensors().values():
+        size = 1
+        for extent in shape:
+            size *= extent
+        total += size
+    idle = max(model.num_experts - model.experts_per_token, 0)
+    return total, total - model.num_layers * idle * 3 * model.hidden_size * model.intermediate_size
+
+
+def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel) -> None:
     """Add general, architecture and hyperparameter keys. `writer` was made for `plan.arch`."""
     model = plan.architecture
     writer.add_type("model")
     writer.add_name(name)
-    if licence:
-        writer.add_license(licence)
+    writer.add_size_label(size_label(model))
     writer.add_file_type(plan.recipe.mix.number)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if base.licence:
+        writer.add_license(base.licence)
+    if base.licence_name:
+        writer.add_license_name(base.licence_name)
+    if base.licence_link:
+        writer.add_license_link(base.licence_link)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, base.name)
+    if base.repository:
+        writer.add_base_model_organization(0, base.repository.split("/")[0])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base.repository}")
+    if base.languages:
+        writer.add_languages(list(base.languages))
+    writer.add_tags(list(TAGS))
+
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(model.max_position_embeddings)
     writer.add_embedding_length(model.hidden_size)
@@ -34,6 +68,7 @@ def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, licence: str | Non
         writer.add_expert_feed_forward_length(plan.expert_width)
         writer.add_expert_shared_count(model.num_shared_experts)
         writer.add_expert_weights_scale(1.0)
-        writer.add_expert_weights_norm(model.norm_topk_prob)
+        writer.add_expert_weights_norm(model.norm_topk_prob)  # llama.cpp's default is false
     if plan.arch == "granitemoe":
+        # The other scales of that architecture are left out: absent means that nothing is scaled.
         writer.add_logit_scale(1.0)

@@ -1,31 +1,41 @@
 """What a GGUF export will write, tensor by tensor, decided from headers alone."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Literal
 
 from xent_quant import formats
 from xent_quant.checkpoint import architecture as names
-from xent_quant.checkpoint.architecture import PROJECTIONS, Architecture
-from xent_quant.errors import UnsupportedError
+from xent_quant.checkpoint.architecture import PROJECTIONS, Architecture, Projection
+from xent_quant.errors import ConfigError, UnsupportedError
 from xent_quant.recipes import Recipe, Role, fitting
 
 SUPER_BLOCK = 256
-Transform = Literal["none", "permute"]
+"""Weights in a block of the K types; the expert width is padded to a multiple of it."""
+
+PROJECTION_ROLES: dict[Projection, Role] = {"gate": Role.GATE, "up": Role.UP, "down": Role.DOWN}
+
+BATCH = 512
+"""Tokens that llama.cpp computes at once by default (n_ubatch)."""
+
+RUNTIME_BYTES = 300_000_000
+"""What a GPU's driver context and llama.cpp's alignment take, about."""
 
 
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the file: `shape` row-major with padding, `sources` one checkpoint tensor per expert (or one).
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A tensor that llama.cpp's architecture wants, before its type is chosen.
 
-    `source_rows` and `source_columns` are the unpadded extents; `heads` > 0 asks for the rotary row permutation.
+    `shape` is row-major, padding included: [out, in], or [experts, out, in], or [n]. `sources` holds one checkpoint
+    tensor per expert, or one. `source_rows` and `source_columns` are the extents of one source; `heads` > 0 asks for the
+    rotary row permutation; `layer` is None outside of layers.
     """
 
     name: str
-    shape: tuple[int, ...]
-    type: str
     role: Role
+    layer: int | None
+    shape: tuple[int, ...]
     sources: tuple[str, ...]
     source_rows: int
     source_columns: int
@@ -42,7 +52,21 @@ class PlannedTensor:
 
     @property
     def n_weights(self) -> int:
+        """Weights written, padding included."""
         return prod(self.shape)
+
+    @property
+    def source_weights(self) -> int:
+        """Weights of the checkpoint that this tensor holds."""
+        return len(self.sources) * self.source_rows * self.source_columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTensor(Slot):
+    """A slot with its type; `asked` is what the recipe asked for where rows do not divide into that type's blocks."""
+
+    type: str
+    asked: str
 
     @property
     def nbytes(self) -> int:
@@ -66,134 +90,135 @@ class GGUFPlan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of tensor data."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def vram_bytes(self, context: int) -> int:
-        """Weights, the float16 KV cache of `context` tokens, and about 300 MB that llama.cpp computes in.
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits in the file per weight of the checkpoint: padding counts as cost, not as weights."""
+        return 8 * self.nbytes / sum(tensor.source_weights for tensor in self.tensors)
 
-        The embedding stays in RAM, so it is not counted.
+    def vram_bytes(self, context: int) -> int:
+        """What the model takes when it is on a GPU whole, with `context` tokens: an estimate.
+
+        Weights without the embedding, which stays in RAM; the KV cache in float16, 2 · 2 · context · layers · kv heads ·
+        head_dim; llama.cpp's compute buffer for BATCH tokens in float32, BATCH · 4 · (vocab + 8 · hidden + experts per token
+        · (3 · width + hidden)), with flash attention; and RUNTIME_BYTES.
         """
         model = self.architecture
-        cache = 2 * 2 * context * model.num_layers * model.num_kv_heads * model.head_dim
         weights = sum(tensor.nbytes for tensor in self.tensors if tensor.role is not Role.EMBEDDING)
-        return weights + cache + 300_000_000
+        cache = 2 * 2 * context * model.num_layers * model.num_kv_heads * model.head_dim
+        active = max(model.experts_per_token, 1) * (3 * self.expert_width + model.hidden_size)
+        compute = BATCH * 4 * (model.vocab_size + 8 * model.hidden_size + active)
+        return weights + cache + compute + RUNTIME_BYTES
 
 
-def _wanted(model: Architecture, width: int) -> Iterator[tuple[str, Role, int, tuple[int, ...], tuple[str, ...], int, int, int]]:
-    """(name, role, layer, shape, sources, source rows, source columns, heads) in llama.cpp's order."""
-    hidden, layers = model.hidden_size, model.num_layers
-    yield "token_embd.weight", Role.EMBEDDING, 0, (model.vocab_size, hidden), (names.EMBEDDING,), model.vocab_size, hidden, 0
-    for layer in range(layers):
+def slots(model: Architecture, width: int) -> Iterator[Slot]:
+    """Every tensor of the file in llama.cpp's order, for experts (or a dense MLP) of `width`."""
+    hidden, kv = model.hidden_size, model.num_kv_heads * model.head_dim
+
+    def matrix(name: str, role: Role, layer: int | None, source: str, rows: int, heads: int = 0) -> Slot:
+        return Slot(
+            name=name,
+            role=role,
+            layer=layer,
+            shape=(rows, hidden),
+            sources=(source,),
+            source_rows=rows,
+            source_columns=hidden,
+            heads=heads,
+        )
+
+    def norm(name: str, layer: int | None, source: str) -> Slot:
+        return Slot(
+            name=name, role=Role.NORM, layer=layer, shape=(hidden,), sources=(source,), source_rows=1, source_columns=hidden
+        )
+
+    def mlp(name: str, projection: Projection, layer: int, sources: tuple[str, ...], own: int, padded: int) -> Slot:
+        rows, columns = (hidden, own) if projection == "down" else (own, hidden)
+        shape = (hidden, padded) if projection == "down" else (padded, hidden)
+        return Slot(
+            name=f"blk.{layer}.ffn_{projection}{name}.weight",
+            role=PROJECTION_ROLES[projection],
+            layer=layer,
+            shape=(len(sources), *shape) if name == "_exps" else shape,
+            sources=sources,
+            source_rows=rows,
+            source_columns=columns,
+        )
+
+    yield matrix("token_embd.weight", Role.EMBEDDING, None, names.EMBEDDING, model.vocab_size)
+    for layer in range(model.num_layers):
         block = f"blk.{layer}."
-        yield block + "attn_norm.weight", Role.NORM, layer, (hidden,), (names.input_norm(layer),), 1, hidden, 0
-        kv = model.num_kv_heads * model.head_dim
-        yield (
-            block + "attn_q.weight",
-            Role.ATTENTION_Q,
-            layer,
-            (hidden, hidden),
-            (names.attention(layer, "q"),),
-            hidden,
-            hidden,
-            model.num_heads,
-        )
-        yield (
-            block + "attn_k.weight",
-            Role.ATTENTION_K,
-            layer,
-            (kv, hidden),
-            (names.attention(layer, "k"),),
-            kv,
-            hidden,
-            model.num_kv_heads,
-        )
-        yield block + "attn_v.weight", Role.ATTENTION_V, layer, (kv, hidden), (names.attention(layer, "v"),), kv, hidden, 0
-        yield (
-            block + "attn_output.weight",
-            Role.ATTENTION_OUTPUT,
-            layer,
-            (hidden, hidden),
-            (names.attention(layer, "o"),),
-            hidden,
-            hidden,
-            0,
-        )
-        yield block + "ffn_norm.weight", Role.NORM, layer, (hidden,), (names.post_attention_norm(layer),), 1, hidden, 0
-        if model.num_experts:
-            shape = (model.num_experts, hidden)
-            yield block + "ffn_gate_inp.weight", Role.ROUTER, layer, shape, (names.router(layer),), *shape, 0
+        yield norm(block + "attn_norm.weight", layer, names.input_norm(layer))
+        query, key = names.attention(layer, "q"), names.attention(layer, "k")
+        value, output = names.attention(layer, "v"), names.attention(layer, "o")
+        yield matrix(block + "attn_q.weight", Role.ATTENTION_Q, layer, query, hidden, model.num_heads)
+        yield matrix(block + "attn_k.weight", Role.ATTENTION_K, layer, key, kv, model.num_kv_heads)
+        yield matrix(block + "attn_v.weight", Role.ATTENTION_V, layer, value, kv)
+        yield matrix(block + "attn_output.weight", Role.ATTENTION_OUTPUT, layer, output, hidden)
+        yield norm(block + "ffn_norm.weight", layer, names.post_attention_norm(layer))
+        if not model.num_experts:
+            for projection in PROJECTIONS:
+                yield mlp("", projection, layer, (names.dense_mlp(layer, projection),), model.intermediate_size, width)
+            continue
+        yield matrix(block + "ffn_gate_inp.weight", Role.ROUTER, layer, names.router(layer), model.num_experts)
         for projection in PROJECTIONS:
-            role = {"gate": Role.GATE, "up": Role.UP, "down": Role.DOWN}[projection]
-
-            def swiglu(
-                suffix: str, sources: tuple[str, ...], own: int, padded: int, experts: tuple[int, ...] = ()
-            ) -> tuple[str, Role, int, tuple[int, ...], tuple[str, ...], int, int, int]:
-                down = projection == "down"  # noqa: B023  (called at once)
-                shape = (hidden, padded) if down else (padded, hidden)
-                rows, columns = (hidden, own) if down else (own, hidden)
-                return f"{block}ffn_{projection}{suffix}.weight", role, layer, (*experts, *shape), sources, rows, columns, 0  # noqa: B023
-
-            if not model.num_experts:
-                yield swiglu("", (names.dense_mlp(layer, projection),), model.intermediate_size, width)
-                continue
             experts = tuple(names.expert(layer, index, projection) for index in range(model.num_experts))
-            yield swiglu("_exps", experts, model.intermediate_size, width, (model.num_experts,))
-            if model.num_shared_experts:
+            yield mlp("_exps", projection, layer, experts, model.intermediate_size, width)
+        if model.num_shared_experts:
+            # llama.cpp takes the shared width to be expert width times count, so both are padded in step.
+            for projection in PROJECTIONS:
                 shared = (names.shared_expert(layer, projection),)
-                yield swiglu("_shexp", shared, model.shared_size, width * model.num_shared_experts)
-    yield "output_norm.weight", Role.NORM, layers, (hidden,), (names.FINAL_NORM,), 1, hidden, 0
+                yield mlp("_shexp", projection, layer, shared, model.shared_size, width * model.num_shared_experts)
+    yield norm("output_norm.weight", None, names.FINAL_NORM)
+    # llama.cpp wants output.weight in these architectures even where the checkpoint ties it to the embedding.
     head = names.EMBEDDING if model.tie_word_embeddings else names.HEAD
-    yield "output.weight", Role.HEAD, layers, (model.vocab_size, hidden), (head,), model.vocab_size, hidden, 0
+    yield matrix("output.weight", Role.HEAD, None, head, model.vocab_size)
 
 
-def _tensors(model: Architecture, recipe: Recipe, width: int) -> tuple[PlannedTensor, ...]:
-    return tuple(
-        PlannedTensor(
-            name,
-            shape,
-            fitting(recipe.type_of(name, role, layer, model.num_layers), shape[-1]),
-            role,
-            sources,
-            rows,
-            columns,
-            heads,
-        )
-        for name, role, layer, shape, sources, rows, columns, heads in _wanted(model, width)
-    )
+def layout(model: Architecture, recipe: Recipe, width: int) -> tuple[PlannedTensor, ...]:
+    """`slots` with the recipe's types, or their fallbacks where rows ask for one."""
+
+    def typed(slot: Slot) -> PlannedTensor:
+        asked = recipe.type_of(slot.name, slot.role, slot.layer or 0, model)
+        return PlannedTensor(**{**asdict(slot), "role": slot.role}, asked=asked, type=fitting(asked, slot.columns))
+
+    return tuple(typed(slot) for slot in slots(model, width))
 
 
 def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:
-    """Choose types and the expert width. Padding is taken where the whole file becomes smaller than with llama-quantize's
-    fallback types, so it is never larger than that one's. Raises UnsupportedError for what no architecture of llama.cpp
-    expresses.
+    """Choose types and the expert width, without reading weights.
+
+    `pad` "auto" widens the experts with zeros to a multiple of 256 where the whole file becomes smaller than with
+    llama-quantize's fallback types, so it is never larger than that one's; "never" keeps the width. Raises UnsupportedError
+    for what no architecture of llama.cpp expresses, ConfigError for an override that matches nothing.
     """
     arch: Literal["bailingmoe", "granitemoe", "xverse"]
     arch = "xverse" if not model.num_experts else "bailingmoe" if model.num_shared_experts else "granitemoe"
-    if model.num_experts == 8:
-        raise UnsupportedError("num_experts is 8: llama.cpp would quantise and report it as Mixtral; this toolkit refuses it")
     if arch == "granitemoe" and not model.norm_topk_prob:
-        raise UnsupportedError("norm_topk_prob false without shared experts: llama.cpp has no architecture for it")
-    notes: list[str] = []
+        raise UnsupportedError("norm_topk_prob is false and there are no shared experts: llama.cpp has no architecture for that")
     width = model.intermediate_size
-    tensors = _tensors(model, recipe, width)
+    tensors = layout(model, recipe, width)
+    for pattern, kind in recipe.overrides:
+        if not any(pattern.search(tensor.name) for tensor in tensors):
+            raise ConfigError(f"--tensor-type '{pattern.pattern}={kind}': matches no tensor; --dry-run lists their names")
+    notes: list[str] = []
     padded = -(-width // SUPER_BLOCK) * SUPER_BLOCK
     if pad == "auto" and padded != width:
-        wider = _tensors(model, recipe, padded)
+        wider = layout(model, recipe, padded)
         saved = _saved(tensors, wider)
         if saved > 0:
             tensors, width = wider, padded
             notes.append(
                 f"Expert width {model.intermediate_size} padded with zeros to {padded}: the same function, "
-                f"{saved / 1e6:.1f} MB less than the fallback types that rows of that width need."
+                f"{saved / 1e6:.1f} MB less than with the fallback types that rows of that width need."
             )
-    fallbacks = sorted({(want, t.type) for t, want in zip(tensors, _asked(model, recipe, width), strict=True) if want != t.type})
-    notes.extend(f"{want} does not divide some rows: {got} there, as llama-quantize does." for want, got in fallbacks)
+    for asked, got in sorted({(tensor.asked, tensor.type) for tensor in tensors if tensor.asked != tensor.type}):
+        notes.append(f"{asked} does not divide some rows: {got} there, as llama-quantize does.")
     return GGUFPlan(arch, model, recipe, width, tensors, tuple(notes))
 
 
 def _saved(plain: tuple[PlannedTensor, ...], padded: tuple[PlannedTensor, ...]) -> int:
+    """Bytes that padding saves."""
     return sum(tensor.nbytes for tensor in plain) - sum(tensor.nbytes for tensor in padded)
-
-
-def _asked(model: Architecture, recipe: Recipe, width: int) -> list[str]:
-    return [recipe.type_of(name, role, layer, model.num_layers) for name, role, layer, *_ in _wanted(model, width)]

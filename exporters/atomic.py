@@ -1,0 +1,51 @@
+"""Files that appear whole or not at all."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def temporary_name(target: Path) -> Path:
+    """The hidden name beside `target` under which it is written; always the same, so that a killed run's leftover is
+    overwritten by the next."""
+    return target.with_name(f".{target.name}.part")
+
+
+@contextmanager
+def staged(targets: Sequence[Path]) -> Iterator[list[Path]]:
+    """Yield temporary names for `targets`; when the block ends well, sync the files and rename them.
+
+    An exception removes them. The first target is renamed last, and where it already existed it is removed before the
+    others are replaced: whoever opens it never sees it with files of another run. Raises OSError; files renamed by then
+    are removed.
+    """
+    temporary = [temporary_name(target) for target in targets]
+    try:
+        yield temporary
+        for path in temporary:
+            _sync(path)
+        if len(targets) > 1:
+            targets[0].unlink(missing_ok=True)
+        renamed: list[Path] = []
+        try:
+            for path, target in reversed(list(zip(temporary, targets, strict=True))):
+                path.replace(target)
+                renamed.append(target)
+        except BaseException:
+            for target in renamed:
+                target.unlink(missing_ok=True)
+            raise
+        for folder in {target.parent for target in targets}:
+            _sync(folder)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

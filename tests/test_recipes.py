@@ -1,0 +1,172 @@
+"""Mixes against llama-quantize's rules, written out by hand for whole models."""
+
+import pytest
+
+from xent_quant import formats
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.errors import ConfigError
+from xent_quant.recipes import BITS, MIXES, Layers, Role, fitting, recipe
+
+
+def model(layers: int = 28, heads: int = 32, kv_heads: int = 32, experts: int = 64) -> Architecture:
+    return Architecture.from_config(
+        {
+            "model_type": "xverse",
+            "vocab_size": 1000,
+            "hidden_size": 80 * heads,
+            "intermediate_size": 1728,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "num_experts": experts,
+            "moe_top_k": 6,
+            "num_shared_experts": 2,
+        }
+    )
+
+
+# use_more_bits of llama-quant.cpp, by hand: n/8 = 3 first, from 7n/8 = 24 on, and 3 + 2, 5 + 3, …
+MORE_OF_28 = {0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27}
+# n/8 = 4 first, from 28 on; 4 + 2, …
+MORE_OF_32 = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
+# n/8 = 0: none first, from 7·2/8 = 1 on; none with remainder 2
+MORE_OF_2 = {1}
+
+
+@pytest.mark.parametrize(("layers", "wanted"), [(28, MORE_OF_28), (32, MORE_OF_32), (2, MORE_OF_2)])
+def test_layers_of_more_bits(layers: int, wanted: set[int]) -> None:
+    assert {layer for layer in range(layers) if Layers.MORE_BITS.contains(layer, layers)} == wanted
+
+
+# mix: (base, head, {role: {type: layers}}); a role that is not named has the base, 28 layers, multi-head attention
+ALL = set(range(28))
+BY_HAND = {
+    "F32": ("F32", "F32", {}),
+    "F16": ("F16", "F16", {}),
+    "BF16": ("BF16", "BF16", {}),
+    "Q8_0": ("Q8_0", "Q8_0", {}),
+    "Q6_K": ("Q6_K", "Q6_K", {}),
+    "Q5_K_M": ("Q5_K", "Q6_K", {Role.ATTENTION_V: {"Q6_K": MORE_OF_28}, Role.DOWN: {"Q6_K": MORE_OF_28}}),
+    "Q5_K_S": ("Q5_K", "Q6_K", {}),
+    "Q5_1": ("Q5_1", "Q6_K", {}),
+    "Q5_0": ("Q5_0", "Q6_K", {}),
+    "Q4_K_M": ("Q4_K", "Q6_K", {Role.ATTENTION_V: {"Q6_K": MORE_OF_28}, Role.DOWN: {"Q6_K": MORE_OF_28}}),
+    "Q4_K_S": ("Q4_K", "Q6_K", {Role.ATTENTION_V: {"Q5_K": {0, 1, 2, 3}}, Role.DOWN: {"Q5_K": {0, 1, 2}}}),
+    "Q4_1": ("Q4_1", "Q6_K", {}),
+    "Q4_0": ("Q4_0", "Q6_K", {}),
+    "Q3_K_L": (
+        "Q3_K",
+        "Q6_K",
+        {Role.ATTENTION_V: {"Q5_K": ALL}, Role.DOWN: {"Q5_K": ALL}, Role.ATTENTION_OUTPUT: {"Q5_K": ALL}},
+    ),
+    "Q3_K_M": (
+        "Q3_K",
+        "Q6_K",
+        {
+            Role.ATTENTION_V: {"Q5_K": {0, 1}, "Q4_K": ALL - {0, 1}},
+            Role.DOWN: {"Q5_K": {0}, "Q4_K": ALL - {0}},
+            Role.ATTENTION_OUTPUT: {"Q4_K": ALL},
+        },
+    ),
+    "Q3_K_S": ("Q3_K", "Q6_K", {}),
+    "Q2_K": (
+        "Q2_K",
+        "Q6_K",
+        {Role.ATTENTION_V: {"Q3_K": ALL}, Role.DOWN: {"Q3_K": ALL}, Role.ATTENTION_OUTPUT: {"Q3_K": ALL}},
+    ),
+    "Q2_K_S": ("Q2_K", "Q6_K", {Role.DOWN: {"Q4_K": {0, 1, 2}}}),
+}
+AVAILABLE = [name for name, mix in MIXES.items() if mix.types <= set(formats.NAMES)]
+
+
+def test_every_available_mix_is_written_out_here() -> None:
+    assert set(AVAILABLE) == set(BY_HAND)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_mix_follows_llama_quantize(name: str) -> None:
+    base, head, differing = BY_HAND[name]
+    chosen = recipe(type=name)
+    assert chosen.type_of("output.weight", Role.HEAD, 0, model()) == head
+    assert chosen.type_of("token_embd.weight", Role.EMBEDDING, 0, model()) == base
+    for role in set(Role) - {Role.HEAD, Role.EMBEDDING}:
+        for layer in ALL:
+            wanted = next((kind for kind, layers in differing.get(role, {}).items() if layer in layers), base)
+            wanted = "F32" if role in (Role.NORM, Role.ROUTER) else wanted
+            assert chosen.type_of("x", role, layer, model()) == wanted, (role, layer)
+
+
+def test_grouped_queries_and_imatrix_change_what_llama_quantize_changes() -> None:
+    def value(name: str, kv_heads: int) -> str:
+        return recipe(type=name).type_of("x", Role.ATTENTION_V, 9, model(kv_heads=kv_heads))
+
+    assert [value("Q2_K", kv) for kv in (32, 16, 8, 4)] == ["Q3_K", "Q3_K", "Q4_K", "Q4_K"]
+    assert [value("Q2_K_S", kv) for kv in (16, 8)] == ["Q2_K", "Q4_K"]
+    for name, kind in (("Q4_0", "Q4_1"), ("Q5_0", "Q5_1")):
+        types = [recipe(type=name, imatrix=True).type_of("x", Role.DOWN, layer, model()) for layer in range(28)]
+        assert types == [kind] * 3 + [name] * 25
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [("Q4_K_M", "Q5_K"), ("Q5_K_M", "Q5_K"), ("Q2_K", "Q5_K"), ("Q6_K", "Q6_K"), ("Q3_K_L", "Q3_K"), ("F16", "F16")],
+)
+def test_eight_experts_are_quantised_as_mixtral(name: str, output: str) -> None:
+    eight, chosen = model(experts=8), recipe(type=name)
+    attention = "F16" if name == "F16" else "Q8_0"
+    assert chosen.type_of("x", Role.ATTENTION_K, 5, eight) == chosen.type_of("x", Role.ATTENTION_V, 5, eight) == attention
+    assert chosen.type_of("x", Role.ATTENTION_OUTPUT, 5, eight) == output
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "wanted"),
+    [
+        ("Q4_K", 1792, "Q4_K"),
+        ("Q4_K", 1728, "Q5_0"),
+        ("Q5_K", 1728, "Q5_1"),
+        ("Q6_K", 1728, "Q8_0"),
+        ("Q3_K", 1728, "Q4_0"),
+        ("Q2_K", 1728, "Q4_0"),
+        ("Q4_K", 1744, "F16"),
+        ("Q8_0", 1728, "Q8_0"),
+        ("Q8_0", 1744, "F16"),
+        ("F32", 7, "F32"),
+        ("BF16", 7, "BF16"),
+    ],
+)
+def test_fallbacks_are_llama_quantize_s(kind: str, columns: int, wanted: str) -> None:
+    assert fitting(kind, columns) == wanted
+
+
+def test_bits_and_names() -> None:
+    assert {bits: recipe(bits=bits).name for bits in BITS} == {8: "Q8_0", 6: "Q6_K", 5: "Q5_K_M", 4: "Q4_K_M"}
+    assert recipe(type="q4_k_m").name == recipe(type="Q4_K").name == "Q4_K_M"
+    assert recipe(type="Q5_K_S").mix.number == 16
+    for bits in (2, 3, 7):
+        with pytest.raises(ConfigError, match=rf"--bits {bits}: .*4, 5, 6, 8"):
+            recipe(bits=bits)
+    with pytest.raises(ConfigError, match=r"--type Q9_X: unknown; there are .*Q4_K_M"):
+        recipe(type="Q9_X")
+
+
+def test_file_type_numbers_are_llama_cpp_s() -> None:
+    from gguf import LlamaFileType
+
+    for name, mix in MIXES.items():
+        member = "ALL_F32" if name == "F32" else f"MOSTLY_{name}"
+        assert LlamaFileType[member] == mix.number, name
+
+
+def test_overrides_come_first_and_the_first_wins() -> None:
+    chosen = recipe(bits=4, tensor_types=["ffn_down_exps=Q8_0", r"blk\.1\.ffn_=q6_K", ".=F16"])
+    assert chosen.type_of("blk.1.ffn_down_exps.weight", Role.DOWN, 1, model()) == "Q8_0"
+    assert chosen.type_of("blk.1.ffn_up_exps.weight", Role.UP, 1, model()) == "Q6_K"
+    assert chosen.type_of("output.weight", Role.HEAD, 0, model()) == "F16"
+    assert chosen.type_of("blk.1.ffn_gate_inp.weight", Role.ROUTER, 1, model()) == "F32"
+    assert recipe(tensor_types=["a=b=Q8_0"]).overrides[0][0].pattern == "a=b"
+
+
+@pytest.mark.parametrize("wrong", ["oops", "=Q8_0", "x=", "x=Q9", "(=Q8_0"])
+def test_wrong_overrides_name_the_option(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="--tensor-type"):
+        recipe(tensor_types=[wrong])
