@@ -13,7 +13,10 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.llama_names import llama_name
 from xent_quant.errors import CalibrationError
+from xent_quant.tensors import InputStatistics
 
 F32 = NDArray[np.float32]
 
@@ -106,6 +109,39 @@ class Imatrix:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+    def keys(self) -> dict[str, str | int]:
+        """What llama-quantize notes in the files that it makes with this matrix."""
+        return {
+            "quantize.imatrix.file": self.source,
+            "quantize.imatrix.dataset": ", ".join(self.datasets),
+            "quantize.imatrix.entries_count": len(self.entries),
+            "quantize.imatrix.chunks_count": self.chunk_count,
+        }
+
+    def check(self, model: Architecture) -> None:
+        """Refuse statistics of another model: every tensor they share must have its experts and columns. Raises
+        CalibrationError."""
+        wanted: dict[str, tuple[int, int]] = {}
+        for name, shape in model.tensors().items():
+            tensor, expert = llama_name(name)
+            wanted[tensor] = (expert + 1, shape[-1])
+        shared = self.entries.keys() & wanted.keys()
+        for tensor in sorted(shared):
+            found = self.entries[tensor].sums.shape
+            if found != wanted[tensor]:
+                raise CalibrationError(
+                    f"{self.source}: {tensor} has statistics of shape {list(found)}, the model needs {list(wanted[tensor])}; "
+                    "calibrate this model"
+                )
+        if not shared:
+            raise CalibrationError(f"{self.source}: holds no tensor of this model; calibrate this model")
+
+    def get(self, name: str) -> InputStatistics | None:
+        """See `StatisticsSource`."""
+        tensor, expert = llama_name(name)
+        importance = self.importance(tensor, expert)
+        return None if importance is None else InputStatistics(importance, None, int(self.entries[tensor].counts[expert]))
 
     def importance(self, name: str, expert: int = 0) -> F32 | None:
         """Mean x² per input column of one matrix, [n_columns] float32, or None where the file has no such tensor.

@@ -1,14 +1,12 @@
-"""What exporters share: the statistics they may ask for, and what they hand back."""
+"""What exporters share. The pipeline walks the checkpoint once and hands every tensor to every exporter's Sink."""
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-Importance = Callable[[str, int], NDArray[np.float32] | None]
-"""importance(tensor's name in the file, expert) -> mean x² of each input column [columns] float32, or None."""
+from xent_quant.formats.base import F32
+from xent_quant.tensors import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -17,3 +15,24 @@ class Exported:
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
+
+
+class Sink(Protocol):
+    """An export under way; bytes go to temporary names."""
+
+    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> None:
+        """Rows `start`… of the checkpoint tensor `name`: [rows, columns] float32, a vector as [1, n].
+
+        Tensors come in the order of `Architecture.tensors()`, each once and whole: in one piece, or, where it is larger
+        than `Checkpoint.SLICE` weights, in consecutive slices of rows. `weights` belongs to the caller and is not changed.
+        """
+
+    def finish(self) -> Exported:
+        """All tensors were put: write what is left. The files appear under their names when the context ends."""
+
+
+class Exporter(Protocol):
+    """An export, planned from headers: everything that can be refused has been refused when it exists."""
+
+    def open(self) -> AbstractContextManager[Sink]:
+        """Check the target and start writing. Leaving the context without `finish` removes everything written."""

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xent_quant.errors import CalibrationError, CheckpointError, ConfigError
-from xent_quant.progress import Progress, Silent
+from xent_quant.errors import CheckpointError, ConfigError
+from xent_quant.progress import Progress
 
 if TYPE_CHECKING:
     from calibration.imatrix import Imatrix
@@ -114,12 +114,12 @@ def _open(model: str | Path | None) -> "Checkpoint":
 
 
 def _plan(
-    checkpoint: "Checkpoint", bits: int, type: str | None, tensor_types: Sequence[str], pad: str
+    checkpoint: "Checkpoint", bits: int, type: str | None, tensor_types: Sequence[str], pad: str, imatrix: bool
 ) -> tuple["GGUFPlan", PlanSummary]:
     from exporters.gguf import plan as gguf_plan
     from xent_quant import recipes
 
-    recipe = recipes.recipe(bits=bits, type=type, tensor_types=tensor_types)
+    recipe = recipes.recipe(bits=bits, type=type, tensor_types=tensor_types, imatrix=imatrix)
     planned = gguf_plan.plan(checkpoint.architecture, recipe, pad=pad)
     return planned, PlanSummary(planned.tensors, planned.vram_bytes(VRAM_CONTEXT), VRAM_CONTEXT, planned.notes)
 
@@ -130,10 +130,13 @@ def plan(
     bits: int = 4,
     type: str | None = None,
     tensor_types: Sequence[str] = (),
+    imatrix: str | Path | None = None,
     pad: str = "auto",
 ) -> PlanSummary:
     """What `quantize` would write with the same options, from headers alone."""
-    return _plan(_open(model), bits, type, tensor_types, pad)[1]
+    checkpoint = _open(model)
+    _read_imatrix(imatrix, checkpoint)
+    return _plan(checkpoint, bits, type, tensor_types, pad, imatrix is not None)[1]
 
 
 def quantize(
@@ -161,7 +164,9 @@ def quantize(
     """
     import numba
 
-    from exporters.gguf.export import export_gguf
+    from exporters.gguf.export import GGUFExporter
+    from exporters.stream import export
+    from xent_quant.methods.search import Search
 
     unknown = set(formats) - {"gguf"}
     if unknown or not formats:
@@ -173,66 +178,39 @@ def quantize(
 
     started = time.perf_counter()
     checkpoint = _open(model)
-    statistics = _read_imatrix(imatrix)
-    planned, summary = _plan(checkpoint, bits, type, tensor_types, pad)
-    if statistics is not None:
-        _check_imatrix(statistics, planned)
-    done = export_gguf(
+    statistics = _read_imatrix(imatrix, checkpoint)
+    planned, summary = _plan(checkpoint, bits, type, tensor_types, pad, imatrix is not None)
+    exporter = GGUFExporter(
         checkpoint,
         planned,
         Path(output),
         name or checkpoint.path.resolve().name,
-        importance=statistics.importance if statistics else None,
-        imatrix_keys=_imatrix_keys(statistics) if statistics else {},
+        Search(effort),
+        imatrix_keys=statistics.keys() if statistics else None,
         split_size=split_size,
-        effort=effort,
-        progress=progress or Silent(),
         force=force,
     )
+    done = export(checkpoint, [exporter], statistics, progress)
+    files = tuple(file for exported in done for file in exported.files)
     return QuantizeResult(
-        files=tuple(done.files),
+        files=files,
         plan=summary,
         source_bytes=checkpoint.nbytes,
-        nbytes=sum(path.stat().st_size for path in done.files if path.suffix == ".gguf"),
+        nbytes=sum(path.stat().st_size for path in files if path.suffix == ".gguf"),
         seconds=time.perf_counter() - started,
         threads=threads or available,
-        notes=tuple(done.notes),
+        notes=tuple(note for exported in done for note in exported.notes),
     )
 
 
-def _read_imatrix(path: str | Path | None) -> "Imatrix | None":
+def _read_imatrix(path: str | Path | None, checkpoint: "Checkpoint") -> "Imatrix | None":
     if path is None:
         return None
     from calibration.imatrix import Imatrix
 
-    return Imatrix.read(Path(path))
-
-
-def _imatrix_keys(statistics: "Imatrix") -> dict[str, str | int]:
-    return {
-        "quantize.imatrix.file": statistics.source,
-        "quantize.imatrix.dataset": ", ".join(statistics.datasets),
-        "quantize.imatrix.entries_count": len(statistics.entries),
-        "quantize.imatrix.chunks_count": statistics.chunk_count,
-    }
-
-
-def _check_imatrix(statistics: "Imatrix", planned: "GGUFPlan") -> None:
-    """Refuse statistics of another model: every tensor they share must have the model's experts and columns."""
-    shared = 0
-    for tensor in planned.tensors:
-        entry = statistics.entries.get(tensor.name)
-        if entry is None:
-            continue
-        shared += 1
-        wanted = (len(tensor.sources), tensor.source_columns)
-        if entry.sums.shape not in (wanted, (wanted[0], tensor.shape[-1])):
-            raise CalibrationError(
-                f"{statistics.source}: {tensor.name} has statistics of shape {entry.sums.shape}, the model needs {wanted}; "
-                "calibrate this model"
-            )
-    if not shared:
-        raise CalibrationError(f"{statistics.source}: holds no tensor of this model; calibrate this model")
+    statistics = Imatrix.read(Path(path))
+    statistics.check(checkpoint.architecture)
+    return statistics
 
 
 def describe(path: str | Path) -> dict[str, Any]:

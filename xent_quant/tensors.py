@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -23,3 +27,26 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes as stored."""
         return self.n_weights * (4 if self.dtype == "F32" else 2)
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What calibration knows of the inputs of one weight [out, in], ready for use: blended for rare experts, floored.
+
+    `importance` [in] float32 is the mean x² of each input column; `hessian` [in, in] float32 is the mean x xᵀ (no factor
+    2), or None where it was not asked for; `rows` counts the weight's own rows (tokens), 0 for an expert never reached.
+    """
+
+    importance: NDArray[np.float32]
+    hessian: NDArray[np.float32] | None
+    rows: int
+
+
+class StatisticsSource(Protocol):
+    """Where statistics come from: a file, or a calibration pass that runs along."""
+
+    def get(self, name: str) -> InputStatistics | None:
+        """Of one checkpoint tensor, or None where nothing is known (norms, routers, tensors a file lacks).
+
+        Asked in the order of `Architecture.tensors()`; a running pass need not answer for tensors it has passed.
+        """

@@ -1,29 +1,30 @@
-"""Streams a planned GGUF to disk: header first, then every tensor expert by expert, in slices of rows.
+"""Writes a planned GGUF: header first, then every tensor's rows at their offsets as the checkpoint streams by.
 
-Holds one slice of at most SLICE weights in float32 with its packed bytes (q and k, whose rows change places, whole).
-Files are written under a temporary name beside the target, synced, and renamed at success only.
+Holds the slice that it is given and its packed bytes. Files are written under a temporary name beside the target, synced,
+and renamed at success only.
 """
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 from exporters.atomic import staged
 from exporters.gguf import card, metadata, tokenizer
 from exporters.gguf.plan import GGUFPlan, PlannedTensor
-from exporters.interface import Exported, Importance
+from exporters.interface import Exported
 from xent_quant import formats
 from xent_quant.checkpoint.reader import Checkpoint, check_free_space
 from xent_quant.errors import ExportError
-from xent_quant.formats.base import F32, U8, Effort
-from xent_quant.progress import Progress
+from xent_quant.formats.base import F32, U8
+from xent_quant.methods.interface import Method
 from xent_quant.recipes import Role
-
-SLICE = 16 * 1024 * 1024
-"""Weights quantised at once, at most (one row at least)."""
+from xent_quant.tensors import InputStatistics
 
 ALIGNMENT = int(gguf.GGUF_DEFAULT_ALIGNMENT)
 MAX_SHARDS = 65535  # split.count is a u16
@@ -51,87 +52,191 @@ def shards(tensors: Sequence[PlannedTensor], split_size: int | None, header_byte
     return result
 
 
-def export_gguf(
-    checkpoint: Checkpoint,
-    plan: GGUFPlan,
-    output: Path,
-    name: str,
-    *,
-    importance: Importance | None,
-    imatrix_keys: Mapping[str, str | int],
-    split_size: int | None,
-    effort: Effort,
-    progress: Progress,
-    force: bool,
-) -> Exported:
-    """Write `output/name-TYPE.gguf` (or its shards), a Modelfile and a model card.
+class GGUFExporter:
+    """`output/name-TYPE.gguf` (or its shards of at most `split_size` bytes), a Modelfile and a model card.
 
-    `importance(tensor, expert)` gives [source_columns] float32 or None. Raises ExportError where the output exists
-    without `force`, cannot be written or does not fit, and what reading and quantising raise; after any error none of
-    these files is left, unless it was there before.
+    `imatrix_keys` are the `quantize.imatrix.*` keys that tell where statistics came from. Raises ExportError for an
+    impossible name, and what reading the tokenizer raises.
     """
-    if not name or name.startswith(".") or any(char in name for char in "/\\\0"):
-        raise ExportError(f"--name {name!r}: not a file name; give one without slashes")
-    spec = tokenizer.load(checkpoint.path, checkpoint.architecture)
-    header_bytes = (
-        65536 + sum(len(token.encode()) + 16 for token in spec.tokens) + sum(len(merge.encode()) + 8 for merge in spec.merges)
-    )
-    parts = shards(plan.tensors, split_size, header_bytes)
-    stem = f"{name}-{plan.recipe.name}"
-    count = len(parts)
-    targets = [
-        output / (f"{stem}.gguf" if count == 1 else f"{stem}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1)
-    ]
-    base = card.BaseModel.of(checkpoint.path)
-    extras = {
-        output / "README.md": card.readme(base, plan, targets, name),
-        output / "Modelfile": card.modelfile(targets, stem),
-    }
-    unmeasured: set[str] = set()
 
-    def measured(tensor: str, expert: int) -> F32 | None:
-        found = importance(tensor, expert) if importance else None
-        if found is None:
-            unmeasured.add(tensor)
-        return found
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: GGUFPlan,
+        output: Path,
+        name: str,
+        method: Method,
+        *,
+        imatrix_keys: Mapping[str, str | int] | None = None,
+        split_size: int | None = None,
+        force: bool = False,
+    ) -> None:
+        if not name or name.startswith(".") or any(char in name for char in "/\\\0"):
+            raise ExportError(f"--name {name!r}: not a file name; give one without slashes")
+        self.checkpoint, self.plan, self.output, self.name, self.method = checkpoint, plan, output, name, method
+        self.imatrix_keys, self.force = imatrix_keys or {}, force
+        self.tokenizer = tokenizer.load(checkpoint.path, checkpoint.architecture)
+        self.base = card.BaseModel.of(checkpoint.path)
+        texts = (*self.tokenizer.tokens, *self.tokenizer.merges)
+        self.header_bytes = 65536 + sum(len(text.encode()) + 16 for text in texts)
+        self.parts = shards(plan.tensors, split_size, self.header_bytes)
+        self.stem = f"{name}-{plan.recipe.name}"
+        count = len(self.parts)
+        self.targets = [
+            output / (f"{self.stem}.gguf" if count == 1 else f"{self.stem}-{index:05d}-of-{count:05d}.gguf")
+            for index in range(1, count + 1)
+        ]
+        self.extras = {
+            output / "README.md": card.readme(self.base, plan, self.targets, name),
+            output / "Modelfile": card.modelfile(self.targets, self.stem),
+        }
 
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        taken = [path for path in (*targets, *extras) if path.exists()]
-        if taken and not force:
-            raise ExportError(f"{taken[0]}: exists already; add --force to replace it, or choose another --output")
-        check_free_space(output, plan.nbytes + header_bytes + sum(_info_bytes(tensor) for tensor in plan.tensors))
-        progress.start(f"Writing {plan.recipe.name}", sum(tensor.n_weights for tensor in plan.tensors))
+    @contextmanager
+    def open(self) -> Iterator["GGUFSink"]:
+        """See `Exporter.open`. Raises ExportError where the output exists without `force`, cannot be written or does not
+        fit; after any error none of these files is left, unless it was there before."""
         try:
-            with staged([*targets, *extras]) as temporary:
-                for index, part in enumerate(parts):
-                    writer = gguf.GGUFWriter(temporary[index], plan.arch)
-                    if index == 0:
-                        metadata.write(writer, plan, name, base)
-                        tokenizer.write(writer, spec, checkpoint.architecture)
-                        for key, value in imatrix_keys.items():
-                            writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
-                    else:
-                        writer.kv_data[0].clear()  # general.architecture: all metadata is in the first shard
-                    if count > 1:
-                        writer.add_uint16("split.no", index)
-                        writer.add_uint16("split.count", count)
-                        writer.add_int32("split.tensors.count", len(plan.tensors))
-                    _write(writer, part, checkpoint, measured, effort, progress)
-                for path, text in zip(temporary[count:], extras.values(), strict=True):
+            self.output.mkdir(parents=True, exist_ok=True)
+            taken = [path for path in (*self.targets, *self.extras) if path.exists()]
+            if taken and not self.force:
+                raise ExportError(f"{taken[0]}: exists already; add --force to replace it, or choose another --output")
+            infos = sum(_info_bytes(tensor) for tensor in self.plan.tensors)
+            check_free_space(self.output, self.plan.nbytes + self.header_bytes + infos)
+            with staged([*self.targets, *self.extras]) as temporary, ExitStack() as files:
+                places: dict[str, list[_Place]] = {}
+                for index, (path, part) in enumerate(zip(temporary[: len(self.parts)], self.parts, strict=True)):
+                    self._write_header(path, part, index)
+                    stream = files.enter_context(path.open("r+b"))
+                    offset = stream.seek(0, os.SEEK_END)  # aligned by _write_header
+                    for tensor in part:
+                        for expert, source in enumerate(tensor.sources):
+                            own = offset + expert * (tensor.nbytes // len(tensor.sources))
+                            places.setdefault(source, []).append(_Place(tensor, stream.fileno(), own))
+                        offset += _aligned(tensor.nbytes)
+                    stream.truncate(offset)
+                for path, text in zip(temporary[len(self.parts) :], self.extras.values(), strict=True):
                     path.write_text(text, "utf-8")
+                sink = GGUFSink(self, places)
+                yield sink
+                if not sink.finished:
+                    raise AssertionError("an export was left without finish()")
+        except OSError as error:
+            raise ExportError(f"{error.filename or self.output}: {error.strerror or error}; nothing was written") from error
+
+    def _write_header(self, path: Path, tensors: Sequence[PlannedTensor], index: int) -> None:
+        """Everything up to the tensor data, through gguf-py."""
+        writer = gguf.GGUFWriter(path, self.plan.arch)
+        if index == 0:
+            metadata.write(writer, self.plan, self.name, self.base)
+            tokenizer.write(writer, self.tokenizer, self.checkpoint.architecture)
+            for key, value in self.imatrix_keys.items():
+                writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+        else:
+            writer.kv_data[0].clear()  # general.architecture: all metadata is in the first shard
+        if len(self.parts) > 1:
+            writer.add_uint16("split.no", index)
+            writer.add_uint16("split.count", len(self.parts))
+            writer.add_int32("split.tensors.count", len(self.plan.tensors))
+        for tensor in tensors:
+            kind = formats.get(tensor.type)
+            # Said to be bytes whatever the type: gguf-py then derives the shape from `raw_dtype`, BF16's too.
+            shape = (*tensor.shape[:-1], kind.row_bytes(tensor.columns))
+            writer.add_tensor_info(
+                tensor.name, shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=gguf.GGMLQuantizationType(kind.ggml_type)
+            )
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            stream = writer.fout[0]
+            writer.write_padding(stream, stream.tell())
         finally:
-            progress.finish()
-    except OSError as error:
-        raise ExportError(f"{error.filename or output}: {error.strerror or error}; nothing was written") from error
-    return Exported((*targets, *extras), _notes(plan, unmeasured) if importance else ())
+            writer.close()
 
 
-def _notes(plan: GGUFPlan, unmeasured: set[str]) -> tuple[str, ...]:
-    missing = [tensor.name for tensor in plan.tensors if tensor.name in unmeasured and tensor.role not in STATISTICS_FREE]
-    if not missing:
+@dataclass(frozen=True)
+class _Place:
+    """Where one source's rows go: an open file, and the offset of its first row."""
+
+    tensor: PlannedTensor
+    file: int
+    offset: int
+
+
+class GGUFSink:
+    """See `Sink`. Rows of q and k change places on the way; padding rows and columns are zeros, of importance 0."""
+
+    def __init__(self, exporter: GGUFExporter, places: Mapping[str, Sequence[_Place]]) -> None:
+        self._exporter = exporter
+        self._places = places
+        self._written = 0
+        self._measured: dict[str, bool] = {}
+        self.finished = False
+
+    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> None:
+        """See `Sink.put`."""
+        for place in self._places[name]:
+            tensor, kind = place.tensor, formats.get(place.tensor.type)
+            last = start + len(weights) == tensor.source_rows
+            missing = (tensor.rows - tensor.source_rows if last else 0, tensor.columns - tensor.source_columns)
+            padded = np.pad(weights, ((0, missing[0]), (0, missing[1]))) if any(missing) else weights
+            known = statistics and pad_columns(statistics, tensor.columns)
+            self._write(place, start, self._exporter.method.quantize(padded, kind, known, name=name))
+            if tensor.role not in STATISTICS_FREE:
+                self._measured[tensor.name] = known is not None and self._measured.get(tensor.name, True)
+
+    def _write(self, place: _Place, start: int, packed: U8) -> None:
+        """Packed rows [rows, row_bytes] to their places."""
+        if place.tensor.heads:
+            rows = rotary_rows(np.arange(start, start + len(packed)), place.tensor.source_rows // place.tensor.heads)
+            for row, data in zip(rows, packed, strict=True):
+                _write_at(place.file, data, place.offset + int(row) * packed.shape[1])
+        else:
+            _write_at(place.file, packed, place.offset + start * packed.shape[1])
+        self._written += packed.nbytes
+
+    def finish(self) -> Exported:
+        """See `Sink.finish`."""
+        exporter = self._exporter
+        if self._written != exporter.plan.nbytes:
+            raise AssertionError(f"{self._written} bytes written, {exporter.plan.nbytes} planned")
+        self.finished = True
+        return Exported((*exporter.targets, *exporter.extras), _notes(self._measured))
+
+
+def _notes(measured: Mapping[str, bool]) -> tuple[str, ...]:
+    missing = [name for name, known in measured.items() if not known]
+    if not missing or len(missing) == len(measured):
         return ()
-    return (f"The imatrix has no statistics for {len(missing)} tensors ({missing[0]}, …): quantised without.",)
+    return (f"There are no statistics for {len(missing)} tensors ({missing[0]}, …): quantised without.",)
+
+
+def pad_columns(statistics: InputStatistics, columns: int) -> InputStatistics:
+    """The statistics of inputs that are followed by zeros up to `columns`."""
+    missing = columns - len(statistics.importance)
+    if not missing:
+        return statistics
+    hessian = statistics.hessian
+    return replace(
+        statistics,
+        importance=np.pad(statistics.importance, (0, missing)),
+        hessian=None if hessian is None else np.pad(hessian, ((0, missing), (0, missing))),
+    )
+
+
+def rotary_rows(rows: NDArray[np.int64], head_dim: int) -> NDArray[np.int64]:
+    """Where rows of q or k go: from rotate_half order to the interleaved one that llama.cpp rotates."""
+    head, within = np.divmod(rows, head_dim)
+    part, index = np.divmod(within, head_dim // 2)
+    moved: NDArray[np.int64] = head * head_dim + 2 * index + part
+    return moved
+
+
+def _write_at(file: int, data: U8, offset: int) -> None:
+    view = np.ascontiguousarray(data).data.cast("B")
+    while view:
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _aligned(nbytes: int) -> int:
@@ -141,72 +246,3 @@ def _aligned(nbytes: int) -> int:
 def _info_bytes(tensor: PlannedTensor) -> int:
     """Bound on the header's entry: name, number of dimensions, dimensions, type, offset."""
     return len(tensor.name) + 8 + 4 + 8 * len(tensor.shape) + 4 + 8
-
-
-def _write(
-    writer: gguf.GGUFWriter,
-    tensors: Sequence[PlannedTensor],
-    checkpoint: Checkpoint,
-    importance: Importance,
-    effort: Effort,
-    progress: Progress,
-) -> None:
-    """Write one file through gguf-py: header, keys and tensor infos by its writer, data appended here in slices."""
-    for tensor in tensors:
-        kind = formats.get(tensor.type)
-        # Said to be bytes whatever the type: gguf-py then derives the shape from `raw_dtype`, BF16's too.
-        shape = (*tensor.shape[:-1], kind.row_bytes(tensor.columns))
-        writer.add_tensor_info(
-            tensor.name, shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=gguf.GGMLQuantizationType(kind.ggml_type)
-        )
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        stream = writer.fout[0]
-        writer.write_padding(stream, stream.tell())
-        for tensor in tensors:
-            written = 0
-            for packed in packed_slices(tensor, checkpoint, importance, effort):
-                stream.write(packed.data)
-                written += packed.nbytes
-                progress.advance(packed.shape[0] * tensor.columns)
-            if written != tensor.nbytes:
-                raise AssertionError(f"{tensor.name}: {written} bytes written, {tensor.nbytes} planned")
-            writer.write_padding(stream, written)
-        stream.flush()
-        os.fsync(stream.fileno())
-    finally:
-        writer.close()
-
-
-def packed_slices(tensor: PlannedTensor, checkpoint: Checkpoint, importance: Importance, effort: Effort) -> Iterator[U8]:
-    """Packed rows [rows, row_bytes] uint8 of all experts in order, padding included, at most SLICE weights at a time.
-
-    Padding rows and columns are zeros, of importance 0.
-    """
-    kind = formats.get(tensor.type)
-    rows_at_once = max(1, SLICE // tensor.columns)
-    for expert, source in enumerate(tensor.sources):
-        weight_of = importance(tensor.name, expert)
-        if weight_of is not None and len(weight_of) < tensor.columns:
-            weight_of = np.pad(weight_of, (0, tensor.columns - len(weight_of)))
-        permuted = permute(checkpoint.read(source), tensor.heads) if tensor.heads else None
-        for start in range(0, tensor.rows, rows_at_once):
-            stop = min(start + rows_at_once, tensor.rows)
-            if permuted is not None:
-                weights = permuted[start:stop]
-            elif len(tensor.shape) == 1:
-                weights = checkpoint.read(source)[None]
-            else:
-                weights = checkpoint.read(source, min(start, tensor.source_rows), min(stop, tensor.source_rows))
-            missing = (stop - start - weights.shape[0], tensor.columns - weights.shape[1])
-            if any(missing):
-                weights = np.pad(weights, ((0, missing[0]), (0, missing[1])))
-            yield kind.quantize(weights, weight_of, effort=effort, name=source)
-
-
-def permute(weights: F32, heads: int) -> F32:
-    """Rows of q or k from rotate_half order to the interleaved one that llama.cpp rotates: [heads·head_dim, in]."""
-    rows, columns = weights.shape
-    return np.ascontiguousarray(weights.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2)).reshape(rows, columns)

@@ -1,13 +1,14 @@
 """What a GGUF export will write, tensor by tensor, decided from headers alone."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Literal
 
 from xent_quant import formats
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.architecture import PROJECTIONS, Architecture, Projection
+from xent_quant.checkpoint.llama_names import llama_name
 from xent_quant.errors import ConfigError, UnsupportedError
 from xent_quant.recipes import Recipe, Role, fitting
 
@@ -117,64 +118,59 @@ def slots(model: Architecture, width: int) -> Iterator[Slot]:
     """Every tensor of the file in llama.cpp's order, for experts (or a dense MLP) of `width`."""
     hidden, kv = model.hidden_size, model.num_kv_heads * model.head_dim
 
-    def matrix(name: str, role: Role, layer: int | None, source: str, rows: int, heads: int = 0) -> Slot:
+    def slot(role: Role, layer: int | None, source: str, rows: int = 1, heads: int = 0) -> Slot:
+        """A matrix of `rows` rows, or with the role of a norm a vector."""
         return Slot(
-            name=name,
+            name=llama_name(source)[0],
             role=role,
             layer=layer,
-            shape=(rows, hidden),
+            shape=(hidden,) if role is Role.NORM else (rows, hidden),
             sources=(source,),
             source_rows=rows,
             source_columns=hidden,
             heads=heads,
         )
 
-    def norm(name: str, layer: int | None, source: str) -> Slot:
-        return Slot(
-            name=name, role=Role.NORM, layer=layer, shape=(hidden,), sources=(source,), source_rows=1, source_columns=hidden
-        )
-
-    def mlp(name: str, projection: Projection, layer: int, sources: tuple[str, ...], own: int, padded: int) -> Slot:
+    def mlp(projection: Projection, layer: int, sources: Sequence[str], own: int, padded: int, stacked: bool = False) -> Slot:
         rows, columns = (hidden, own) if projection == "down" else (own, hidden)
         shape = (hidden, padded) if projection == "down" else (padded, hidden)
         return Slot(
-            name=f"blk.{layer}.ffn_{projection}{name}.weight",
+            name=llama_name(sources[0])[0],
             role=PROJECTION_ROLES[projection],
             layer=layer,
-            shape=(len(sources), *shape) if name == "_exps" else shape,
-            sources=sources,
+            shape=(len(sources), *shape) if stacked else shape,
+            sources=tuple(sources),
             source_rows=rows,
             source_columns=columns,
         )
 
-    yield matrix("token_embd.weight", Role.EMBEDDING, None, names.EMBEDDING, model.vocab_size)
+    yield slot(Role.EMBEDDING, None, names.EMBEDDING, model.vocab_size)
     for layer in range(model.num_layers):
-        block = f"blk.{layer}."
-        yield norm(block + "attn_norm.weight", layer, names.input_norm(layer))
-        query, key = names.attention(layer, "q"), names.attention(layer, "k")
-        value, output = names.attention(layer, "v"), names.attention(layer, "o")
-        yield matrix(block + "attn_q.weight", Role.ATTENTION_Q, layer, query, hidden, model.num_heads)
-        yield matrix(block + "attn_k.weight", Role.ATTENTION_K, layer, key, kv, model.num_kv_heads)
-        yield matrix(block + "attn_v.weight", Role.ATTENTION_V, layer, value, kv)
-        yield matrix(block + "attn_output.weight", Role.ATTENTION_OUTPUT, layer, output, hidden)
-        yield norm(block + "ffn_norm.weight", layer, names.post_attention_norm(layer))
+        yield slot(Role.NORM, layer, names.input_norm(layer))
+        yield slot(Role.ATTENTION_Q, layer, names.attention(layer, "q"), hidden, model.num_heads)
+        yield slot(Role.ATTENTION_K, layer, names.attention(layer, "k"), kv, model.num_kv_heads)
+        yield slot(Role.ATTENTION_V, layer, names.attention(layer, "v"), kv)
+        yield slot(Role.ATTENTION_OUTPUT, layer, names.attention(layer, "o"), hidden)
+        yield slot(Role.NORM, layer, names.post_attention_norm(layer))
         if not model.num_experts:
             for projection in PROJECTIONS:
-                yield mlp("", projection, layer, (names.dense_mlp(layer, projection),), model.intermediate_size, width)
+                yield mlp(projection, layer, (names.dense_mlp(layer, projection),), model.intermediate_size, width)
             continue
-        yield matrix(block + "ffn_gate_inp.weight", Role.ROUTER, layer, names.router(layer), model.num_experts)
+        yield slot(Role.ROUTER, layer, names.router(layer), model.num_experts)
         for projection in PROJECTIONS:
             experts = tuple(names.expert(layer, index, projection) for index in range(model.num_experts))
-            yield mlp("_exps", projection, layer, experts, model.intermediate_size, width)
+            yield mlp(projection, layer, experts, model.intermediate_size, width, stacked=True)
         if model.num_shared_experts:
             # llama.cpp takes the shared width to be expert width times count, so both are padded in step.
             for projection in PROJECTIONS:
                 shared = (names.shared_expert(layer, projection),)
-                yield mlp("_shexp", projection, layer, shared, model.shared_size, width * model.num_shared_experts)
-    yield norm("output_norm.weight", None, names.FINAL_NORM)
-    # llama.cpp wants output.weight in these architectures even where the checkpoint ties it to the embedding.
-    head = names.EMBEDDING if model.tie_word_embeddings else names.HEAD
-    yield matrix("output.weight", Role.HEAD, None, head, model.vocab_size)
+                yield mlp(projection, layer, shared, model.shared_size, width * model.num_shared_experts)
+    yield slot(Role.NORM, None, names.FINAL_NORM)
+    if model.tie_word_embeddings:
+        # llama.cpp wants output.weight in these architectures even where the checkpoint ties it to the embedding.
+        yield replace(slot(Role.HEAD, None, names.EMBEDDING, model.vocab_size), name=llama_name(names.HEAD)[0])
+    else:
+        yield slot(Role.HEAD, None, names.HEAD, model.vocab_size)
 
 
 def layout(model: Architecture, recipe: Recipe, width: int) -> tuple[PlannedTensor, ...]:

@@ -15,34 +15,30 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from exporters.atomic import staged
-from exporters.gguf import card, export
-from exporters.gguf.export import export_gguf
-from exporters.gguf.plan import layout, plan
+from exporters.gguf import card
+from exporters.gguf.export import GGUFExporter
+from exporters.gguf.plan import GGUFPlan, layout, plan
+from exporters.stream import export
 from tests.reference.forward import forward
 from xent_quant import formats
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, ExportError
-from xent_quant.progress import Silent
+from xent_quant.methods.search import Search
 from xent_quant.recipes import recipe
+from xent_quant.tensors import InputStatistics
 from xent_quant.validation.llama_cpp import LlamaCpp
 
-QUIET = {
-    "importance": None,
-    "imatrix_keys": {},
-    "split_size": None,
-    "effort": "fast",
-    "progress": Silent(),
-    "force": False,
-}
 IDS = [2, 17, 300, 5, 9, 42, 260, 261, 11, 7]
 
 
-def write(
-    folder: Path, output: Path, *, type: str = "Q8_0", name: str = "Tiny", pad: str = "auto", overrides=(), **options
-) -> list[Path]:
+def write_plan(checkpoint: Checkpoint, planned: GGUFPlan, output: Path, name: str, statistics=None, **options) -> list[Path]:
+    exporter = GGUFExporter(checkpoint, planned, output, name, Search("fast"), **options)
+    return list(export(checkpoint, [exporter], statistics)[0].files)
+
+
+def write(folder: Path, output: Path, *, type: str = "Q8_0", name: str = "Tiny", **options) -> list[Path]:
     checkpoint = Checkpoint.open(folder)
-    planned = plan(checkpoint.architecture, recipe(type=type))
-    return list(export_gguf(checkpoint, planned, output, name, **{**QUIET, **options}).files)
+    return write_plan(checkpoint, plan(checkpoint.architecture, recipe(type=type)), output, name, **options)
 
 
 def tensors(path: Path) -> dict[str, gguf.ReaderTensor]:
@@ -82,7 +78,7 @@ def test_padded_f32_experts_compute_the_same(checkpoint, tmp_path: Path, changes
     assert planned.expert_width == 512
     floats = recipe(type="F32")
     padded = replace(planned, tensors=layout(opened.architecture, floats, 512), recipe=floats)
-    files = export_gguf(opened, padded, tmp_path / "out", "Padded", **QUIET).files
+    files = write_plan(opened, padded, tmp_path / "out", "Padded")
     wanted = forward(load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text()), IDS)
     with LlamaCpp(files[0]) as llama:
         assert np.abs(llama.logits(IDS) - wanted).max() < 1e-3
@@ -93,13 +89,16 @@ def test_padded_f32_experts_compute_the_same(checkpoint, tmp_path: Path, changes
 def test_padding_dequantises_to_exact_zeros(checkpoint, tmp_path: Path, kind: str, measured: bool) -> None:
     folder = checkpoint(intermediate_size=480, num_hidden_layers=1)
     random = np.random.default_rng(1)
-    columns = {"down_exps": 480, "down_shexp": 960}
 
-    def importance(name: str, expert: int) -> np.ndarray | None:
-        width = next((n for key, n in columns.items() if key in name), 256)
-        return random.uniform(0, 2, width).astype(np.float32)
+    class Statistics:
+        def get(self, name: str) -> InputStatistics | None:
+            if "layers" not in name or "norm" in name:
+                return None
+            width = 480 if "experts." in name and "down" in name else 256
+            width = 960 if "shared_experts.down" in name else width
+            return InputStatistics(random.uniform(0, 2, width).astype(np.float32), None, 100)
 
-    file = write(folder, tmp_path, type=kind, importance=importance if measured else None)[0]
+    file = write(folder, tmp_path, type=kind, statistics=Statistics() if measured else None)[0]
     weights, found = load_file(folder / "model.safetensors"), tensors(file)
     layer = "model.layers.0.mlp."
     for projection in ("gate", "up", "down"):
@@ -204,17 +203,19 @@ def test_splits_hold_the_same_tensors(checkpoint, tmp_path: Path) -> None:
 def test_slices_change_no_byte_and_bound_the_memory(checkpoint, tmp_path: Path, monkeypatch) -> None:
     folder = checkpoint(vocab_size=20_000, intermediate_size=480, num_hidden_layers=1)
     whole = write(folder, tmp_path / "whole", type="Q4_K_M")[0]  # compiles the kernels, too
-    monkeypatch.setattr(export, "SLICE", 64 * 1024)
+    monkeypatch.setattr(Checkpoint, "SLICE", 64 * 1024)
     opened = Checkpoint.open(folder)
-    (embedding, *_) = plan(opened.architecture, recipe(type="Q4_K_M")).tensors
-    assert embedding.n_weights > 70 * export.SLICE
-    tracemalloc.start()
-    for _ in export.packed_slices(embedding, opened, lambda *_: None, "fast"):
-        pass
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 5 * 4 * export.SLICE  # raw bytes, float32, checks and packed rows of a slice or two
-    sliced = write(folder, tmp_path / "sliced", type="Q4_K_M")[0]
+    assert opened.infos["model.embed_tokens.weight"].n_weights > 70 * Checkpoint.SLICE
+    exporter = GGUFExporter(opened, plan(opened.architecture, recipe(type="Q4_K_M")), tmp_path / "sliced", "Tiny", Search("fast"))
+    with exporter.open() as sink:
+        tracemalloc.start()
+        for name in opened.infos:
+            for start, weights in opened.slices(name):
+                sink.put(name, start, weights, None)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        sliced = sink.finish().files[0]
+    assert peak < 5 * 4 * Checkpoint.SLICE  # raw bytes, float32, checks and packed rows of a slice or two
     assert whole.read_bytes() == sliced.read_bytes()
 
 

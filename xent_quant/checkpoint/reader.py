@@ -1,10 +1,11 @@
 """A checkpoint folder, opened from headers and read one tensor, or one slice of rows, at a time."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ class Checkpoint:
 
     `ignored` names tensors of the files that the architecture does not use (rotary_emb.inv_freq and the like).
     """
+
+    SLICE: ClassVar[int] = 16 * 1024 * 1024
+    """Weights that `slices` reads at once, at most (one row at least)."""
 
     path: Path
     config: dict[str, Any]
@@ -86,6 +90,17 @@ class Checkpoint:
                 f"{location.file}: {name}: NaN or infinite weight in row {row_index}; the checkpoint is damaged"
             )
         return values
+
+    def slices(self, name: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(first row, rows) of a tensor in order, as float32 [rows, columns], a vector as [1, n]; in one piece unless it
+        is larger than SLICE weights. Raises as `read`."""
+        shape = self.infos[name].shape
+        if len(shape) == 1:
+            yield 0, self.read(name)[None]
+            return
+        rows = max(1, self.SLICE // prod(shape[1:]))
+        for start in range(0, shape[0], rows):
+            yield start, self.read(name, start, min(start + rows, shape[0]))
 
     def read_torch(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """The whole tensor for torch; float32 unless `dtype` is given. Raises as `read`."""

@@ -86,6 +86,7 @@ def quantize(
         "bits": bits,
         "type": type,
         "tensor_types": tensor_type,
+        "imatrix": imatrix,
         "pad": pad,
     }
     if model is None:
@@ -98,7 +99,6 @@ def quantize(
         result = pipeline.quantize(
             model,
             formats=format,
-            imatrix=imatrix,
             effort=effort,
             output=output,
             name=name,

@@ -4,6 +4,7 @@ A type is one file here and one line in `xent_quant.formats.FORMATS`.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -17,6 +18,22 @@ U8 = NDArray[np.uint8]
 
 IMPORTANCE_FLOOR = 1e-6
 """Share of the mean below which no column's importance counts as less."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that packed rows may take once their scales are fixed: what error feedback (GPTQ) rounds onto.
+
+    weight[r, c] = scale[r, g] · levels[code[r, c]] + offset[r, g] with g = c // group_size. `scale` and `offset` are
+    [rows, groups] float32, `levels` [n_levels] float32 ascending; codes are indices into `levels`.
+    """
+
+    scale: F32
+    offset: F32
+    levels: F32
+
+    def group_size(self, columns: int) -> int:
+        return columns // int(self.scale.shape[1])
 
 
 class QuantFormat(ABC):
@@ -86,3 +103,11 @@ class QuantFormat(ABC):
     @abstractmethod
     def dequantize_rows(self, packed: U8) -> F32:
         """The inverse on checked input."""
+
+    def grid(self, packed: U8) -> Grid | None:
+        """The grid of packed rows [rows, row_bytes]; None for types without one code per weight (floats, codebooks)."""
+        return None
+
+    def with_codes(self, packed: U8, codes: U8) -> U8:
+        """A copy of `packed` that keeps every scale and holds `codes` [rows, columns] uint8, indices into the grid's levels."""
+        raise NotImplementedError(f"{self.name} has no grid")

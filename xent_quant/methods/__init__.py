@@ -1,0 +1,1 @@
+"""Ways to choose quantised values."""

@@ -1,0 +1,33 @@
+"""One walk over a checkpoint that feeds any number of exporters."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from exporters.interface import Exported, Exporter
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.progress import Progress, Silent
+from xent_quant.tensors import StatisticsSource
+
+
+def export(
+    checkpoint: Checkpoint,
+    exporters: Sequence[Exporter],
+    statistics: StatisticsSource | None = None,
+    progress: Progress | None = None,
+) -> list[Exported]:
+    """Read every tensor once and hand it to every exporter. All exports appear, or none does.
+
+    Holds one slice of a tensor, and what the sinks and the statistics hold. Raises what they raise.
+    """
+    report = progress or Silent()
+    with ExitStack() as stack:
+        sinks = [stack.enter_context(exporter.open()) for exporter in exporters]
+        report.start("Quantising", checkpoint.n_weights)
+        stack.callback(report.finish)
+        for name in checkpoint.infos:
+            known = statistics.get(name) if statistics else None
+            for start, weights in checkpoint.slices(name):
+                for sink in sinks:
+                    sink.put(name, start, weights, known)
+                report.advance(weights.size)
+        return [sink.finish() for sink in sinks]

@@ -1,0 +1,23 @@
+"""What a method is: it chooses the values, the format says what their bytes mean.
+
+A method is one file here and one line in `xent_quant.methods.METHODS`.
+"""
+
+from typing import Protocol
+
+from xent_quant.formats.base import F32, U8, QuantFormat
+from xent_quant.tensors import InputStatistics
+
+
+class Method(Protocol):
+    """Quantises rows of one weight. Rows are independent: any slice of them gives the same bytes as the whole."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether it uses `InputStatistics.hessian`."""
+
+    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+        """[rows, columns] float32 to [rows, row_bytes] uint8. `name` is for messages. Raises QuantizationError."""

@@ -1,0 +1,19 @@
+"""The importance-weighted search: every block's scales and codes minimise Σ importance · (w − ŵ)²."""
+
+from dataclasses import dataclass
+
+from xent_quant.formats.base import F32, U8, Effort, QuantFormat
+from xent_quant.tensors import InputStatistics
+
+
+@dataclass(frozen=True)
+class Search:
+    """Without statistics every column counts the same."""
+
+    effort: Effort = "normal"
+    name: str = "imatrix"
+    needs_hessian: bool = False
+
+    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+        """See `Method.quantize`."""
+        return kind.quantize(weights, statistics.importance if statistics else None, effort=self.effort, name=name)
