@@ -10,9 +10,10 @@ from collections.abc import Callable
 import numba as nb
 import numpy as np
 
+from xent_quant.formats._codes import CodedFormat, halves
 from xent_quant.formats._half import INFINITY, half_bits, half_value
 from xent_quant.formats._superblock import HUGE, JIT, LIMIT, MESSAGES, NOT_FINITE, OVERFLOW
-from xent_quant.formats.base import F32, U8, Effort, QuantFormat
+from xent_quant.formats.base import F32, U8, Effort
 
 LANES = 16
 EFFORTS: dict[Effort, tuple[int, int]] = {"fast": (5, 1), "normal": (12, 2), "high": (32, 6)}
@@ -179,10 +180,10 @@ def block32(bits: int, affine: bool, block_bytes: int) -> Callable[..., None]:
     return kernel  # type: ignore[no-any-return]
 
 
-class Block32(QuantFormat):
-    """A type of 32-weight blocks; subclasses set `kernel` and the three layout facts."""
+class Block32(CodedFormat):
+    """A type of 32-weight blocks; subclasses set `kernel` and what `CodedFormat` asks for."""
 
-    block_size = 32
+    block_size = group_size = 32
     kernel: Callable[..., None]
     bits: int
     affine: bool
@@ -199,21 +200,5 @@ class Block32(QuantFormat):
         type(self).kernel(weights, importance, packed, problems, steps, rounds)
         return MESSAGES[int(problems.max())] if problems.any() else ""
 
-    def dequantize_rows(self, packed: U8) -> F32:
-        blocks = packed.reshape(-1, self.block_bytes)
-        d = blocks[:, 0:2].copy().view("<f2").astype(np.float32)  # [n, 1]
-        rest = blocks[:, 2:]
-        if self.affine:
-            m = rest[:, 0:2].copy().view("<f2").astype(np.float32)
-            rest = rest[:, 2:]
-        if self.bits == 8:
-            return (d * rest.view(np.int8).astype(np.float32)).reshape(packed.shape[0], -1)
-        if self.bits == 5:
-            high = np.unpackbits(np.ascontiguousarray(rest[:, 0:4]), axis=1, bitorder="little")  # [n, 32]
-            rest = rest[:, 4:]
-        codes = np.concatenate([rest & 15, rest >> 4], axis=1)
-        if self.bits == 5:
-            codes = codes | (high << 4)
-        values = codes.astype(np.float32)
-        values = d * values + m if self.affine else d * (values - np.float32(2 ** (self.bits - 1)))
-        return values.reshape(packed.shape[0], -1)
+    def scales(self, blocks: U8) -> tuple[F32, F32 | None]:
+        return halves(blocks[:, 0:2]), halves(blocks[:, 2:4]) if self.affine else None

@@ -12,7 +12,8 @@ Source of truth: `block_q3_K` in ggml-common.h.
 
 import numpy as np
 
-from xent_quant.formats._k_type import KType, halves
+from xent_quant.formats._codes import Plane, halves, integers
+from xent_quant.formats._k_type import KType
 from xent_quant.formats._superblock import symmetric
 from xent_quant.formats.base import F32, U8
 
@@ -21,17 +22,11 @@ class Q3K(KType):
     name = "Q3_K"
     ggml_type = 11
     block_bytes = 110
+    planes = (Plane(32, 96, bits=2, run=32), Plane(0, 32, bits=1, run=32))
+    levels = integers(-4, 3)
     kernel = staticmethod(symmetric(bits=3, scale_codes=32, block_bytes=110))
 
-    def dequantize_rows(self, packed: U8) -> F32:
-        blocks = packed.reshape(-1, 110)
-        d = halves(blocks[:, 108:110])
-        nibbles = np.concatenate([blocks[:, 96:104] & 15, blocks[:, 96:104] >> 4], axis=1)  # [n, 16]
-        shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 4, 1)
-        tops = ((blocks[:, None, 104:108] >> shifts) & 3).reshape(-1, 16)
-        scales = (nibbles | (tops << 4)).astype(np.float32) - np.float32(32)
-        low = ((blocks[:, 32:96].reshape(-1, 2, 1, 32) >> shifts[:, None]) & 3).reshape(-1, 8, 32)
-        high = ((blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None]) & 1) << 2  # [n, 8, 32]
-        codes = (low | high).reshape(-1, 16, 16).astype(np.float32) - np.float32(4)
-        values: F32 = (d * scales)[:, :, None] * codes
-        return values.reshape(packed.shape[0], -1)
+    def scales(self, blocks: U8) -> tuple[F32, None]:
+        low = Plane(96, 104, bits=4, run=8).read(blocks)  # [n, 16]
+        high = Plane(104, 108, bits=2, run=4).read(blocks)
+        return halves(blocks[:, 108:110]) * ((low | (high << 4)).astype(np.float32) - np.float32(32)), None

@@ -9,6 +9,7 @@ Source of truth: `block_q4_0` in ggml-common.h.
 """
 
 from xent_quant.formats._block32 import Block32, block32
+from xent_quant.formats._codes import Plane, integers
 
 
 class Q40Format(Block32):
@@ -17,4 +18,6 @@ class Q40Format(Block32):
     block_bytes = 18
     bits = 4
     affine = False
+    planes = (Plane(2, 18, bits=4, run=16),)
+    levels = integers(-8, 7)
     kernel = staticmethod(block32(bits=4, affine=False, block_bytes=18))

@@ -10,6 +10,7 @@ Source of truth: `block_q4_1` in ggml-common.h.
 """
 
 from xent_quant.formats._block32 import Block32, block32
+from xent_quant.formats._codes import Plane, integers
 
 
 class Q41Format(Block32):
@@ -18,4 +19,6 @@ class Q41Format(Block32):
     block_bytes = 20
     bits = 4
     affine = True
+    planes = (Plane(4, 20, bits=4, run=16),)
+    levels = integers(0, 15)
     kernel = staticmethod(block32(bits=4, affine=True, block_bytes=20))

@@ -10,9 +10,8 @@
 Source of truth: `block_q4_K` in ggml-common.h.
 """
 
-import numpy as np
-
-from xent_quant.formats._k_type import KType, halves, scales_and_minima
+from xent_quant.formats._codes import Plane, halves, integers
+from xent_quant.formats._k_type import KType, scales_and_minima
 from xent_quant.formats._superblock import affine
 from xent_quant.formats.base import F32, U8
 
@@ -21,14 +20,11 @@ class Q4K(KType):
     name = "Q4_K"
     ggml_type = 12
     block_bytes = 144
-    sub_blocks = 8
+    group_size = 32
+    planes = (Plane(16, 144, bits=4, run=32),)
+    levels = integers(0, 15)
     kernel = staticmethod(affine(sub_blocks=8, bits=4, scale_codes=63, block_bytes=144))
 
-    def dequantize_rows(self, packed: U8) -> F32:
-        blocks = packed.reshape(-1, 144)
-        d, dmin = halves(blocks[:, 0:2]), halves(blocks[:, 2:4])  # [n, 1]
+    def scales(self, blocks: U8) -> tuple[F32, F32]:
         scales, minima = scales_and_minima(blocks[:, 4:16])
-        qs = blocks[:, 16:].reshape(-1, 4, 1, 32)
-        codes = np.concatenate([qs & 15, qs >> 4], axis=2).reshape(-1, 8, 32).astype(np.float32)
-        values = (d * scales)[:, :, None] * codes - (dmin * minima)[:, :, None]
-        return values.reshape(packed.shape[0], -1)
+        return halves(blocks[:, 0:2]) * scales, -(halves(blocks[:, 2:4]) * minima)

@@ -10,6 +10,7 @@ Source of truth: `block_q5_0` in ggml-common.h.
 """
 
 from xent_quant.formats._block32 import Block32, block32
+from xent_quant.formats._codes import Plane, integers
 
 
 class Q50Format(Block32):
@@ -18,4 +19,6 @@ class Q50Format(Block32):
     block_bytes = 22
     bits = 5
     affine = False
+    planes = (Plane(6, 22, bits=4, run=16), Plane(2, 6, bits=1, run=1))
+    levels = integers(-16, 15)
     kernel = staticmethod(block32(bits=5, affine=False, block_bytes=22))

@@ -11,6 +11,7 @@ Source of truth: `block_q5_1` in ggml-common.h.
 """
 
 from xent_quant.formats._block32 import Block32, block32
+from xent_quant.formats._codes import Plane, integers
 
 
 class Q51Format(Block32):
@@ -19,4 +20,6 @@ class Q51Format(Block32):
     block_bytes = 24
     bits = 5
     affine = True
+    planes = (Plane(8, 24, bits=4, run=16), Plane(4, 8, bits=1, run=1))
+    levels = integers(0, 31)
     kernel = staticmethod(block32(bits=5, affine=True, block_bytes=24))

@@ -10,9 +10,8 @@
 Source of truth: `block_q5_K` in ggml-common.h.
 """
 
-import numpy as np
-
-from xent_quant.formats._k_type import KType, halves, scales_and_minima
+from xent_quant.formats._codes import Plane, halves, integers
+from xent_quant.formats._k_type import KType, scales_and_minima
 from xent_quant.formats._superblock import affine
 from xent_quant.formats.base import F32, U8
 
@@ -21,16 +20,11 @@ class Q5K(KType):
     name = "Q5_K"
     ggml_type = 13
     block_bytes = 176
-    sub_blocks = 8
+    group_size = 32
+    planes = (Plane(48, 176, bits=4, run=32), Plane(16, 48, bits=1, run=32))
+    levels = integers(0, 31)
     kernel = staticmethod(affine(sub_blocks=8, bits=5, scale_codes=63, block_bytes=176))
 
-    def dequantize_rows(self, packed: U8) -> F32:
-        blocks = packed.reshape(-1, 176)
-        d, dmin = halves(blocks[:, 0:2]), halves(blocks[:, 2:4])
+    def scales(self, blocks: U8) -> tuple[F32, F32]:
         scales, minima = scales_and_minima(blocks[:, 4:16])
-        high = (blocks[:, 16:48, None] >> np.arange(8, dtype=np.uint8)) & 1  # [n, 32, 8]
-        qs = blocks[:, 48:].reshape(-1, 4, 1, 32)
-        low = np.concatenate([qs & 15, qs >> 4], axis=2).reshape(-1, 8, 32)
-        codes = (low | (high.transpose(0, 2, 1) << 4)).astype(np.float32)
-        values: F32 = (d * scales)[:, :, None] * codes - (dmin * minima)[:, :, None]
-        return values.reshape(packed.shape[0], -1)
+        return halves(blocks[:, 0:2]) * scales, -(halves(blocks[:, 2:4]) * minima)

@@ -12,7 +12,8 @@ Source of truth: `block_q6_K` in ggml-common.h.
 
 import numpy as np
 
-from xent_quant.formats._k_type import KType, halves
+from xent_quant.formats._codes import Plane, halves, integers
+from xent_quant.formats._k_type import KType
 from xent_quant.formats._superblock import symmetric
 from xent_quant.formats.base import F32, U8
 
@@ -21,16 +22,9 @@ class Q6K(KType):
     name = "Q6_K"
     ggml_type = 14
     block_bytes = 210
+    planes = (Plane(0, 128, bits=4, run=64), Plane(128, 192, bits=2, run=32))
+    levels = integers(-32, 31)
     kernel = staticmethod(symmetric(bits=6, scale_codes=128, block_bytes=210))
 
-    def dequantize_rows(self, packed: U8) -> F32:
-        blocks = packed.reshape(-1, 210)
-        d = halves(blocks[:, 208:210])
-        scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
-        low = blocks[:, :128].reshape(-1, 2, 1, 64)
-        low = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)  # weights +0, +32, +64, +96
-        shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
-        high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3
-        codes = (low | (high << 4)).reshape(-1, 16, 16).astype(np.float32) - np.float32(32)
-        values = (d * scales)[:, :, None] * codes
-        return values.reshape(packed.shape[0], -1)
+    def scales(self, blocks: U8) -> tuple[F32, None]:
+        return halves(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8).astype(np.float32), None
