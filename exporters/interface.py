@@ -1,12 +1,104 @@
 """What exporters share. The pipeline walks the checkpoint once and hands every tensor to every exporter's Sink."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from xent_quant.formats.base import F32
 from xent_quant.tensors import InputStatistics
+
+
+class TensorRow(Protocol):
+    """A tensor as it will be in the file; `n_weights` includes padding, `nbytes` scales."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def type(self) -> str: ...
+
+    @property
+    def n_weights(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def bits_per_weight(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class TypeRow:
+    """Totals of one quant type within a plan."""
+
+    type: str
+    tensors: int
+    weights: int
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.weights
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What an export in `format` will write, tensor by tensor, before any weight is read. Bytes are of tensor data.
+
+    `vram_bytes` is what the model takes on a GPU whole with `vram_context` tokens, about; `notes` are for the person.
+    """
+
+    format: str
+    tensors: tuple[TensorRow, ...]
+    vram_bytes: int
+    vram_context: int
+    notes: tuple[str, ...]
+
+    @property
+    def n_weights(self) -> int:
+        """Weights written, zero padding included."""
+        return sum(tensor.n_weights for tensor in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.n_weights
+
+    def by_type(self) -> list[TypeRow]:
+        return type_totals([(tensor.type, tensor.n_weights, tensor.nbytes) for tensor in self.tensors])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": self.format,
+            "tensors": [
+                {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.nbytes, "bits_per_weight": t.bits_per_weight}
+                for t in self.tensors
+            ],
+            "types": [asdict(row) for row in self.by_type()],
+            "bytes": self.nbytes,
+            "weights": self.n_weights,
+            "bits_per_weight": self.bits_per_weight,
+            "vram_bytes": self.vram_bytes,
+            "vram_context": self.vram_context,
+            "notes": list(self.notes),
+        }
+
+
+def type_totals(tensors: Sequence[tuple[str, int, int]]) -> list[TypeRow]:
+    """Totals per type of (type, weights, bytes) triples, largest first."""
+    rows: dict[str, TypeRow] = {}
+    for kind, weights, nbytes in tensors:
+        old = rows.get(kind, TypeRow(kind, 0, 0, 0))
+        rows[kind] = TypeRow(kind, old.tensors + 1, old.weights + weights, old.nbytes + nbytes)
+    return sorted(rows.values(), key=lambda row: -row.nbytes)
 
 
 @dataclass(frozen=True)
@@ -33,6 +125,9 @@ class Sink(Protocol):
 
 class Exporter(Protocol):
     """An export, planned from headers: everything that can be refused has been refused when it exists."""
+
+    @property
+    def summary(self) -> PlanSummary: ...
 
     def open(self) -> AbstractContextManager[Sink]:
         """Check the target and start writing. Leaving the context without `finish` removes everything written."""

@@ -1,8 +1,8 @@
 """The whole job as library calls: open, plan, quantise and export. Knows interfaces only; draws and prints nothing."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,66 +11,10 @@ from xent_quant.progress import Progress
 
 if TYPE_CHECKING:
     from calibration.imatrix import Imatrix
-    from exporters.gguf.plan import GGUFPlan, PlannedTensor
+    from exporters.interface import Exporter, PlanSummary
     from xent_quant.checkpoint.reader import Checkpoint
     from xent_quant.formats.base import Effort
-
-VRAM_CONTEXT = 8192
-
-
-@dataclass(frozen=True)
-class TypeRow:
-    """Totals of one quant type within a plan."""
-
-    type: str
-    tensors: int
-    weights: int
-    nbytes: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.weights
-
-
-@dataclass(frozen=True)
-class PlanSummary:
-    """What an export will write, tensor by tensor, before any weight is read. Bytes are of tensor data."""
-
-    tensors: tuple["PlannedTensor", ...]
-    vram_bytes: int
-    vram_context: int
-    notes: tuple[str, ...]
-
-    @property
-    def n_weights(self) -> int:
-        """Weights written, zero padding included."""
-        return sum(tensor.n_weights for tensor in self.tensors)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.n_weights
-
-    def by_type(self) -> list[TypeRow]:
-        return type_totals([(tensor.type, tensor.n_weights, tensor.nbytes) for tensor in self.tensors])
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "tensors": [
-                {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.nbytes, "bits_per_weight": t.bits_per_weight}
-                for t in self.tensors
-            ],
-            "types": [asdict(row) for row in self.by_type()],
-            "bytes": self.nbytes,
-            "weights": self.n_weights,
-            "bits_per_weight": self.bits_per_weight,
-            "vram_bytes": self.vram_bytes,
-            "vram_context": self.vram_context,
-            "notes": list(self.notes),
-        }
+    from xent_quant.methods.interface import Method
 
 
 @dataclass(frozen=True)
@@ -78,12 +22,16 @@ class QuantizeResult:
     """What an export wrote."""
 
     files: tuple[Path, ...]
-    plan: PlanSummary
+    plans: tuple["PlanSummary", ...]
     source_bytes: int
-    nbytes: int
     seconds: float
     threads: int
     notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files."""
+        return sum(path.stat().st_size for path in self.files)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -93,17 +41,8 @@ class QuantizeResult:
             "seconds": self.seconds,
             "threads": self.threads,
             "notes": list(self.notes),
-            "plan": self.plan.to_json(),
+            "plans": [plan.to_json() for plan in self.plans],
         }
-
-
-def type_totals(tensors: Sequence[tuple[str, int, int]]) -> list[TypeRow]:
-    """Totals per type of (type, weights, bytes) triples, largest first."""
-    rows: dict[str, TypeRow] = {}
-    for kind, weights, nbytes in tensors:
-        old = rows.get(kind, TypeRow(kind, 0, 0, 0))
-        rows[kind] = TypeRow(kind, old.tensors + 1, old.weights + weights, old.nbytes + nbytes)
-    return sorted(rows.values(), key=lambda row: -row.nbytes)
 
 
 def _open(model: str | Path | None) -> "Checkpoint":
@@ -113,30 +52,37 @@ def _open(model: str | Path | None) -> "Checkpoint":
     return Checkpoint.open(hub.resolve(model))
 
 
-def _plan(
-    checkpoint: "Checkpoint", bits: int, type: str | None, tensor_types: Sequence[str], pad: str, imatrix: bool
-) -> tuple["GGUFPlan", PlanSummary]:
-    from exporters.gguf import plan as gguf_plan
-    from xent_quant import recipes
+@dataclass(frozen=True)
+class Target:
+    """What to make of a checkpoint, and where. `type` to `split_size` concern GGUF; `split_size` is in bytes."""
 
-    recipe = recipes.recipe(bits=bits, type=type, tensor_types=tensor_types, imatrix=imatrix)
-    planned = gguf_plan.plan(checkpoint.architecture, recipe, pad=pad)
-    return planned, PlanSummary(planned.tensors, planned.vram_bytes(VRAM_CONTEXT), VRAM_CONTEXT, planned.notes)
+    formats: Sequence[str] = ("gguf",)
+    bits: int = 4
+    output: Path = Path("out")
+    name: str | None = None
+    force: bool = False
+    type: str | None = None
+    tensor_types: Sequence[str] = ()
+    pad: str = "auto"
+    split_size: int | None = None
 
 
 def plan(
     model: str | Path | None = None,
     *,
+    formats: Sequence[str] = ("gguf",),
     bits: int = 4,
     type: str | None = None,
     tensor_types: Sequence[str] = (),
     imatrix: str | Path | None = None,
     pad: str = "auto",
-) -> PlanSummary:
-    """What `quantize` would write with the same options, from headers alone."""
+) -> tuple["PlanSummary", ...]:
+    """What `quantize` would write with the same options, one summary for each format, from headers alone."""
+    from xent_quant.methods.search import Search
+
     checkpoint = _open(model)
-    _read_imatrix(imatrix, checkpoint)
-    return _plan(checkpoint, bits, type, tensor_types, pad, imatrix is not None)[1]
+    target = Target(formats=formats, bits=bits, type=type, tensor_types=tensor_types, pad=pad)
+    return tuple(exporter.summary for exporter in _exporters(checkpoint, target, Search(), _read_imatrix(imatrix, checkpoint)))
 
 
 def quantize(
@@ -156,51 +102,82 @@ def quantize(
     force: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeResult:
-    """Quantise a checkpoint and write it in each of `formats` under `output`.
+    """Quantise a checkpoint and write it in each of `formats` under `output`, from one pass over its weights.
 
     `model` is a folder, a Hub id, or None for the bundled miniature; `split_size` is in bytes. Holds one expert, or
     one slice of a tensor, at a time. Raises the errors of `xent_quant.errors`; nothing that looks finished is left
     after one.
     """
-    import numba
-
-    from exporters.gguf.export import GGUFExporter
     from exporters.stream import export
     from xent_quant.methods.search import Search
 
-    unknown = set(formats) - {"gguf"}
-    if unknown or not formats:
-        raise ConfigError(f"--format: {', '.join(sorted(unknown)) or 'none given'}; there is gguf")
-    available = numba.config.NUMBA_NUM_THREADS
+    started = time.perf_counter()
+    used = _set_threads(threads)
+    checkpoint = _open(model)
+    target = Target(
+        formats=formats,
+        bits=bits,
+        output=Path(output),
+        name=name,
+        force=force,
+        type=type,
+        tensor_types=tensor_types,
+        pad=pad,
+        split_size=split_size,
+    )
+    statistics = _read_imatrix(imatrix, checkpoint)
+    exporters = _exporters(checkpoint, target, Search(effort), statistics)
+    done = export(checkpoint, exporters, statistics, progress)
+    return QuantizeResult(
+        files=tuple(file for exported in done for file in exported.files),
+        plans=tuple(exporter.summary for exporter in exporters),
+        source_bytes=checkpoint.nbytes,
+        seconds=time.perf_counter() - started,
+        threads=used,
+        notes=tuple(note for exported in done for note in exported.notes),
+    )
+
+
+def _exporters(checkpoint: "Checkpoint", target: Target, method: "Method", statistics: "Imatrix | None") -> list["Exporter"]:
+    """One exporter for each format, in the order asked for. Raises ConfigError for an unknown one."""
+    unknown = set(target.formats) - EXPORTERS.keys()
+    if unknown or not target.formats:
+        raise ConfigError(f"--format: {', '.join(sorted(unknown)) or 'none given'}; there is {', '.join(EXPORTERS)}")
+    named = replace(target, name=target.name or checkpoint.path.resolve().name)
+    return [EXPORTERS[kind](checkpoint, named, method, statistics) for kind in dict.fromkeys(target.formats)]
+
+
+def _gguf(checkpoint: "Checkpoint", target: Target, method: "Method", statistics: "Imatrix | None") -> "Exporter":
+    from exporters.gguf.export import GGUFExporter
+    from exporters.gguf.plan import plan
+    from xent_quant.recipes import recipe
+
+    chosen = recipe(bits=target.bits, type=target.type, tensor_types=target.tensor_types, imatrix=statistics is not None)
+    return GGUFExporter(
+        checkpoint,
+        plan(checkpoint.architecture, chosen, pad=target.pad),
+        target.output,
+        target.name or "",
+        method,
+        imatrix_keys=statistics.keys() if statistics else {},
+        split_size=target.split_size,
+        force=target.force,
+    )
+
+
+EXPORTERS: dict[str, Callable[["Checkpoint", Target, "Method", "Imatrix | None"], "Exporter"]] = {"gguf": _gguf}
+"""Format to the function that plans it."""
+
+
+def _set_threads(threads: int | None) -> int:
+    """Threads that kernels use; all that there are where None is given."""
+    import numba
+
+    available = int(numba.config.NUMBA_NUM_THREADS)
     if threads is not None and not 1 <= threads <= available:
         raise ConfigError(f"--threads: {threads} is not between 1 and the {available} that this machine offers")
     numba.set_num_threads(threads or available)
-
-    started = time.perf_counter()
-    checkpoint = _open(model)
-    statistics = _read_imatrix(imatrix, checkpoint)
-    planned, summary = _plan(checkpoint, bits, type, tensor_types, pad, imatrix is not None)
-    exporter = GGUFExporter(
-        checkpoint,
-        planned,
-        Path(output),
-        name or checkpoint.path.resolve().name,
-        Search(effort),
-        imatrix_keys=statistics.keys() if statistics else None,
-        split_size=split_size,
-        force=force,
-    )
-    done = export(checkpoint, [exporter], statistics, progress)
-    files = tuple(file for exported in done for file in exported.files)
-    return QuantizeResult(
-        files=files,
-        plan=summary,
-        source_bytes=checkpoint.nbytes,
-        nbytes=sum(path.stat().st_size for path in files if path.suffix == ".gguf"),
-        seconds=time.perf_counter() - started,
-        threads=threads or available,
-        notes=tuple(note for exported in done for note in exported.notes),
-    )
+    return threads or available
 
 
 def _read_imatrix(path: str | Path | None, checkpoint: "Checkpoint") -> "Imatrix | None":
@@ -224,6 +201,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
+    from exporters.interface import type_totals
     from xent_quant.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint.open(path)
@@ -243,6 +221,8 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 
 def _describe_gguf(path: Path) -> dict[str, Any]:
     import gguf
+
+    from exporters.interface import type_totals
 
     try:
         reader = gguf.GGUFReader(path)

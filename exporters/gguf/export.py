@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from exporters.atomic import staged
 from exporters.gguf import card, metadata, tokenizer
 from exporters.gguf.plan import GGUFPlan, PlannedTensor
-from exporters.interface import Exported
+from exporters.interface import Exported, PlanSummary
 from xent_quant import formats
 from xent_quant.checkpoint.reader import Checkpoint, check_free_space
 from xent_quant.errors import ExportError
@@ -90,6 +90,10 @@ class GGUFExporter:
             output / "README.md": card.readme(self.base, plan, self.targets, name),
             output / "Modelfile": card.modelfile(self.targets, self.stem),
         }
+
+    @property
+    def summary(self) -> PlanSummary:
+        return PlanSummary("gguf", self.plan.tensors, self.plan.vram_bytes(card.CONTEXT), card.CONTEXT, self.plan.notes)
 
     @contextmanager
     def open(self) -> Iterator["GGUFSink"]:

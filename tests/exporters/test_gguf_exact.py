@@ -37,15 +37,15 @@ def test_f32_logits_equal_the_reference(checkpoint, tmp_path: Path, overrides) -
 
 def test_padding_leaves_the_function_unchanged(checkpoint, tmp_path: Path, monkeypatch) -> None:
     folder = checkpoint(intermediate_size=480)
-    padded = xent_quant.plan(folder, type="Q4_K_M")
+    (padded,) = xent_quant.plan(folder, type="Q4_K_M")
     assert any("padded" in note for note in padded.notes)
-    assert padded.nbytes < xent_quant.plan(folder, type="Q4_K_M", pad="never").nbytes
+    assert padded.nbytes < xent_quant.plan(folder, type="Q4_K_M", pad="never")[0].nbytes
 
     # F32 rows gain nothing from padding, so `auto` leaves them; force it to see exactness without rounding.
     f32 = xent_quant.quantize(folder, type="F32", output=tmp_path / "plain", force=True)
     monkeypatch.setattr(plan_module, "_saved", lambda *_: 1)
     forced = xent_quant.quantize(folder, type="F32", output=tmp_path / "forced", force=True)
-    assert forced.plan.nbytes > f32.plan.nbytes
+    assert forced.plans[0].nbytes > f32.plans[0].nbytes
     with LlamaCpp(f32.files[0]) as one, LlamaCpp(forced.files[0]) as two:
         assert np.abs(one.logits(IDS) - two.logits(IDS)).max() < 1e-3
 

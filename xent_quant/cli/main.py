@@ -5,19 +5,16 @@ Nothing heavy is imported before a command runs, so `--help` answers at once.
 """
 
 import sys
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import NoReturn
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError
 
 from xent_quant import __version__
+from xent_quant.cli.inspect import inspect
+from xent_quant.cli.quantize import quantize
 from xent_quant.errors import XentQuantError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-
-QUANTISE = Group("What to make", sort_key=1)
-TENSORS = Group("Which type each tensor gets", sort_key=2)
-WRITING = Group("Where and how to write", sort_key=3)
 
 app = App(
     name="xent-quant",
@@ -26,105 +23,8 @@ app = App(
     help_format="plaintext",
     version_flags=["--version"],
 )
-
-Verbose = Annotated[int, Parameter(name=["-v", "--verbose"], count=True, help="Log what is done; -vv: tracebacks too.")]
-Json = Annotated[bool, Parameter(negative="", help="Print the result to stdout as JSON.")]
-
-
-@app.default
-def quantize(
-    model: Annotated[
-        str | None,
-        Parameter(help="Checkpoint folder, or Hub id such as xverse/XVERSE-Ent-A4.2B. Default: the bundled miniature."),
-    ] = None,
-    /,
-    *,
-    bits: Annotated[Literal[2, 3, 4, 5, 6, 8], Parameter(group=QUANTISE, help="Bits per weight, roughly; picks the mix.")] = 4,
-    format: Annotated[
-        list[Literal["gguf"]], Parameter(group=QUANTISE, negative="", consume_multiple=False, help="File format; repeatable.")
-    ] = ["gguf"],  # noqa: B006  (cyclopts shows the default; it is never mutated)
-    imatrix: Annotated[
-        Path | None, Parameter(group=QUANTISE, help="Importance matrix (llama-imatrix's GGUF format), used per expert.")
-    ] = None,
-    effort: Annotated[
-        Literal["fast", "normal", "high"], Parameter(group=QUANTISE, help="How long to search for scales and codes.")
-    ] = "normal",
-    type: Annotated[
-        str | None, Parameter(group=TENSORS, help="A type or mix by its llama.cpp name (Q4_K_M), instead of --bits.")
-    ] = None,
-    tensor_type: Annotated[
-        list[str],
-        Parameter(
-            group=TENSORS,
-            negative="",
-            consume_multiple=False,
-            show_default=False,
-            help="REGEX=TYPE on GGUF tensor names; repeatable, first match wins.",
-        ),
-    ] = [],  # noqa: B006
-    pad: Annotated[
-        Literal["auto", "never"],
-        Parameter(group=TENSORS, help="Zero-pad the expert width where that saves bytes; the function stays the same."),
-    ] = "auto",
-    output: Annotated[Path, Parameter(group=WRITING, help="Folder for the results.")] = Path("out"),
-    name: Annotated[str | None, Parameter(group=WRITING, help="Name of the model in file names. Default: the folder's.")] = None,
-    split_size: Annotated[str | None, Parameter(group=WRITING, help="Split into shards of at most this size, e.g. 4G.")] = None,
-    threads: Annotated[int | None, Parameter(group=WRITING, help="CPU threads. Default: all.")] = None,
-    force: Annotated[bool, Parameter(group=WRITING, negative="", help="Replace existing output.")] = False,
-    dry_run: Annotated[
-        bool,
-        Parameter(group=WRITING, negative="", help="Print every tensor, its type and bytes, and the VRAM needed; write nothing."),
-    ] = False,
-    json: Json = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Quantise MODEL and export it."""
-    from xent_quant import pipeline
-    from xent_quant.cli import show
-
-    options: dict[str, Any] = {
-        "bits": bits,
-        "type": type,
-        "tensor_types": tensor_type,
-        "imatrix": imatrix,
-        "pad": pad,
-    }
-    if model is None:
-        show.note("No MODEL given: using the bundled miniature, xent-mini.")
-    if dry_run:
-        planned = pipeline.plan(model, **options)
-        show.as_json(planned.to_json()) if json else show.plan(planned)
-        return
-    with show.progress() as progress:
-        result = pipeline.quantize(
-            model,
-            formats=format,
-            effort=effort,
-            output=output,
-            name=name,
-            split_size=show.parse_size(split_size) if split_size else None,
-            threads=threads,
-            force=force,
-            progress=progress,
-            **options,
-        )
-    show.as_json(result.to_json()) if json else show.result(result)
-
-
-@app.command
-def inspect(
-    path: Annotated[Path, Parameter(help="Checkpoint folder or .gguf file.")],
-    /,
-    *,
-    json: Json = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Describe a checkpoint or an exported file."""
-    from xent_quant import pipeline
-    from xent_quant.cli import show
-
-    description = pipeline.describe(path)
-    show.as_json(description) if json else show.description(description)
+app.default(quantize)
+app.command(inspect)
 
 
 def _verbosity(arguments: list[str]) -> int:

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from rich.text import Text
 from xent_quant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from xent_quant.pipeline import PlanSummary, QuantizeResult
+    from exporters.interface import PlanSummary
+    from xent_quant.pipeline import QuantizeResult
 
 out = Console()
 err = Console(stderr=True)
@@ -103,8 +104,13 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def plan(summary: "PlanSummary") -> None:
-    """--dry-run: every tensor, then the totals."""
+def plans(summaries: "Sequence[PlanSummary]") -> None:
+    """--dry-run: every tensor, then the totals, of each format."""
+    for summary in summaries:
+        _plan(summary)
+
+
+def _plan(summary: "PlanSummary") -> None:
     table = _table("tensor", ">shape", "type", ">bytes", ">bits/weight")
     for tensor in summary.tensors:
         shape = " × ".join(str(size) for size in tensor.shape)
@@ -137,10 +143,12 @@ def totals(summary: "PlanSummary") -> None:
 
 def result(done: "QuantizeResult") -> None:
     """The closing table."""
-    totals(done.plan)
+    for summary in done.plans:
+        totals(summary)
+    weights = sum(plan.n_weights for plan in done.plans)
     out.print(
         f"{human_bytes(done.source_bytes)} → {human_bytes(done.nbytes)} in {done.seconds:.1f} s "
-        f"({human_count(done.plan.n_weights / max(done.seconds, 1e-9))} weights/s, {done.threads} threads)",
+        f"({human_count(weights / max(done.seconds, 1e-9))} weights/s, {done.threads} threads)",
         highlight=False,
     )
     for line in done.notes:
