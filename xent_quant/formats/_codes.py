@@ -5,7 +5,7 @@ Layouts are numpy; the searches (`_superblock`, `_block32`, `_levels`) know code
 """
 
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,10 +46,10 @@ class CodedFormat(QuantFormat):
     `levels` ascends. `stored` [len(levels)] uint8 is what the bytes hold for each level where that is not its index.
     """
 
-    planes: ClassVar[tuple[Plane, ...]]
-    levels: ClassVar[F32]
-    group_size: ClassVar[int]
-    stored: ClassVar[U8 | None] = None
+    planes: tuple[Plane, ...]
+    levels: F32
+    group_size: int
+    stored: U8 | None = None
 
     @abstractmethod
     def scales(self, blocks: U8) -> tuple[F32, F32 | None]:

@@ -5,7 +5,7 @@ A type is one file here and one line in `xent_quant.formats.FORMATS`.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,15 +37,16 @@ class Grid:
 
 
 class QuantFormat(ABC):
-    """A block format. Subclasses set the class variables and write `quantize_rows` and `dequantize_rows`.
+    """A block format. Subclasses set the variables and write `quantize_rows` and `dequantize_rows`.
 
-    `block_size` counts the weights of one stored block, `block_bytes` its bytes, `ggml_type` is ggml's number.
+    `block_size` counts the weights of one stored block, `block_bytes` its bytes, `ggml_type` is ggml's number (not set by
+    `IntGroup`, which ggml does not know).
     """
 
-    name: ClassVar[str]
-    ggml_type: ClassVar[int]
-    block_size: ClassVar[int]
-    block_bytes: ClassVar[int]
+    name: str
+    ggml_type: int
+    block_size: int
+    block_bytes: int
 
     @property
     def bits_per_weight(self) -> float:
