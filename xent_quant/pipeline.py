@@ -54,7 +54,7 @@ def _open(model: str | Path | None) -> "Checkpoint":
 
 @dataclass(frozen=True)
 class Target:
-    """What to make of a checkpoint, and where. `type` to `split_size` concern GGUF; `split_size` is in bytes."""
+    """What to make of a checkpoint, and where. `type` and what follows it concern GGUF; `split_size` is in bytes."""
 
     formats: Sequence[str] = ("gguf",)
     bits: int = 4
@@ -65,6 +65,7 @@ class Target:
     tensor_types: Sequence[str] = ()
     pad: str = "auto"
     split_size: int | None = None
+    allow_tokenizer_mismatch: bool = False
 
 
 def plan(
@@ -97,6 +98,7 @@ def quantize(
     imatrix: str | Path | None = None,
     pad: str = "auto",
     split_size: int | None = None,
+    allow_tokenizer_mismatch: bool = False,
     threads: int | None = None,
     effort: "Effort" = "normal",
     force: bool = False,
@@ -124,6 +126,7 @@ def quantize(
         tensor_types=tensor_types,
         pad=pad,
         split_size=split_size,
+        allow_tokenizer_mismatch=allow_tokenizer_mismatch,
     )
     statistics = _read_imatrix(imatrix, checkpoint)
     exporters = _exporters(checkpoint, target, Search(effort), statistics)
@@ -162,6 +165,7 @@ def _gguf(checkpoint: "Checkpoint", target: Target, method: "Method", statistics
         imatrix_keys=statistics.keys() if statistics else {},
         split_size=target.split_size,
         force=target.force,
+        allow_tokenizer_mismatch=target.allow_tokenizer_mismatch,
     )
 
 

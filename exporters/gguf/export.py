@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporters.atomic import staged
-from exporters.gguf import card, metadata, tokenizer
+from exporters.gguf import card, metadata, tokenizer, tokenizer_check
 from exporters.gguf.plan import GGUFPlan, PlannedTensor
 from exporters.interface import Exported, PlanSummary
 from xent_quant import formats
@@ -70,12 +70,15 @@ class GGUFExporter:
         imatrix_keys: Mapping[str, str | int] | None = None,
         split_size: int | None = None,
         force: bool = False,
+        allow_tokenizer_mismatch: bool = False,
     ) -> None:
         if not name or name.startswith(".") or any(char in name for char in "/\\\0"):
             raise ExportError(f"--name {name!r}: not a file name; give one without slashes")
         self.checkpoint, self.plan, self.output, self.name, self.method = checkpoint, plan, output, name, method
         self.imatrix_keys, self.force = imatrix_keys or {}, force
-        self.tokenizer = tokenizer.load(checkpoint.path, checkpoint.architecture)
+        strict = not allow_tokenizer_mismatch
+        self.tokenizer = tokenizer.load(checkpoint.path, checkpoint.architecture, strict=strict)
+        self.tokenizer_notes = tokenizer_check.verify(checkpoint.path, self.tokenizer, strict=strict)
         self.base = card.BaseModel.of(checkpoint.path)
         texts = (*self.tokenizer.tokens, *self.tokenizer.merges)
         self.header_bytes = 65536 + sum(len(text.encode()) + 16 for text in texts)
@@ -205,7 +208,7 @@ class GGUFSink:
         if self._written != exporter.plan.nbytes:
             raise AssertionError(f"{self._written} bytes written, {exporter.plan.nbytes} planned")
         self.finished = True
-        return Exported((*exporter.targets, *exporter.extras), _notes(self._measured))
+        return Exported((*exporter.targets, *exporter.extras), (*exporter.tokenizer_notes, *_notes(self._measured)))
 
 
 def _notes(measured: Mapping[str, bool]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-PRE_BY_REGEX = {LLAMA3: "llama-bpe", QWEN2: "qwen2", GPT2: "gpt-2"}
+REGEX_BY_PRE = {"llama-bpe": LLAMA3, "qwen2": QWEN2, "gpt-2": GPT2}
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,19 @@ class TokenizerSpec:
     add_space_prefix: bool
     add_bos: bool
     add_eos: bool
+    notes: tuple[str, ...]
 
 
-def load(folder: Path, architecture: Architecture) -> TokenizerSpec:
+def load(folder: Path, architecture: Architecture, *, strict: bool = True) -> TokenizerSpec:
     """Read a checkpoint's tokenizer. Raises CheckpointError where it is damaged, UnsupportedError where llama.cpp
-    cannot express it."""
+    cannot express it; without `strict` that is told in the spec's notes where something near can be written."""
+    notes: list[str] = []
+
+    def inexact(message: str) -> None:
+        if strict:
+            raise UnsupportedError(f"{message}; --allow-tokenizer-mismatch exports it all the same")
+        notes.append(message)
+
     path = folder / "tokenizer.json"
     value = read_json(path)
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
@@ -57,7 +65,7 @@ def load(folder: Path, architecture: Architecture) -> TokenizerSpec:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a tokenizer ({type(error).__name__}: {error}); download it again") from error
     if value.get("normalizer"):
-        raise UnsupportedError(f"{path}: normalizer {value['normalizer'].get('type')} cannot be expressed in llama.cpp")
+        inexact(f"{path}: normalizer {value['normalizer'].get('type')} cannot be expressed in llama.cpp")
     size = architecture.vocab_size
     if by_id and max(by_id) >= size:
         raise CheckpointError(
@@ -72,27 +80,26 @@ def load(folder: Path, architecture: Architecture) -> TokenizerSpec:
     if byte_fallback:
         others = set(kinds) - {"Metaspace", "Digits", "Punctuation", None}
         if others:
-            raise UnsupportedError(
-                f"{path}: pre-tokenizer {', '.join(sorted(map(str, others)))} with byte fallback cannot be expressed"
-            )
+            inexact(f"{path}: pre-tokenizer {', '.join(sorted(map(str, others)))} with byte fallback cannot be expressed")
         prefix = next((_prefix(part) for part in parts if part.get("type") == "Metaspace"), False)
-        _check_splits(path, kinds, [token for index, token in by_id.items() if types[index] == NORMAL])
+        crossing = _crossing(kinds, [token for index, token in by_id.items() if types[index] == NORMAL])
+        if crossing:
+            inexact(f"{path}: {crossing}; llama.cpp would form it, Hugging Face never does")
         ranks: dict[str, int] = {}
         for rank, (left, right) in enumerate(merges):
             ranks.setdefault(left + right, rank)
         # Only merged tokens are ever looked up by score; characters and bytes need none.
         scores = [-float(ranks.get(token, 0)) for token in tokens]
-        return TokenizerSpec("llama", "default", tuple(tokens), tuple(types), tuple(scores), (), prefix, *add)
+        return TokenizerSpec("llama", "default", tuple(tokens), tuple(types), tuple(scores), (), prefix, *add, tuple(notes))
     if "ByteLevel" not in kinds:
         raise UnsupportedError(f"{path}: neither byte-fallback nor byte-level BPE; llama.cpp has no such tokenizer")
     regex = next((part["pattern"].get("Regex", "") for part in parts if part.get("type") == "Split"), GPT2)
-    pre = PRE_BY_REGEX.get(regex)
+    pre = next((name for name, known in REGEX_BY_PRE.items() if known == regex), None)
     if pre is None:
-        raise UnsupportedError(
-            f"{path}: its splitting regex matches none that llama.cpp knows ({', '.join(PRE_BY_REGEX.values())})"
-        )
+        inexact(f"{path}: its splitting regex is none of those that llama.cpp knows ({', '.join(REGEX_BY_PRE)})")
+        pre = "llama-bpe"
     joined = tuple(f"{left} {right}" for left, right in merges)
-    return TokenizerSpec("gpt2", pre, tuple(tokens), tuple(types), (0.0,) * size, joined, False, *add)
+    return TokenizerSpec("gpt2", pre, tuple(tokens), tuple(types), (0.0,) * size, joined, False, *add, tuple(notes))
 
 
 def _parts(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -117,8 +124,9 @@ def _token_type(index: int, token: str, present: bool, added: dict[int, Any], by
     return UNKNOWN if token == "<unk>" else NORMAL
 
 
-def _check_splits(path: Path, kinds: list[str | None], tokens: list[str]) -> None:
-    """Digits and Punctuation only split; llama.cpp needs no such step as long as no token crosses a split."""
+def _crossing(kinds: list[str | None], tokens: list[str]) -> str | None:
+    """Digits and Punctuation only split; llama.cpp needs no such step as long as no token crosses a split. The first that
+    does, in words."""
     from tokenizers import pre_tokenizers
 
     splitters = {
@@ -129,9 +137,8 @@ def _check_splits(path: Path, kinds: list[str | None], tokens: list[str]) -> Non
         if kind in kinds:
             crossing = next((token for token in tokens if len(token) > 1 and len(splitter.pre_tokenize_str(token)) > 1), None)
             if crossing is not None:
-                raise UnsupportedError(
-                    f"{path}: token {crossing!r} crosses a {kind} split; llama.cpp would form it, Hugging Face never does"
-                )
+                return f"token {crossing!r} crosses a {kind} split"
+    return None
 
 
 def write(writer: gguf.GGUFWriter, spec: TokenizerSpec, architecture: Architecture) -> None:

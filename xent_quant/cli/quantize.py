@@ -49,6 +49,10 @@ def quantize(
     output: Annotated[Path, Parameter(group=WRITING, help="Folder for the results.")] = Path("out"),
     name: Annotated[str | None, Parameter(group=WRITING, help="Name of the model in file names. Default: the folder's.")] = None,
     split_size: Annotated[str | None, Parameter(group=WRITING, help="Split into shards of at most this size, e.g. 4G.")] = None,
+    allow_tokenizer_mismatch: Annotated[
+        bool,
+        Parameter(group=WRITING, negative="", help="Export a tokenizer that llama.cpp cannot reproduce exactly; say where."),
+    ] = False,
     threads: Annotated[int | None, Parameter(group=WRITING, help="CPU threads. Default: all.")] = None,
     force: Annotated[bool, Parameter(group=WRITING, negative="", help="Replace existing output.")] = False,
     dry_run: Annotated[
@@ -82,6 +86,7 @@ def quantize(
             effort=effort,
             output=output,
             name=name,
+            allow_tokenizer_mismatch=allow_tokenizer_mismatch,
             split_size=show.parse_size(split_size) if split_size else None,
             threads=threads,
             force=force,
