@@ -1,9 +1,13 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 def temporary_name(target: Path) -> Path:
@@ -41,6 +45,43 @@ def staged(targets: Sequence[Path]) -> Iterator[list[Path]]:
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Yield a new hidden folder beside `target`; when the block ends well, sync what it holds and give it that name.
+
+    An exception removes it. A folder that has the name already is replaced; between moving it aside and the new one's
+    appearance there is none, never a mixture. Raises OSError.
+    """
+    temporary, old = temporary_name(target), target.with_name(f".{target.name}.old")
+    for leftover in (temporary, old):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        if target.exists():
+            target.replace(old)
+        try:
+            temporary.replace(target)
+        except BaseException:
+            if old.exists():
+                old.replace(target)
+            raise
+        _sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_at(file: int, data: NDArray[np.uint8], offset: int) -> None:
+    """All of `data` to an open file descriptor, from byte `offset` on. Raises OSError."""
+    view = np.ascontiguousarray(data).data.cast("B")
+    while view:
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _sync(path: Path) -> None:

@@ -54,7 +54,8 @@ def _open(model: str | Path | None) -> "Checkpoint":
 
 @dataclass(frozen=True)
 class Target:
-    """What to make of a checkpoint, and where. `type` and what follows it concern GGUF; `split_size` is in bytes."""
+    """What to make of a checkpoint, and where. `type` to `allow_tokenizer_mismatch` concern GGUF (`split_size` is in bytes),
+    what follows ONNX; see `exporters.onnx.plan.Settings`."""
 
     formats: Sequence[str] = ("gguf",)
     bits: int = 4
@@ -66,6 +67,11 @@ class Target:
     pad: str = "auto"
     split_size: int | None = None
     allow_tokenizer_mismatch: bool = False
+    onnx_dtype: str = "fp16"
+    block_size: int = 64
+    accuracy_level: int = 4
+    symmetric: bool = True
+    active_bits: int | None = None
 
 
 def plan(
@@ -77,12 +83,28 @@ def plan(
     tensor_types: Sequence[str] = (),
     imatrix: str | Path | None = None,
     pad: str = "auto",
+    onnx_dtype: str = "fp16",
+    block_size: int = 64,
+    accuracy_level: int = 4,
+    symmetric: bool = True,
+    active_bits: int | None = None,
 ) -> tuple["PlanSummary", ...]:
     """What `quantize` would write with the same options, one summary for each format, from headers alone."""
     from xent_quant.methods.search import Search
 
     checkpoint = _open(model)
-    target = Target(formats=formats, bits=bits, type=type, tensor_types=tensor_types, pad=pad)
+    target = Target(
+        formats=formats,
+        bits=bits,
+        type=type,
+        tensor_types=tensor_types,
+        pad=pad,
+        onnx_dtype=onnx_dtype,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
+        symmetric=symmetric,
+        active_bits=active_bits,
+    )
     return tuple(exporter.summary for exporter in _exporters(checkpoint, target, Search(), _read_imatrix(imatrix, checkpoint)))
 
 
@@ -99,6 +121,11 @@ def quantize(
     pad: str = "auto",
     split_size: int | None = None,
     allow_tokenizer_mismatch: bool = False,
+    onnx_dtype: str = "fp16",
+    block_size: int = 64,
+    accuracy_level: int = 4,
+    symmetric: bool = True,
+    active_bits: int | None = None,
     threads: int | None = None,
     effort: "Effort" = "normal",
     force: bool = False,
@@ -127,6 +154,11 @@ def quantize(
         pad=pad,
         split_size=split_size,
         allow_tokenizer_mismatch=allow_tokenizer_mismatch,
+        onnx_dtype=onnx_dtype,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
+        symmetric=symmetric,
+        active_bits=active_bits,
     )
     statistics = _read_imatrix(imatrix, checkpoint)
     exporters = _exporters(checkpoint, target, Search(effort), statistics)
@@ -169,7 +201,26 @@ def _gguf(checkpoint: "Checkpoint", target: Target, method: "Method", statistics
     )
 
 
-EXPORTERS: dict[str, Callable[["Checkpoint", Target, "Method", "Imatrix | None"], "Exporter"]] = {"gguf": _gguf}
+def _onnx(checkpoint: "Checkpoint", target: Target, method: "Method", statistics: "Imatrix | None") -> "Exporter":
+    from exporters.onnx.export import ONNXExporter
+    from exporters.onnx.plan import Settings, plan
+
+    settings = Settings(
+        bits=target.bits,
+        dtype=target.onnx_dtype,
+        block_size=target.block_size,
+        accuracy_level=target.accuracy_level,
+        symmetric=target.symmetric,
+        active_bits=target.active_bits,
+    )
+    planned = plan(checkpoint.architecture, settings)
+    return ONNXExporter(checkpoint, planned, target.output, target.name or "", method, force=target.force)
+
+
+EXPORTERS: dict[str, Callable[["Checkpoint", Target, "Method", "Imatrix | None"], "Exporter"]] = {
+    "gguf": _gguf,
+    "onnx": _onnx,
+}
 """Format to the function that plans it."""
 
 

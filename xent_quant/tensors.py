@@ -1,6 +1,6 @@
 """Frozen records that travel between the parts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -40,6 +40,18 @@ class InputStatistics:
     importance: NDArray[np.float32]
     hessian: NDArray[np.float32] | None
     rows: int
+
+    def padded(self, columns: int) -> "InputStatistics":
+        """The statistics of inputs that are followed by zeros up to `columns`."""
+        missing = columns - len(self.importance)
+        if not missing:
+            return self
+        hessian = self.hessian
+        return replace(
+            self,
+            importance=np.pad(self.importance, (0, missing)),
+            hessian=None if hessian is None else np.pad(hessian, ((0, missing), (0, missing))),
+        )
 
 
 class StatisticsSource(Protocol):

@@ -7,14 +7,15 @@ and renamed at success only.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.atomic import staged
+from exporters.atomic import staged, write_at
+from exporters.base_model import BaseModel
 from exporters.gguf import card, metadata, tokenizer, tokenizer_check
 from exporters.gguf.plan import GGUFPlan, PlannedTensor
 from exporters.interface import Exported, PlanSummary
@@ -79,7 +80,7 @@ class GGUFExporter:
         strict = not allow_tokenizer_mismatch
         self.tokenizer = tokenizer.load(checkpoint.path, checkpoint.architecture, strict=strict)
         self.tokenizer_notes = tokenizer_check.verify(checkpoint.path, self.tokenizer, strict=strict)
-        self.base = card.BaseModel.of(checkpoint.path)
+        self.base = BaseModel.of(checkpoint.path)
         texts = (*self.tokenizer.tokens, *self.tokenizer.merges)
         self.header_bytes = 65536 + sum(len(text.encode()) + 16 for text in texts)
         self.parts = shards(plan.tensors, split_size, self.header_bytes)
@@ -187,7 +188,7 @@ class GGUFSink:
             last = start + len(weights) == tensor.source_rows
             missing = (tensor.rows - tensor.source_rows if last else 0, tensor.columns - tensor.source_columns)
             padded = np.pad(weights, ((0, missing[0]), (0, missing[1]))) if any(missing) else weights
-            known = statistics and pad_columns(statistics, tensor.columns)
+            known = statistics and statistics.padded(tensor.columns)
             self._write(place, start, self._exporter.method.quantize(padded, kind, known, name=name))
             if tensor.role not in STATISTICS_FREE:
                 self._measured[tensor.name] = known is not None and self._measured.get(tensor.name, True)
@@ -197,9 +198,9 @@ class GGUFSink:
         if place.tensor.heads:
             rows = rotary_rows(np.arange(start, start + len(packed)), place.tensor.source_rows // place.tensor.heads)
             for row, data in zip(rows, packed, strict=True):
-                _write_at(place.file, data, place.offset + int(row) * packed.shape[1])
+                write_at(place.file, data, place.offset + int(row) * packed.shape[1])
         else:
-            _write_at(place.file, packed, place.offset + start * packed.shape[1])
+            write_at(place.file, packed, place.offset + start * packed.shape[1])
         self._written += packed.nbytes
 
     def finish(self) -> Exported:
@@ -218,32 +219,12 @@ def _notes(measured: Mapping[str, bool]) -> tuple[str, ...]:
     return (f"There are no statistics for {len(missing)} tensors ({missing[0]}, …): quantised without.",)
 
 
-def pad_columns(statistics: InputStatistics, columns: int) -> InputStatistics:
-    """The statistics of inputs that are followed by zeros up to `columns`."""
-    missing = columns - len(statistics.importance)
-    if not missing:
-        return statistics
-    hessian = statistics.hessian
-    return replace(
-        statistics,
-        importance=np.pad(statistics.importance, (0, missing)),
-        hessian=None if hessian is None else np.pad(hessian, ((0, missing), (0, missing))),
-    )
-
-
 def rotary_rows(rows: NDArray[np.int64], head_dim: int) -> NDArray[np.int64]:
     """Where rows of q or k go: from rotate_half order to the interleaved one that llama.cpp rotates."""
     head, within = np.divmod(rows, head_dim)
     part, index = np.divmod(within, head_dim // 2)
     moved: NDArray[np.int64] = head * head_dim + 2 * index + part
     return moved
-
-
-def _write_at(file: int, data: U8, offset: int) -> None:
-    view = np.ascontiguousarray(data).data.cast("B")
-    while view:
-        written = os.pwrite(file, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _aligned(nbytes: int) -> int:

@@ -2,7 +2,8 @@
 
 import gguf
 
-from exporters.gguf.card import TAGS, BaseModel, short_count
+from exporters.base_model import BaseModel, short_count
+from exporters.gguf.card import TAGS
 from exporters.gguf.plan import GGUFPlan
 from xent_quant.checkpoint.architecture import Architecture
 

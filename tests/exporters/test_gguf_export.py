@@ -15,6 +15,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from exporters.atomic import staged
+from exporters.base_model import BaseModel
 from exporters.gguf import card
 from exporters.gguf.export import GGUFExporter
 from exporters.gguf.plan import GGUFPlan, layout, plan
@@ -339,7 +340,7 @@ def test_advice_for_cards_that_the_model_does_not_fit_on() -> None:
 def test_base_model_is_found(tmp_path: Path, folder: str, repository: str | None) -> None:
     path = tmp_path / folder
     path.mkdir(parents=True)
-    assert card.BaseModel.of(path).repository == repository
+    assert BaseModel.of(path).repository == repository
     (path / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(CheckpointError, match=r"README\.md: its header is not YAML"):
-        card.BaseModel.of(path)
+        BaseModel.of(path)

@@ -9,7 +9,8 @@ from xent_quant.cli.options import Json, Verbose
 
 QUANTISE = Group("What to make", sort_key=1)
 TENSORS = Group("Which type each tensor gets", sort_key=2)
-WRITING = Group("Where and how to write", sort_key=3)
+ONNX = Group("ONNX only", sort_key=3)
+WRITING = Group("Where and how to write", sort_key=4)
 
 
 def quantize(
@@ -19,9 +20,12 @@ def quantize(
     ] = None,
     /,
     *,
-    bits: Annotated[Literal[2, 3, 4, 5, 6, 8], Parameter(group=QUANTISE, help="Bits per weight, roughly; picks the mix.")] = 4,
+    bits: Annotated[
+        Literal[2, 3, 4, 5, 6, 8, 16], Parameter(group=QUANTISE, help="Bits per weight, roughly; picks the mix.")
+    ] = 4,
     format: Annotated[
-        list[Literal["gguf"]], Parameter(group=QUANTISE, negative="", consume_multiple=False, help="File format; repeatable.")
+        list[Literal["gguf", "onnx"]],
+        Parameter(group=QUANTISE, negative="", consume_multiple=False, help="File format; repeatable."),
     ] = ["gguf"],  # noqa: B006  (cyclopts shows the default; it is never mutated)
     imatrix: Annotated[
         Path | None, Parameter(group=QUANTISE, help="Importance matrix (llama-imatrix's GGUF format), used per expert.")
@@ -46,6 +50,20 @@ def quantize(
         Literal["auto", "never"],
         Parameter(group=TENSORS, help="Zero-pad the expert width where that saves bytes; the function stays the same."),
     ] = "auto",
+    onnx_dtype: Annotated[
+        Literal["fp32", "fp16", "bf16"], Parameter(group=ONNX, help="What the graph computes in. bf16: GPUs only.")
+    ] = "fp16",
+    block_size: Annotated[Literal[32, 64, 128], Parameter(group=ONNX, help="Weights that share a scale.")] = 64,
+    accuracy_level: Annotated[
+        Literal[0, 4], Parameter(group=ONNX, help="4: CPU kernels may round activations to INT8, faster. 0: exact.")
+    ] = 4,
+    symmetric: Annotated[
+        bool, Parameter(group=ONNX, negative="--asymmetric", help="Without or with a zero point for every block.")
+    ] = True,
+    active_bits: Annotated[
+        Literal[4, 8, 16] | None,
+        Parameter(group=ONNX, help="Bits of attention, shared experts, embedding and head. Default: 8, or 16 with --bits 16."),
+    ] = None,
     output: Annotated[Path, Parameter(group=WRITING, help="Folder for the results.")] = Path("out"),
     name: Annotated[str | None, Parameter(group=WRITING, help="Name of the model in file names. Default: the folder's.")] = None,
     split_size: Annotated[str | None, Parameter(group=WRITING, help="Split into shards of at most this size, e.g. 4G.")] = None,
@@ -72,6 +90,11 @@ def quantize(
         "tensor_types": tensor_type,
         "imatrix": imatrix,
         "pad": pad,
+        "onnx_dtype": onnx_dtype,
+        "block_size": block_size,
+        "accuracy_level": accuracy_level,
+        "symmetric": symmetric,
+        "active_bits": active_bits,
     }
     if model is None:
         show.note("No MODEL given: using the bundled miniature, xent-mini.")

@@ -1,0 +1,105 @@
+"""The model that was quantised, as model cards speak of it."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
+
+from xent_quant.errors import CheckpointError
+
+KNOWN = {"XVERSE-Ent-A4.2B": "xverse/XVERSE-Ent-A4.2B", "XVERSE-Ent-A5.7B": "xverse/XVERSE-Ent-A5.7B"}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What is known of the quantised model: its name, its Hub id if any, and its own card's licence and languages."""
+
+    name: str
+    repository: str | None
+    licence: str | None
+    licence_name: str | None
+    licence_link: str | None
+    languages: tuple[str, ...]
+
+    @classmethod
+    def of(cls, folder: Path) -> "BaseModel":
+        """Read the folder's README.md, if there is one. The Hub id comes from the Hub's cache folder, or a released
+        model's name. Raises CheckpointError for a header that is not YAML.
+        """
+        folder = folder.resolve()
+        cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", folder.as_posix() + "/")
+        repository = f"{cached[1]}/{cached[2]}" if cached else KNOWN.get(folder.name)
+        header = _front_matter(folder / "README.md")
+
+        def text(key: str) -> str | None:
+            value = header.get(key)
+            return value.strip() or None if isinstance(value, str) else None
+
+        named = header.get("language")
+        languages = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+        return cls(
+            name=repository.split("/")[1] if repository else folder.name,
+            repository=repository,
+            licence=text("license"),
+            licence_name=text("license_name"),
+            licence_link=text("license_link"),
+            languages=tuple(item for item in languages if isinstance(item, str)),
+        )
+
+    @property
+    def link(self) -> str:
+        """The name, with its page on the Hub where that is known, in Markdown."""
+        return f"[{self.repository}](https://huggingface.co/{self.repository})" if self.repository else self.name
+
+    @property
+    def terms(self) -> str:
+        """A sentence on the licence."""
+        terms = self.licence_name or self.licence
+        return f"The weights keep the base model's licence{f' ({terms})' if terms else '; see there'}."
+
+    def front_matter(self, library: str, tags: Sequence[str]) -> list[str]:
+        """The Hub's YAML header for a quantised model, as lines."""
+
+        def quoted(value: object) -> str:
+            return json.dumps(value, ensure_ascii=False)  # JSON strings and lists are YAML
+
+        return [
+            "---",
+            f"base_model: {quoted(self.repository or self.name)}",
+            "base_model_relation: quantized",
+            *([f"license: {quoted(self.licence)}"] if self.licence else []),
+            *([f"license_name: {quoted(self.licence_name)}"] if self.licence_name else []),
+            *([f"license_link: {quoted(self.licence_link)}"] if self.licence_link else []),
+            *([f"language: {quoted(list(self.languages))}"] if self.languages else []),
+            f"library_name: {library}",
+            "pipeline_tag: text-generation",
+            f"tags: {quoted(list(tags))}",
+            "---",
+        ]
+
+
+def _front_matter(readme: Path) -> dict[str, object]:
+    if not readme.is_file():
+        return {}
+    match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", readme.read_text("utf-8", errors="replace"), re.DOTALL)
+    try:
+        header = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(f"{readme}: its header is not YAML ({first}); mend it, or remove the file") from error
+    return header if isinstance(header, dict) else {}
+
+
+def short_count(count: int) -> str:
+    """25_776_000_000 -> 26B, 4_216_000_000 -> 4.2B, 17_300_000 -> 17M."""
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= unit:
+            return f"{count / unit:.{0 if count >= 10 * unit else 1}f}{letter}"
+    return str(count)
+
+
+def human_size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.1f} MB"

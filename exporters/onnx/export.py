@@ -1,0 +1,134 @@
+"""Writes a planned ONNX folder: model.onnx.data row by row at its offsets as the checkpoint streams by, then the rest.
+
+Holds the slice that it is given, its packed bytes and, of a gate or up projection, the rows between which its own go.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from exporters.atomic import staged_folder, write_at
+from exporters.interface import Exported, PlanSummary
+from exporters.onnx import card, config
+from exporters.onnx.graph import DATA_FILE, build
+from exporters.onnx.plan import FLOATS, ONNXPlan, Part, Piece, Weight
+from xent_quant import formats
+from xent_quant.checkpoint.reader import Checkpoint, check_free_space
+from xent_quant.errors import ExportError
+from xent_quant.formats.base import F32, U8
+from xent_quant.formats.int_group import IntGroup
+from xent_quant.methods.interface import Method
+from xent_quant.tensors import InputStatistics
+
+FOLDER = "onnx"
+VRAM_CONTEXT = 8192
+
+
+class ONNXExporter:
+    """`output/onnx`: model.onnx and its data, genai_config.json, tokenizer and configuration files, card, run_onnx.py.
+
+    Raises CheckpointError where the checkpoint has no tokenizer or its configuration files are damaged.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: ONNXPlan, output: Path, name: str, method: Method, *, force: bool = False
+    ) -> None:
+        self.checkpoint, self.plan, self.method, self.force = checkpoint, plan, method, force
+        self.target = output / FOLDER
+        self.files = config.files(checkpoint, plan)
+        self.files |= card.files(checkpoint.path, plan, name)
+
+    @property
+    def summary(self) -> PlanSummary:
+        tensors = tuple(weight for weight in self.plan.weights.values() if weight.pieces)
+        return PlanSummary("onnx", tensors, self.plan.vram_bytes(VRAM_CONTEXT), VRAM_CONTEXT, self.plan.notes)
+
+    @contextmanager
+    def open(self) -> Iterator["ONNXSink"]:
+        """See `Exporter.open`. Raises ExportError where the output exists without `force`, cannot be written or does not
+        fit; after any error the folder is as it was before."""
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            if self.target.exists() and not self.force:
+                raise ExportError(f"{self.target}: exists already; add --force to replace it, or choose another --output")
+            check_free_space(self.target.parent, self.plan.data_bytes)
+            with staged_folder(self.target) as folder:
+                for name, data in self.files.items():
+                    (folder / name).write_bytes(data)
+                (folder / "model.onnx").write_bytes(build(self.plan).SerializeToString(deterministic=True))
+                with (folder / DATA_FILE).open("w+b") as stream:
+                    stream.truncate(self.plan.data_bytes)
+                    sink = ONNXSink(self, stream.fileno())
+                    yield sink
+                if not sink.finished:
+                    raise AssertionError("an export was left without finish()")
+        except OSError as error:
+            raise ExportError(f"{error.filename or self.target}: {error.strerror or error}; nothing was written") from error
+
+
+class ONNXSink:
+    """See `Sink`."""
+
+    def __init__(self, exporter: ONNXExporter, file: int) -> None:
+        self._exporter, self._file = exporter, file
+        self._places: dict[str, list[tuple[Weight, Piece]]] = {}
+        for weight in exporter.plan.weights.values():
+            for piece in weight.pieces:
+                self._places.setdefault(piece.source, []).append((weight, piece))
+        self._missing = sum(piece.rows for places in self._places.values() for _, piece in places)
+        self._unmeasured: dict[str, bool] = {}
+        self.finished = False
+        self._write_tables()
+
+    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> None:
+        """See `Sink.put`."""
+        for weight, piece in self._places[name]:
+            missing = weight.columns - piece.columns
+            padded = np.pad(weights, ((0, 0), (0, missing))) if missing else weights
+            if isinstance(weight.kind, IntGroup):
+                known = statistics and statistics.padded(weight.columns)
+                packed = self._exporter.method.quantize(padded, weight.kind, known, name=name)
+                planes = [plane for plane in weight.kind.split(packed) if plane is not None]
+                self._unmeasured[name] = known is None
+            else:
+                planes = [weight.kind.quantize(padded, name=name)]
+            for part, rows in zip(weight.parts, planes, strict=True):
+                self._write(part, piece.first + piece.stride * start, piece.stride, rows)
+            self._missing -= len(weights)
+
+    def _write(self, part: Part, first: int, stride: int, rows: U8) -> None:
+        """Rows [n, row_bytes] to the part's rows first, first + stride, …"""
+        offset = part.offset + first * part.row_bytes
+        if stride > 1:
+            span = (stride * (len(rows) - 1) + 1) * part.row_bytes
+            between = np.frombuffer(os.pread(self._file, span, offset), np.uint8).reshape(-1, part.row_bytes).copy()
+            between[::stride] = rows
+            rows = between
+        write_at(self._file, rows, offset)
+
+    def _write_tables(self) -> None:
+        """cos and sin of position · theta^(−2i / head_dim), computed in float64."""
+        plan = self._exporter.plan
+        model, kind = plan.architecture, formats.get(FLOATS[plan.settings.dtype])
+        frequencies = model.rope_theta ** (-np.arange(0, model.head_dim, 2) / model.head_dim)
+        angles = np.arange(model.max_position_embeddings)[:, None] * frequencies
+        for part, values in zip(plan.tables, (np.cos(angles), np.sin(angles)), strict=True):
+            write_at(self._file, kind.quantize(values.astype(np.float32), name=part.name), part.offset)
+
+    def finish(self) -> Exported:
+        """See `Sink.finish`."""
+        if self._missing:
+            raise AssertionError(f"{self._missing} rows were not written")
+        self.finished = True
+        exporter = self._exporter
+        names = ("model.onnx", DATA_FILE, *exporter.files)
+        return Exported(tuple(exporter.target / name for name in names), self._notes())
+
+    def _notes(self) -> tuple[str, ...]:
+        missing = [name for name, unknown in self._unmeasured.items() if unknown and ".layers." in name]
+        if not missing or len(missing) == sum(".layers." in name for name in self._unmeasured):
+            return ()
+        return (f"There are no statistics for {len(missing)} tensors ({missing[0]}, …): quantised without.",)

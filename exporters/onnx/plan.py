@@ -1,0 +1,277 @@
+"""What an ONNX export will write: every weight's operator layout and place in model.onnx.data, decided from headers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+from xent_quant import formats
+from xent_quant.checkpoint import architecture as names
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.errors import ConfigError, UnsupportedError
+from xent_quant.formats.base import QuantFormat
+from xent_quant.formats.int_group import IntGroup, ScaleType, int_group
+
+BITS = (4, 8, 16)
+FLOATS: dict[str, ScaleType] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+BLOCK_SIZES = (32, 64, 128)
+ALIGNMENT = 65536
+"""Of every tensor in the data file, as the ONNX specification asks so that it can be mapped on every system."""
+
+HEAD_STEP = 16
+"""GroupQueryAttention rotates heads of a multiple of this many dimensions."""
+
+RUNTIME_BYTES = 500_000_000
+"""What a GPU's driver context and ONNX Runtime's arenas take, about."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The choices of an export. `bits` are those of the experts, `active_bits` of the tensors that every token uses
+    (attention, shared experts, embedding, head); 16 means as `dtype`, in which the graph computes. `accuracy_level` 4 lets
+    CPU kernels round activations to INT8, 0 does not.
+    """
+
+    bits: int = 4
+    dtype: str = "fp16"
+    block_size: int = 64
+    accuracy_level: int = 4
+    symmetric: bool = True
+    active_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError naming the option."""
+        if self.bits not in BITS:
+            raise ConfigError(f"--bits {self.bits}: ONNX Runtime's experts have 4, 8 or 16 bits")
+        if self.active_bits not in (None, *BITS):
+            raise ConfigError(f"--active-bits {self.active_bits}: choose 4, 8 or 16")
+        if self.dtype not in FLOATS:
+            raise ConfigError(f"--onnx-dtype {self.dtype}: choose {', '.join(FLOATS)}")
+        if self.block_size not in BLOCK_SIZES:
+            raise ConfigError(f"--block-size {self.block_size}: choose {', '.join(map(str, BLOCK_SIZES))}")
+        if self.accuracy_level not in (0, 4):
+            raise ConfigError(f"--accuracy-level {self.accuracy_level}: choose 0 or 4")
+
+    @property
+    def name(self) -> str:
+        """Short, for headings: INT4, INT8, FP16 …"""
+        return f"INT{self.bits}" if self.bits < 16 else self.dtype.upper()
+
+    def kind(self, bits: int) -> QuantFormat:
+        """The format of weights of so many bits."""
+        if bits == 16:
+            return formats.get(FLOATS[self.dtype])
+        return int_group(bits, self.block_size, self.symmetric, FLOATS[self.dtype])
+
+    @property
+    def experts(self) -> QuantFormat:
+        return self.kind(self.bits)
+
+    @property
+    def active(self) -> QuantFormat:
+        return self.kind(self.active_bits or (16 if self.bits == 16 else 8))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One initialiser: rows of `row_bytes` bytes from `offset` of the data file on."""
+
+    name: str
+    type: Literal["U8", "F32", "F16", "BF16"]
+    shape: tuple[int, ...]
+    row_bytes: int
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * {"U8": 1, "F32": 4}.get(self.type, 2)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a checkpoint tensor of `rows` × `columns` goes: its row r is the weight's row first + stride·r, counted through
+    all experts. Rows of a weight that no piece fills are padding: zero bytes, so scales of 0 and weights of 0."""
+
+    source: str
+    rows: int
+    columns: int
+    first: int = 0
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of the graph: [out, in], [experts, out, in] or [n], padding included.
+
+    `parts` are codes, scales and, if asymmetric, zero points of an IntGroup, or the values of a float kind. A weight
+    without `pieces` shares the bytes of another.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: QuantFormat
+    parts: tuple[Part, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def type(self) -> str:
+        return self.kind.name
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n_weights(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.n_weights
+
+
+@dataclass(frozen=True)
+class ONNXPlan:
+    """All weights by name in file order, the rotary tables ([positions, head_dim / 2]) after them. `expert_width` is the
+    width written, `data_bytes` the size of the data file."""
+
+    architecture: Architecture
+    settings: Settings
+    expert_width: int
+    shared_width: int
+    weights: dict[str, Weight]
+    tables: tuple[Part, Part]
+    data_bytes: int
+    notes: tuple[str, ...]
+
+    def vram_bytes(self, context: int) -> int:
+        """What the model takes on a GPU with `context` tokens, about: weights, KV cache, and RUNTIME_BYTES."""
+        model = self.architecture
+        item = 4 if self.settings.dtype == "fp32" else 2
+        cache = 2 * item * context * model.num_layers * model.num_kv_heads * model.head_dim
+        return self.data_bytes + cache + RUNTIME_BYTES
+
+
+def plan(model: Architecture, settings: Settings) -> ONNXPlan:
+    """Lay everything out. Raises ConfigError or UnsupportedError for what the operators cannot express."""
+    if model.head_dim % HEAD_STEP:
+        raise UnsupportedError(f"head_dim {model.head_dim}: ONNX Runtime rotates heads of a multiple of {HEAD_STEP} dimensions")
+    block = max(settings.experts.block_size, settings.active.block_size)
+    if model.hidden_size % block:
+        fitting = [str(size) for size in BLOCK_SIZES if model.hidden_size % size == 0]
+        remedy = f"use --block-size {' or '.join(fitting)}" if fitting else "no block size of the operators does"
+        raise ConfigError(f"--block-size {block}: does not divide hidden_size {model.hidden_size}; {remedy}")
+    notes = []
+    width, shared = _up(model.intermediate_size, block), _up(model.shared_size, block)
+    if width != model.intermediate_size:
+        notes.append(f"Expert width {model.intermediate_size} padded with zeros to {width}: the same function.")
+    if settings.dtype == "bf16":
+        notes.append("bfloat16: for GPUs only, ONNX Runtime's CPU kernels do not compute in it.")
+    if settings.dtype == "fp32" and settings.bits < 16:
+        notes.append("float32: for the CPU; on CUDA the experts would run on the CPU, use --onnx-dtype fp16 there.")
+    placed: dict[str, Weight] = {}
+    offset = 0
+
+    def place(part: Part) -> Part:
+        nonlocal offset
+        here = replace(part, offset=offset)
+        offset = _up(offset + part.nbytes, ALIGNMENT)
+        return here
+
+    for weight in _weights(model, settings, width, shared):
+        placed[weight.name] = replace(weight, parts=tuple(place(part) for part in weight.parts))
+    if model.tie_word_embeddings:
+        bytes_of = placed["embedding"].parts
+        head = _matrix("head", settings.active, model.vocab_size, model.hidden_size, ())
+        parts = tuple(replace(part, offset=other.offset) for part, other in zip(head.parts, bytes_of, strict=True))
+        placed["head"] = replace(head, parts=parts)
+    kind = FLOATS[settings.dtype]
+    item = formats.get(kind).block_bytes
+    half = model.head_dim // 2
+    cos, sin = (place(Part(name, kind, (model.max_position_embeddings, half), half * item)) for name in ("cos", "sin"))
+    return ONNXPlan(model, settings, width, shared, placed, (cos, sin), offset, tuple(notes))
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _weights(model: Architecture, settings: Settings, width: int, shared: int) -> Iterator[Weight]:
+    hidden, kv = model.hidden_size, model.num_kv_heads * model.head_dim
+    active, experts = settings.active, settings.experts
+
+    def norm(name: str, source: str) -> Weight:
+        kind = formats.get(FLOATS[settings.dtype])
+        part = Part(name, FLOATS[settings.dtype], (hidden,), hidden * kind.block_bytes)
+        return Weight(name, (hidden,), kind, (part,), (Piece(source, 1, hidden),))
+
+    def swiglu(layer: int, mlp: str, sources: list[str], own: int, padded: int) -> Iterator[Weight]:
+        """gate and up as one matrix, gate's rows first; down."""
+        gate, up, down = sources
+        pieces = (Piece(gate, own, hidden), Piece(up, own, hidden, padded))
+        yield _matrix(f"layers.{layer}.{mlp}.gate_up", active, 2 * padded, hidden, pieces)
+        yield _matrix(f"layers.{layer}.{mlp}.down", active, hidden, padded, (Piece(down, hidden, own),))
+
+    embedding = (Piece(names.EMBEDDING, model.vocab_size, hidden),)
+    yield _matrix("embedding", active, model.vocab_size, hidden, embedding, gathered=True)
+    for layer in range(model.num_layers):
+        yield norm(f"layers.{layer}.attention.norm", names.input_norm(layer))
+        q, k, v, o = (names.attention(layer, which) for which in ("q", "k", "v", "o"))
+        qkv = (Piece(q, hidden, hidden), Piece(k, kv, hidden, hidden), Piece(v, kv, hidden, hidden + kv))
+        yield _matrix(f"layers.{layer}.attention.qkv", active, hidden + 2 * kv, hidden, qkv)
+        yield _matrix(f"layers.{layer}.attention.output", active, hidden, hidden, (Piece(o, hidden, hidden),))
+        yield norm(f"layers.{layer}.mlp.norm", names.post_attention_norm(layer))
+        if not model.num_experts:
+            dense = [names.dense_mlp(layer, projection) for projection in names.PROJECTIONS]
+            yield from swiglu(layer, "mlp", dense, model.intermediate_size, width)
+            continue
+        routed = (Piece(names.router(layer), model.num_experts, hidden),)
+        yield _matrix(f"layers.{layer}.router", formats.get("F32"), model.num_experts, hidden, routed)
+        # QMoE wants gate's and up's rows interleaved.
+        gate_up, down = [], []
+        for index in range(model.num_experts):
+            gate, up, out = (names.expert(layer, index, projection) for projection in names.PROJECTIONS)
+            first = 2 * width * index
+            gate_up.append(Piece(gate, model.intermediate_size, hidden, first, 2))
+            gate_up.append(Piece(up, model.intermediate_size, hidden, first + 1, 2))
+            down.append(Piece(out, hidden, model.intermediate_size, hidden * index))
+        yield _matrix(f"layers.{layer}.experts.gate_up", experts, 2 * width, hidden, tuple(gate_up), model.num_experts)
+        yield _matrix(f"layers.{layer}.experts.down", experts, hidden, width, tuple(down), model.num_experts)
+        if model.num_shared_experts:
+            both = [names.shared_expert(layer, projection) for projection in names.PROJECTIONS]
+            yield from swiglu(layer, "shared", both, model.shared_size, shared)
+    yield norm("norm", names.FINAL_NORM)
+    if not model.tie_word_embeddings:
+        yield _matrix("head", active, model.vocab_size, hidden, (Piece(names.HEAD, model.vocab_size, hidden),))
+
+
+def _matrix(
+    name: str,
+    kind: QuantFormat,
+    rows: int,
+    columns: int,
+    pieces: tuple[Piece, ...],
+    experts: int = 0,
+    *,
+    gathered: bool = False,
+) -> Weight:
+    """A weight of `experts` matrices (0: of one) with the initialisers that its operator wants: QMoE's and
+    GatherBlockQuantized's (`gathered`) codes have no dimension of groups, MatMulNBits' have."""
+    outer = (experts, rows) if experts else (rows,)
+    if not isinstance(kind, IntGroup):
+        part = Part(name, kind.name, (*outer, columns), columns * kind.block_bytes)  # type: ignore[arg-type]
+        return Weight(name, (*outer, columns), kind, (part,), pieces)
+    groups, code_bytes = columns // kind.group_size, kind.group_size * kind.bits // 8
+    codes = (groups * code_bytes,) if experts or gathered else (groups, code_bytes)
+    scale_bytes, zero_bytes = groups * kind.scale_bytes, -(-groups * kind.bits // 8)
+    parts = [
+        Part(f"{name}.codes", "U8", (*outer, *codes), groups * code_bytes),
+        Part(f"{name}.scales", kind.scale_type, (*outer, groups), scale_bytes),
+    ]
+    if not kind.symmetric:
+        parts.append(Part(f"{name}.zero_points", "U8", (*outer, zero_bytes), zero_bytes))
+    return Weight(name, (*outer, columns), kind, tuple(parts), pieces)
