@@ -1,15 +1,26 @@
 """Types that hold one integer code per weight: weight = scale·levels[code] (+ offset), scales per group of a block.
 
 Where a type keeps the bits of its codes is data (`planes`); reading, storing and dequantising are the same for all.
-Layouts are numpy; the searches (`_superblock`, `_block32`, `_levels`) know codes and scales, no bytes.
+Layouts are numpy; the search (`_search`) knows codes and scales, no bytes.
 """
 
 from abc import abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numba
 import numpy as np
 
-from xent_quant.formats.base import F32, U8, Grid, QuantFormat
+from xent_quant.formats import _search
+from xent_quant.formats._lanes import WIDTH
+from xent_quant.formats.base import F32, U8, Effort, Grid, QuantFormat
+
+NOT_FINITE = "NaN or infinite weight; the checkpoint is damaged"
+TOO_LARGE = "a block's scale exceeds float16 (65504); keep this tensor in BF16 or F32"
+LIMIT = 1e15
+"""Beyond it sums of squares leave float32; float16 scales end long before."""
+CHUNK = 1 << 18
+"""Weights that one thread works on at a time: its codes, a byte each, stay in the cache."""
 
 
 class Plane(NamedTuple):
@@ -26,12 +37,17 @@ class Plane(NamedTuple):
 
     def read(self, blocks: U8) -> U8:
         """[n, block_bytes] to [n, block_size], the plane's bits of each code."""
+        if self.bits == self.run == 1:  # numpy's own is several times as fast
+            return np.unpackbits(blocks[:, self.start : self.stop], axis=1, bitorder="little")
         raw = blocks[:, self.start : self.stop].reshape(len(blocks), -1, 1, self.run)
         shifts = np.arange(0, 8, self.bits, dtype=np.uint8)[:, None]
         return ((raw >> shifts) & np.uint8(2**self.bits - 1)).reshape(len(blocks), -1)
 
     def write(self, blocks: U8, codes: U8) -> None:
         """The inverse: the low `bits` bits of codes [n, block_size]."""
+        if self.bits == self.run == 1:
+            blocks[:, self.start : self.stop] = np.packbits(codes & 1, axis=1, bitorder="little")
+            return
         parts = codes.reshape(len(codes), -1, 8 // self.bits, self.run)
         mask = np.uint8(2**self.bits - 1)
         joined = parts[:, :, 0] & mask
@@ -41,15 +57,15 @@ class Plane(NamedTuple):
 
 
 class CodedFormat(QuantFormat):
-    """Subclasses set `planes`, `levels` and `group_size`, and write `scales` and the search.
+    """Subclasses set `planes`, `levels` and `group_size`, and write `scales`.
 
-    `levels` ascends. `stored` [len(levels)] uint8 is what the bytes hold for each level where that is not its index.
+    `levels` ascends; the bytes hold a level's index, or that xor `flip`.
     """
 
     planes: tuple[Plane, ...]
     levels: F32
     group_size: int
-    stored: U8 | None = None
+    flip: int = 0
 
     @abstractmethod
     def scales(self, blocks: U8) -> tuple[F32, F32 | None]:
@@ -63,18 +79,16 @@ class CodedFormat(QuantFormat):
         for plane in self.planes[1:]:
             found |= plane.read(blocks) << np.uint8(shift)
             shift += plane.bits
-        if self.stored is not None:
-            levels = np.zeros(256, np.uint8)
-            levels[self.stored] = np.arange(len(self.stored), dtype=np.uint8)
-            found = levels[found]
+        if self.flip:
+            found ^= np.uint8(self.flip)
         return found.reshape(len(packed), -1)
 
     def store_codes(self, packed: U8, codes: U8) -> None:
         """Put codes [rows, columns], indices into `levels`, into packed rows; nothing else in them changes."""
         blocks = packed.reshape(-1, self.block_bytes)
         codes = codes.reshape(-1, self.block_size)
-        if self.stored is not None:
-            codes = self.stored[codes]
+        if self.flip:
+            codes = codes ^ np.uint8(self.flip)
         shift = 0
         for plane in self.planes:
             plane.write(blocks, codes >> np.uint8(shift) if shift else codes)
@@ -100,6 +114,58 @@ class CodedFormat(QuantFormat):
         return result
 
 
+class Found(NamedTuple):
+    """What a search chose: codes [rows, columns] uint8, integer scales inner [blocks, n] uint8, outer [blocks, n] float32.
+
+    A block's inner holds s of its groups, then their m where the type has minima; outer d, then dmin. n is 0 for inner where
+    the type has no integer scales; negative s are in two's complement.
+    """
+
+    codes: U8
+    inner: U8
+    outer: F32
+
+
+class SearchedFormat(CodedFormat):
+    """A type whose codes and scales `_search` chooses. Subclasses write `search` and `store_scales`."""
+
+    @abstractmethod
+    def search(self, weights: F32, importance: F32, effort: Effort) -> Found:
+        """Codes and scales for weights [rows, columns], checked to be finite."""
+
+    @abstractmethod
+    def store_scales(self, blocks: U8, found: Found) -> None:
+        """Put the scales into blocks [n, block_bytes]."""
+
+    def quantize_rows(self, weights: F32, importance: F32 | None, packed: U8, effort: Effort) -> str:
+        if importance is None:
+            importance = np.ones(weights.shape[1], np.float32)
+
+        def chunk(start: int) -> str:
+            part = weights[start : start + rows]
+            low, high = part.min(), part.max()  # NaN where there is one
+            if not (low > -LIMIT and high < LIMIT):
+                return TOO_LARGE if np.isfinite(low) and np.isfinite(high) else NOT_FINITE
+            found = self.search(part, importance, effort)
+            if not (np.abs(found.outer) <= _search.LARGEST).all():
+                return TOO_LARGE
+            self.store_scales(packed[start : start + rows].reshape(-1, self.block_bytes), found)
+            self.store_codes(packed[start : start + rows], found.codes)
+            return ""
+
+        if not weights.size:
+            return ""
+        rows = max(1, CHUNK // weights.shape[1] // WIDTH) * WIDTH
+        starts = range(0, len(weights), rows)
+        threads = min(numba.get_num_threads(), len(starts))
+        if threads == 1:
+            problems = [chunk(start) for start in starts]
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                problems = list(pool.map(chunk, starts))
+        return next(filter(None, problems), "")
+
+
 def integers(lowest: int, highest: int) -> F32:
     """The levels lowest, lowest + 1, …, highest."""
     return np.arange(lowest, highest + 1, dtype=np.float32)
@@ -108,3 +174,81 @@ def integers(lowest: int, highest: int) -> F32:
 def halves(raw: U8) -> F32:
     """[..., 2n] uint8 to [..., n] float32 of little-endian float16."""
     return np.ascontiguousarray(raw).view("<f2").astype(np.float32)
+
+
+def half_bytes(values: F32) -> U8:
+    """[..., n] float32 that float16 holds to [..., 2n] uint8, little-endian."""
+    return np.ascontiguousarray(values).astype("<f2").view(np.uint8)
+
+
+def ladder(*rungs: tuple[float, float, int]) -> F32:
+    """Candidates of a search: for each (from, to, count), that many values evenly spaced."""
+    return np.concatenate([np.linspace(*rung, dtype=np.float32) for rung in rungs])
+
+
+def plane(top: int, spread: float, steps: int, shift: float, shifts: int) -> F32:
+    """Candidates of an affine search, [steps · shifts, 2]: top ± spread steps over the range, moved by ± shift steps."""
+    moves = np.linspace(-shift, shift, shifts) if shifts > 1 else np.zeros(1)
+    return np.array(
+        [(reach, move / reach) for reach in np.linspace(top - spread, top + spread, steps) for move in moves], np.float32
+    )
+
+
+class Efforts(NamedTuple):
+    """Per effort: the candidates of a search, and the rounds that refine the block's scales."""
+
+    fast: tuple[F32, int]
+    normal: tuple[F32, int]
+    high: tuple[F32, int]
+
+
+class AffineFormat(SearchedFormat):
+    """w = d·s·q − dmin·m, q in 0…top. Subclasses set `scale_top`, the largest s and m (1: none), and `efforts`."""
+
+    scale_top: int = 1
+    efforts: Efforts
+    """Candidates as of `plane`."""
+
+    def search(self, weights: F32, importance: F32, effort: Effort) -> Found:
+        rows, columns = weights.shape
+        groups, blocks = self.block_size // self.group_size, columns // self.block_size
+        codes = np.empty((rows, columns), np.uint8)
+        inner = np.empty((rows, blocks * 2 * groups), np.uint8)
+        outer = np.empty((rows, blocks * 2), np.float32)
+        _search.affine(
+            weights, importance, *getattr(self.efforts, effort), self.block_size, groups,
+            self.levels[-1], np.float32(self.scale_top), codes.view(np.uint32), inner, outer,
+        )  # fmt: skip
+        return Found(codes, inner.reshape(-1, 2 * groups), outer.reshape(-1, 2))
+
+
+class SymmetricFormat(SearchedFormat):
+    """w = d·s·level. Subclasses set `scale_low`, the lowest s (0: none), and `efforts`."""
+
+    scale_low: int = 0
+    unused: int = 0
+    """Levels at the lower end that the search leaves out."""
+    efforts: Efforts
+    """Candidates as of `ladder`: levels at which a group's largest weight is put."""
+
+    def search(self, weights: F32, importance: F32, effort: Effort) -> Found:
+        rows, columns = weights.shape
+        groups, blocks = self.block_size // self.group_size, columns // self.block_size
+        codes = np.empty((rows, columns), np.uint8)
+        inner = np.empty((rows, blocks * groups), np.uint8)
+        outer = np.empty((rows, blocks), np.float32)
+        levels = self.levels[self.unused :]
+        _search.symmetric(
+            weights, importance, *getattr(self.efforts, effort), self.block_size, groups, levels[0], levels[-1],
+            _rises(levels), np.float32(self.scale_low), codes.view(np.uint32), inner, outer,
+        )  # fmt: skip
+        codes += np.uint8(self.unused)
+        return Found(codes, inner.reshape(-1, groups), outer.reshape(-1, 1))
+
+
+def _rises(levels: F32) -> F32:
+    """`_search.table_sums`'s table; empty for integers in a row, which need none."""
+    steps = np.diff(levels)
+    if (steps == 1).all():
+        return np.empty((0, 2), np.float32)
+    return np.stack([levels[:-1] + steps / 2, steps], axis=1)

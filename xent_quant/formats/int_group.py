@@ -12,7 +12,7 @@ of the same bits. s is stored as float32, float16 or bfloat16, whichever the gra
 
 A file keeps the three apart: `split` does that. Source of truth: ContribOperators.md of ONNX Runtime.
 
-The search is that of `_block32`, with z in place of the offset: candidate steps (for an asymmetric group each with both
+The search, sixteen groups in SIMD lanes: candidate steps (for an asymmetric group each with both
 integers next to the ideal z), the scale of each by weighted least squares, error in closed form; then rounds that code with
 the scale as it is stored and refit. Every group keeps its best round. float32 in a fixed order, rint to even; of equal
 errors the first stays.
@@ -27,15 +27,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant.errors import ConfigError
-from xent_quant.formats._block32 import EFFORTS, LANES
-from xent_quant.formats._codes import CodedFormat, Plane, integers
+from xent_quant.formats._codes import LIMIT, NOT_FINITE, TOO_LARGE, CodedFormat, Plane, integers
 from xent_quant.formats._half import INFINITY, half_bits, half_value
-from xent_quant.formats._superblock import HUGE, JIT, LIMIT, MESSAGES, NOT_FINITE, OVERFLOW
+from xent_quant.formats._search import HUGE
 from xent_quant.formats.base import F32, U8, Effort
 
 ScaleType = Literal["F32", "F16", "BF16"]
 SCALE_CODES: dict[ScaleType, int] = {"F32": 0, "F16": 1, "BF16": 2}
 GROUP_SIZES = (16, 32, 64, 128, 256)
+LANES = 16
+EFFORTS: dict[Effort, tuple[int, int]] = {"fast": (5, 1), "normal": (12, 2), "high": (32, 6)}
+"""Candidate steps per group, and rounds of refinement."""
+BAD_WEIGHT, BAD_SCALE = 1, 2
+MESSAGES = {BAD_WEIGHT: NOT_FINITE, BAD_SCALE: TOO_LARGE}
 TINY = np.float32(1e-30)
 """Scales below it count as zero: their reciprocal would leave float32."""
 
@@ -54,7 +58,7 @@ def stored(scale, kind):  # type: ignore[no-untyped-def]
     return scale if abs(scale) >= TINY else np.float32(0)
 
 
-@nb.njit(parallel=True, **JIT)
+@nb.njit(parallel=True, cache=True, error_model="numpy")
 def search(weights, importance, codes, scales, zeros, problems, group, bits, symmetric, kind, steps, rounds):  # type: ignore[no-untyped-def]
     """Fill codes [rows, columns] u8 (q), scales [rows, groups] f32 (as stored) and zeros [rows, groups] u8 (z)."""
     f = np.float32
@@ -80,7 +84,7 @@ def search(weights, importance, codes, scales, zeros, problems, group, bits, sym
                     if not (-LIMIT < value < LIMIT):
                         finite = False
             if not finite:
-                problems[row] = NOT_FINITE
+                problems[row] = BAD_WEIGHT
                 break
             for j in range(LANES):
                 low[j] = high[j] = sxx[j] = f(0)  # the range holds zero, which z stands for
@@ -149,7 +153,7 @@ def search(weights, importance, codes, scales, zeros, problems, group, bits, sym
                             scale[j] = stored(sxc[j] / scc[j], kind)
             for j in range(lanes):
                 if not abs(best[j]) < HUGE:
-                    problems[row] = OVERFLOW
+                    problems[row] = BAD_SCALE
                     break
                 scales[row, first + j] = best[j]
                 zeros[row, first + j] = np.uint8(best_zero[j])

@@ -12,21 +12,33 @@ Source of truth: `block_q3_K` in ggml-common.h.
 
 import numpy as np
 
-from xent_quant.formats._codes import Plane, halves, integers
-from xent_quant.formats._k_type import KType
-from xent_quant.formats._superblock import symmetric
+from xent_quant.formats._codes import Efforts, Found, Plane, SymmetricFormat, half_bytes, halves, integers, ladder
 from xent_quant.formats.base import F32, U8
 
+LOW, HIGH = Plane(96, 104, bits=4, run=8), Plane(104, 108, bits=2, run=4)
 
-class Q3K(KType):
+
+class Q3K(SymmetricFormat):
     name = "Q3_K"
     ggml_type = 11
+    block_size = 256
     block_bytes = 110
+    group_size = 16
     planes = (Plane(32, 96, bits=2, run=32), Plane(0, 32, bits=1, run=32))
     levels = integers(-4, 3)
-    kernel = staticmethod(symmetric(bits=3, scale_codes=32, block_bytes=110))
+    scale_low = -32
+    efforts = Efforts(
+        fast=(ladder((-3.6, -6, 3), (2.6, 5, 3)), 1),
+        normal=(ladder((-3.6, -6, 6), (2.6, 5, 6)), 2),
+        high=(ladder((-3.5, -8, 16), (2.5, 7, 16)), 6),
+    )
 
     def scales(self, blocks: U8) -> tuple[F32, None]:
-        low = Plane(96, 104, bits=4, run=8).read(blocks)  # [n, 16]
-        high = Plane(104, 108, bits=2, run=4).read(blocks)
+        low, high = LOW.read(blocks), HIGH.read(blocks)  # [n, 16]
         return halves(blocks[:, 108:110]) * ((low | (high << 4)).astype(np.float32) - np.float32(32)), None
+
+    def store_scales(self, blocks: U8, found: Found) -> None:
+        codes: U8 = found.inner + np.uint8(32)
+        LOW.write(blocks, codes)
+        HIGH.write(blocks, codes >> np.uint8(4))
+        blocks[:, 108:110] = half_bytes(found.outer)

@@ -8,16 +8,26 @@
 Source of truth: `block_q4_0` in ggml-common.h.
 """
 
-from xent_quant.formats._block32 import Block32, block32
-from xent_quant.formats._codes import Plane, integers
+from xent_quant.formats._codes import Efforts, Found, Plane, SymmetricFormat, half_bytes, halves, integers, ladder
+from xent_quant.formats.base import F32, U8
 
 
-class Q40Format(Block32):
+class Q40(SymmetricFormat):
     name = "Q4_0"
     ggml_type = 2
+    block_size = 32
     block_bytes = 18
-    bits = 4
-    affine = False
+    group_size = 32
     planes = (Plane(2, 18, bits=4, run=16),)
     levels = integers(-8, 7)
-    kernel = staticmethod(block32(bits=4, affine=False, block_bytes=18))
+    efforts = Efforts(
+        fast=(ladder((-7.6, -10, 3), (6.6, 9, 3)), 1),
+        normal=(ladder((-7.4, -11, 8), (6.4, 10, 8)), 2),
+        high=(ladder((-7, -14, 32), (6, 13, 32)), 6),
+    )
+
+    def scales(self, blocks: U8) -> tuple[F32, None]:
+        return halves(blocks[:, 0:2]), None
+
+    def store_scales(self, blocks: U8, found: Found) -> None:
+        blocks[:, 0:2] = half_bytes(found.outer)

@@ -9,16 +9,26 @@
 Source of truth: `block_q5_0` in ggml-common.h.
 """
 
-from xent_quant.formats._block32 import Block32, block32
-from xent_quant.formats._codes import Plane, integers
+from xent_quant.formats._codes import Efforts, Found, Plane, SymmetricFormat, half_bytes, halves, integers, ladder
+from xent_quant.formats.base import F32, U8
 
 
-class Q50Format(Block32):
+class Q50(SymmetricFormat):
     name = "Q5_0"
     ggml_type = 6
+    block_size = 32
     block_bytes = 22
-    bits = 5
-    affine = False
+    group_size = 32
     planes = (Plane(6, 22, bits=4, run=16), Plane(2, 6, bits=1, run=1))
     levels = integers(-16, 15)
-    kernel = staticmethod(block32(bits=5, affine=False, block_bytes=22))
+    efforts = Efforts(
+        fast=(ladder((-15.4, -18, 3), (14.4, 17, 3)), 1),
+        normal=(ladder((-15.4, -19, 8), (14.4, 18, 8)), 2),
+        high=(ladder((-15, -22, 32), (14, 21, 32)), 6),
+    )
+
+    def scales(self, blocks: U8) -> tuple[F32, None]:
+        return halves(blocks[:, 0:2]), None
+
+    def store_scales(self, blocks: U8, found: Found) -> None:
+        blocks[:, 0:2] = half_bytes(found.outer)

@@ -10,16 +10,30 @@
 Source of truth: `block_q5_1` in ggml-common.h.
 """
 
-from xent_quant.formats._block32 import Block32, block32
-from xent_quant.formats._codes import Plane, integers
+import numpy as np
+
+from xent_quant.formats._codes import AffineFormat, Efforts, Found, Plane, half_bytes, halves, integers, plane
+from xent_quant.formats.base import F32, U8
+
+SIGNS = np.array([1, -1], np.float32)  # the search's minimum is subtracted, this type's added
 
 
-class Q51Format(Block32):
+class Q51(AffineFormat):
     name = "Q5_1"
     ggml_type = 7
+    block_size = 32
     block_bytes = 24
-    bits = 5
-    affine = True
+    group_size = 32
     planes = (Plane(8, 24, bits=4, run=16), Plane(4, 8, bits=1, run=1))
     levels = integers(0, 31)
-    kernel = staticmethod(block32(bits=5, affine=True, block_bytes=24))
+    efforts = Efforts(
+        fast=(plane(31, 1, 4, 0.5, 3), 1),
+        normal=(plane(31, 1.2, 8, 0.5, 3), 2),
+        high=(plane(31, 2, 16, 0.7, 7), 6),
+    )
+
+    def scales(self, blocks: U8) -> tuple[F32, F32]:
+        return halves(blocks[:, 0:2]), halves(blocks[:, 2:4])
+
+    def store_scales(self, blocks: U8, found: Found) -> None:
+        blocks[:, 0:4] = half_bytes(found.outer * SIGNS)

@@ -10,21 +10,30 @@
 Source of truth: `block_q5_K` in ggml-common.h.
 """
 
-from xent_quant.formats._codes import Plane, halves, integers
-from xent_quant.formats._k_type import KType, scales_and_minima
-from xent_quant.formats._superblock import affine
+from xent_quant.formats._codes import AffineFormat, Efforts, Found, Plane, half_bytes, halves, integers, plane
+from xent_quant.formats._k_scales import packed_scales_and_minima, scales_and_minima
 from xent_quant.formats.base import F32, U8
 
 
-class Q5K(KType):
+class Q5K(AffineFormat):
     name = "Q5_K"
     ggml_type = 13
+    block_size = 256
     block_bytes = 176
     group_size = 32
     planes = (Plane(48, 176, bits=4, run=32), Plane(16, 48, bits=1, run=32))
     levels = integers(0, 31)
-    kernel = staticmethod(affine(sub_blocks=8, bits=5, scale_codes=63, block_bytes=176))
+    scale_top = 63
+    efforts = Efforts(
+        fast=(plane(31, 1, 4, 0.5, 3), 1),
+        normal=(plane(31, 1.2, 8, 0.5, 3), 2),
+        high=(plane(31, 2, 16, 0.7, 7), 6),
+    )
 
     def scales(self, blocks: U8) -> tuple[F32, F32]:
         scales, minima = scales_and_minima(blocks[:, 4:16])
         return halves(blocks[:, 0:2]) * scales, -(halves(blocks[:, 2:4]) * minima)
+
+    def store_scales(self, blocks: U8, found: Found) -> None:
+        blocks[:, 0:4] = half_bytes(found.outer)
+        blocks[:, 4:16] = packed_scales_and_minima(found.inner[:, :8], found.inner[:, 8:])

@@ -12,19 +12,28 @@ Source of truth: `block_q6_K` in ggml-common.h.
 
 import numpy as np
 
-from xent_quant.formats._codes import Plane, halves, integers
-from xent_quant.formats._k_type import KType
-from xent_quant.formats._superblock import symmetric
+from xent_quant.formats._codes import Efforts, Found, Plane, SymmetricFormat, half_bytes, halves, integers, ladder
 from xent_quant.formats.base import F32, U8
 
 
-class Q6K(KType):
+class Q6K(SymmetricFormat):
     name = "Q6_K"
     ggml_type = 14
+    block_size = 256
     block_bytes = 210
+    group_size = 16
     planes = (Plane(0, 128, bits=4, run=64), Plane(128, 192, bits=2, run=32))
     levels = integers(-32, 31)
-    kernel = staticmethod(symmetric(bits=6, scale_codes=128, block_bytes=210))
+    scale_low = -128
+    efforts = Efforts(
+        fast=(ladder((-31.1, -32.9, 3), (30.1, 31.9, 3)), 1),
+        normal=(ladder((-31.1, -32.9, 6), (30.1, 31.9, 6)), 2),
+        high=(ladder((-30.5, -38, 40), (29.5, 37, 40)), 6),
+    )
 
     def scales(self, blocks: U8) -> tuple[F32, None]:
         return halves(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8).astype(np.float32), None
+
+    def store_scales(self, blocks: U8, found: Found) -> None:
+        blocks[:, 192:208] = found.inner
+        blocks[:, 208:210] = half_bytes(found.outer)

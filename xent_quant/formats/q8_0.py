@@ -8,19 +8,28 @@
 Source of truth: `block_q8_0` in ggml-common.h.
 """
 
-import numpy as np
-
-from xent_quant.formats._block32 import Block32, block32
-from xent_quant.formats._codes import Plane, integers
+from xent_quant.formats._codes import Efforts, Found, Plane, SymmetricFormat, half_bytes, halves, integers, ladder
+from xent_quant.formats.base import F32, U8
 
 
-class Q80Format(Block32):
+class Q80(SymmetricFormat):
     name = "Q8_0"
     ggml_type = 8
+    block_size = 32
     block_bytes = 34
-    bits = 8
-    affine = False
-    planes = (Plane(2, 34, bits=8, run=1),)
+    group_size = 32
+    planes = (Plane(2, 34, bits=8, run=32),)
     levels = integers(-128, 127)
-    stored = np.arange(-128, 128).astype(np.uint8)  # two's complement
-    kernel = staticmethod(block32(bits=8, affine=False, block_bytes=34))
+    flip = 0x80  # two's complement
+    unused = 1
+    efforts = Efforts(
+        fast=(ladder((-127.6, -127.6, 1)), 1),
+        normal=(ladder((-127, -128, 3)), 1),
+        high=(ladder((-126, -134, 32)), 6),
+    )
+
+    def scales(self, blocks: U8) -> tuple[F32, None]:
+        return halves(blocks[:, 0:2]), None
+
+    def store_scales(self, blocks: U8, found: Found) -> None:
+        blocks[:, 0:2] = half_bytes(found.outer)
