@@ -35,22 +35,25 @@ class InputStatistics:
 
     `importance` [in] float32 is the mean x² of each input column; `hessian` [in, in] float32 is the mean x xᵀ (no factor
     2), or None where it was not asked for; `rows` counts the weight's own rows (tokens), 0 for an expert never reached.
+    `held_out` [n, in] float32 are input rows that neither of them has seen, to judge a method by; None where there are none.
     """
 
     importance: NDArray[np.float32]
     hessian: NDArray[np.float32] | None
     rows: int
+    held_out: NDArray[np.float32] | None = None
 
     def padded(self, columns: int) -> "InputStatistics":
         """The statistics of inputs that are followed by zeros up to `columns`."""
         missing = columns - len(self.importance)
         if not missing:
             return self
-        hessian = self.hessian
+        hessian, held_out = self.hessian, self.held_out
         return replace(
             self,
             importance=np.pad(self.importance, (0, missing)),
             hessian=None if hessian is None else np.pad(hessian, ((0, missing), (0, missing))),
+            held_out=None if held_out is None else np.pad(held_out, ((0, 0), (0, missing))),
         )
 
 

@@ -12,7 +12,7 @@ from tests.exporters.test_gguf_exact import CASES, IDS
 from tests.reference.forward import forward
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CalibrationError
-from xent_quant.model.streaming import StreamingModel
+from xent_quant.model.streaming import Step, StreamingModel
 
 
 @pytest.mark.parametrize("overrides", [*CASES.values(), {"norm_topk_prob": False}], ids=[*CASES.keys(), "not renormalised"])
@@ -36,20 +36,47 @@ def test_log_probabilities_stream_the_head(checkpoint, monkeypatch) -> None:
     assert torch.allclose(model.log_probabilities(hidden, targets), wanted, rtol=1e-12)
 
 
-def test_observer_sees_every_weight_and_every_token(checkpoint) -> None:
+def test_steps_show_every_weight_every_token_in_the_order_of_the_checkpoint(checkpoint, monkeypatch) -> None:
     source = Checkpoint.open(checkpoint())
+    model = source.architecture
+    whole = StreamingModel(source, torch.float64).hidden_states(torch.tensor([IDS, IDS[::-1]]))
+    monkeypatch.setattr("xent_quant.model.streaming.PART_TOKENS", 3)
     rows: Counter[str] = Counter()
+    finished: list[str] = []
 
-    def observe(weights: tuple[str, ...], inputs: torch.Tensor, gates: torch.Tensor | None) -> None:
-        for name in weights:
-            rows[name] += len(inputs)
-            assert inputs.shape[1] == source.infos[name].shape[1]
-        assert gates is None or len(gates) == len(inputs)
+    def observe(step: Step) -> None:
+        for name in step.weights:
+            rows[name] += len(step.inputs)
+            assert step.inputs.shape == (len(step.tokens), source.infos[name].shape[1])
+            assert name not in finished
+            if step.last:
+                finished.append(name)
+        assert step.gates is None or len(step.gates) == len(step.inputs)
 
-    StreamingModel(source).hidden_states(torch.tensor([IDS]), observe)
+    in_parts = StreamingModel(source, torch.float64).hidden_states(torch.tensor([IDS, IDS[::-1]]), observe)
+    assert torch.allclose(in_parts, whole, rtol=1e-10)
     experts = sum(count for name, count in rows.items() if ".experts." in name and "gate_proj" in name)
-    assert experts == len(IDS) * source.architecture.experts_per_token * source.architecture.num_layers
-    assert rows["lm_head.weight"] == rows["model.layers.0.self_attn.q_proj.weight"] == len(IDS)
+    assert experts == 2 * len(IDS) * model.experts_per_token * model.num_layers
+    assert rows["lm_head.weight"] == rows["model.layers.0.self_attn.q_proj.weight"] == 2 * len(IDS)
+    assert set(finished) == {name for name, shape in model.tensors().items() if len(shape) == 2} - {"model.embed_tokens.weight"}
+    early = [name for name in finished if "shared_experts.down" in name or "shared_experts" not in name]
+    assert early == [name for name in model.tensors() if name in early]
+
+
+def test_a_rare_expert_shows_what_it_would_see_of_other_tokens(checkpoint) -> None:
+    source = Checkpoint.open(checkpoint())
+    experts = {}
+    for step in StreamingModel(source).steps(torch.tensor([IDS]), fewest=4):
+        if ".experts." in step.weights[0] and "down" in step.weights[0]:
+            experts[step.weights[0]] = step
+    assert len(experts) == source.architecture.num_experts * source.architecture.num_layers
+    for name, step in experts.items():
+        assert (step.others is not None) == (len(step.inputs) < 4)
+        if step.others is not None:
+            assert step.others.shape == (4, source.infos[name].shape[1])
+            same = {int(token): row for token, row in zip(step.tokens, step.inputs, strict=True)}
+            for token, row in zip(range(0, len(IDS), len(IDS) // 4), step.others, strict=False):
+                assert token not in same or torch.allclose(same[token], row, atol=1e-6)
 
 
 def test_overflowing_activations_are_refused(checkpoint) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 
-def forward(weights: dict[str, np.ndarray], config: dict[str, Any], ids: list[int]) -> np.ndarray:
-    """Logits [len(ids), vocab] float64."""
+def forward(
+    weights: dict[str, np.ndarray], config: dict[str, Any], ids: list[int], seen: dict[str, list[np.ndarray]] | None = None
+) -> np.ndarray:
+    """Logits [len(ids), vocab] float64. `seen` collects the input rows of every weight."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     size = hidden // heads
@@ -31,9 +33,17 @@ def forward(weights: dict[str, np.ndarray], config: dict[str, Any], ids: list[in
             out[i + size // 2] = second * math.cos(angle) + first * math.sin(angle)
         return out
 
+    def see(name: str, row: np.ndarray) -> None:
+        if seen is not None:
+            seen.setdefault(name, []).append(row)
+
     def mlp(x: np.ndarray, prefix: str) -> np.ndarray:
         gate = get(prefix + "gate_proj.weight") @ x
-        return get(prefix + "down_proj.weight") @ (gate / (1 + np.exp(-gate)) * (get(prefix + "up_proj.weight") @ x))
+        inner = gate / (1 + np.exp(-gate)) * (get(prefix + "up_proj.weight") @ x)
+        see(prefix + "gate_proj.weight", x)
+        see(prefix + "up_proj.weight", x)
+        see(prefix + "down_proj.weight", inner)
+        return get(prefix + "down_proj.weight") @ inner
 
     x = get("model.embed_tokens.weight")[ids]
     for layer in range(config["num_hidden_layers"]):
@@ -50,6 +60,10 @@ def forward(weights: dict[str, np.ndarray], config: dict[str, Any], ids: list[in
                 scores = np.exp(scores - scores.max())
                 scores /= scores.sum()
                 mixed[t, head * size : (head + 1) * size] = scores @ v[: t + 1, source * size : (source + 1) * size]
+        for t in range(len(ids)):
+            for n in "qkv":
+                see(f"{base}self_attn.{n}_proj.weight", normed[t])
+            see(f"{base}self_attn.o_proj.weight", mixed[t])
         x = x + mixed @ get(base + "self_attn.o_proj.weight").T
         normed = norm(x, get(base + "post_attention_layernorm.weight"))
         for t in range(len(ids)):
@@ -66,4 +80,7 @@ def forward(weights: dict[str, np.ndarray], config: dict[str, Any], ids: list[in
             if config["num_shared_experts"]:
                 x[t] += mlp(normed[t], base + "mlp.shared_experts.")
     head = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
-    return norm(x, get("model.norm.weight")) @ get(head).T
+    final = norm(x, get("model.norm.weight"))
+    for row in final:
+        see(head, row)
+    return final @ get(head).T

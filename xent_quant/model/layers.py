@@ -43,3 +43,8 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor
     weights, indices = probabilities.sort(dim=-1, descending=True, stable=True)
     weights, indices = weights[:, :top_k], indices[:, :top_k]
     return (weights / weights.sum(-1, keepdim=True) if renormalise else weights), indices
+
+
+def swiglu(h: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate · h) · (up · h): [T, H] to [T, width], the input of the down projection."""
+    return F.silu(F.linear(h, gate)) * F.linear(h, up)

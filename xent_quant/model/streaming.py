@@ -1,10 +1,12 @@
 """Runs a whole checkpoint over many windows of tokens while holding one expert, or one layer's attention, at a time.
 
 The weights may come from a checkpoint or from an exported file that is dequantised on the way: anything that is a
-WeightSource. An Observer sees the input rows of every weight, which is all that calibration needs.
+WeightSource. The pass is a generator of steps, one for every batch of input rows that a weight sees, which is all that
+calibration needs; it advances only as far as it is asked to.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,11 +18,12 @@ from torch import Tensor
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import CalibrationError
-from xent_quant.model.layers import attention, rms_norm, rotary_tables, route
+from xent_quant.model.layers import attention, rms_norm, rotary_tables, route, swiglu
 from xent_quant.progress import Progress, Silent
 
-ATTENTION_TOKENS = 4096
-"""Tokens that go through attention together; bounds what it holds besides the hidden states."""
+PART_TOKENS = 4096
+"""Tokens that go through a weight together (one window at least through attention); bounds what is held besides the hidden
+states."""
 HEAD_WEIGHTS = 16 * 1024 * 1024
 """Weights of the head multiplied at a time."""
 
@@ -35,9 +38,25 @@ class WeightSource(Protocol):
         """Rows start:stop of a checkpoint tensor as float32."""
 
 
-Observer = Callable[[tuple[str, ...], Tensor, Tensor | None], None]
-"""Called with the names of the weights that share an input, its rows [n, in_features], and the gate weights [n] with
-which an expert's output will be scaled (None outside experts)."""
+@dataclass(frozen=True)
+class Step:
+    """A batch of input rows that is about to be multiplied by the weights named, which share them.
+
+    `inputs` [n, in_features]; `tokens` [n] int64, which token of the flattened windows each row belongs to; `gates` [n], the
+    factors with which an expert's output will be scaled, None outside experts; `last`: these weights get no more rows.
+    Every expert has a step, of 0 rows where no token chose it. `others` [m, in_features], where `steps` was asked for
+    them: what the weight would see if evenly spaced tokens of the layer were sent through its expert.
+    """
+
+    weights: tuple[str, ...]
+    inputs: Tensor
+    tokens: Tensor
+    gates: Tensor | None = None
+    last: bool = True
+    others: Tensor | None = None
+
+
+Observer = Callable[[Step], None]
 
 
 class StreamingModel:
@@ -52,34 +71,55 @@ class StreamingModel:
     def _weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return torch.from_numpy(self.source.read(name)).to(self.device, dtype or self.dtype)
 
-    @torch.no_grad()
     def hidden_states(self, windows: Tensor, observer: Observer | None = None, progress: Progress | None = None) -> Tensor:
-        """Token ids [n_windows, length] to final, normed hidden states [n_windows, length, hidden].
+        """Token ids [n_windows, length] to final, normed hidden states [n_windows, length, hidden]; see `steps`."""
+        steps = self.steps(windows, progress=progress)
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as end:
+                final: Tensor = end.value
+                return final
+            if observer:
+                observer(step)
 
-        Holds three copies of the hidden states and the weights of one layer's attention or one expert. Raises
-        CalibrationError naming layer and expert where activations become NaN or infinite.
+    @torch.no_grad()
+    def steps(self, windows: Tensor, fewest: int = 0, progress: Progress | None = None) -> Generator[Step, None, Tensor]:
+        """The forward pass of token ids [n_windows, length], one Step at a time in the order of `Architecture.tensors()`
+        (the shared MLP's first inputs come with the router's); returns final, normed hidden states [n_windows, length, hidden].
+
+        Work is done only as steps are asked for. An expert chosen by fewer than `fewest` tokens has `fewest` rows of `others`
+        in its last step of the down projection. Holds two copies of the hidden states (three at the end), the weights of one
+        layer's attention or one expert, and PART_TOKENS rows on their way through it. Raises CalibrationError naming layer and
+        expert where activations become NaN or infinite.
         """
         model, report = self.architecture, progress or Silent()
         report.start("Running the model", model.num_layers * windows.numel(), "tokens")
         x = self._embed(windows)
-        tables = tuple(
-            table.to(self.device) for table in rotary_tables(windows.shape[1], model.head_dim, model.rope_theta, self.dtype)
-        )
+        tables = rotary_tables(windows.shape[1], model.head_dim, model.rope_theta, self.dtype)
         for layer in range(model.num_layers):
-            self._attend(layer, x, (tables[0], tables[1]), observer)
-            self._mlp(layer, x, observer)
+            yield from self._attend(layer, x, (tables[0].to(self.device), tables[1].to(self.device)))
+            yield from self._mlp(layer, x, fewest)
             if not torch.isfinite(x).all():
                 raise CalibrationError(f"layer {layer}: NaN or infinite activations; the checkpoint is damaged")
             report.advance(windows.numel())
         x = rms_norm(x, self._weight(names.FINAL_NORM), model.rms_norm_eps)
-        if observer:
-            observer((self._head_name,), x.flatten(0, 1), None)
+        flat = x.flatten(0, 1)
+        for tokens, last in self._parts(torch.arange(len(flat), device=self.device)):
+            yield Step((self._head_name,), flat[tokens], tokens, last=last)
         report.finish()
         return x
 
     @property
     def _head_name(self) -> str:
         return names.EMBEDDING if self.architecture.tie_word_embeddings else names.HEAD
+
+    @staticmethod
+    def _parts(tokens: Tensor) -> Iterator[tuple[Tensor, bool]]:
+        """At most PART_TOKENS of them at a time, and whether these are the last; one empty part of none."""
+        parts = torch.split(tokens, PART_TOKENS)
+        for index, part in enumerate(parts):
+            yield part, index == len(parts) - 1
 
     def _embed(self, windows: Tensor) -> Tensor:
         """Rows of the embedding, read in slices so that it is never whole in memory."""
@@ -94,60 +134,81 @@ class StreamingModel:
                 x[here] = part[windows[here] - start]
         return x
 
-    def _attend(self, layer: int, x: Tensor, tables: tuple[Tensor, Tensor], observer: Observer | None) -> None:
+    def _attend(self, layer: int, x: Tensor, tables: tuple[Tensor, Tensor]) -> Iterator[Step]:
         """x += attention(norm(x)), a few windows at a time."""
-        model = self.architecture
+        model, length = self.architecture, x.shape[1]
         norm = self._weight(names.input_norm(layer))
         q_name, k_name, v_name, o_name = (names.attention(layer, which) for which in ("q", "k", "v", "o"))
         q, k, v, o = (self._weight(name) for name in (q_name, k_name, v_name, o_name))
-        for part in torch.split(x, max(1, ATTENTION_TOKENS // x.shape[1])):
+        at_once = max(1, PART_TOKENS // length)
+        for start in range(0, len(x), at_once):
+            part = x[start : start + at_once]
+            last = start + at_once >= len(x)
+            tokens = torch.arange(start * length, start * length + part.shape[0] * length, device=self.device)
             h = rms_norm(part, norm, model.rms_norm_eps)
-            if observer:
-                observer((q_name, k_name, v_name), h.flatten(0, 1), None)
+            yield Step((q_name, k_name, v_name), h.flatten(0, 1), tokens, last=last)
             mixed = attention(F.linear(h, q), F.linear(h, k), F.linear(h, v), model.head_dim, tables)
-            if observer:
-                observer((o_name,), mixed.flatten(0, 1), None)
+            yield Step((o_name,), mixed.flatten(0, 1), tokens, last=last)
             part += F.linear(mixed, o)
 
-    def _mlp(self, layer: int, x: Tensor, observer: Observer | None) -> None:
+    def _mlp(self, layer: int, x: Tensor, fewest: int) -> Iterator[Step]:
         """x += experts(norm(x)), one expert at a time over all the tokens that chose it."""
         model = self.architecture
         flat = x.view(-1, model.hidden_size)
-        h = rms_norm(flat, self._weight(names.post_attention_norm(layer)), model.rms_norm_eps)
+        norm = self._weight(names.post_attention_norm(layer))
+        every = torch.arange(len(flat), device=self.device)
+
+        def normed(tokens: Tensor) -> Tensor:
+            return rms_norm(flat[tokens], norm, model.rms_norm_eps)
+
         if not model.num_experts:
             dense = [names.dense_mlp(layer, projection) for projection in names.PROJECTIONS]
-            flat += self._swiglu(h, dense, observer, None)
+            gate, up, down = (self._weight(name) for name in dense)
+            for tokens, last in self._parts(every):
+                h = normed(tokens)
+                yield Step((dense[0], dense[1]), h, tokens, last=last)
+                inner = swiglu(h, gate, up)
+                yield Step((dense[2],), inner, tokens, last=last)
+                flat[tokens] += F.linear(inner, down)
             return
-        wide = torch.promote_types(self.dtype, torch.float32)
-        scores = F.linear(h.to(wide), self._weight(names.router(layer), wide))
-        if observer:
-            observer((names.router(layer),), h, None)
-        gates, chosen = route(scores, model.experts_per_token, model.norm_topk_prob)
-        y = torch.zeros_like(h, dtype=wide)
-        for index in range(model.num_experts):
-            tokens, slots = (chosen == index).nonzero(as_tuple=True)
-            if not len(tokens):
-                continue
-            gate = gates[tokens, slots]
-            expert = [names.expert(layer, index, projection) for projection in names.PROJECTIONS]
-            out = self._swiglu(h[tokens], expert, observer, gate)
-            if not torch.isfinite(out).all():
-                raise CalibrationError(f"layer {layer}, expert {index}: NaN or infinite activations; the checkpoint is damaged")
-            y.index_add_(0, tokens, out.to(wide) * gate[:, None])
-        if model.num_shared_experts:
-            shared = [names.shared_expert(layer, projection) for projection in names.PROJECTIONS]
-            y += self._swiglu(h, shared, observer, None)
-        flat += y.to(self.dtype)
 
-    def _swiglu(self, h: Tensor, weights: list[str], observer: Observer | None, gate_weights: Tensor | None) -> Tensor:
-        """down(silu(gate(h)) · up(h)); `weights` names gate, up and down."""
-        gate, up, down = weights
-        if observer:
-            observer((gate, up), h, gate_weights)
-        inner = F.silu(F.linear(h, self._weight(gate))) * F.linear(h, self._weight(up))
-        if observer:
-            observer((down,), inner, gate_weights)
-        return F.linear(inner, self._weight(down))
+        wide = torch.promote_types(self.dtype, torch.float32)
+        router = self._weight(names.router(layer), wide)
+        shared = [names.shared_expert(layer, projection) for projection in names.PROJECTIONS] if model.num_shared_experts else []
+        chosen = torch.empty(len(flat), model.experts_per_token, dtype=torch.int64, device=self.device)
+        gates = torch.empty(chosen.shape, dtype=wide, device=self.device)
+        for tokens, last in self._parts(every):
+            h = normed(tokens)
+            yield Step((names.router(layer), *shared[:2]), h, tokens, last=last)
+            gates[tokens], chosen[tokens] = route(F.linear(h.to(wide), router), model.experts_per_token, model.norm_topk_prob)
+        sample = every[:: max(1, len(every) // fewest)][:fewest] if fewest else every[:0]
+        y = torch.zeros_like(flat)
+        for index in range(model.num_experts):
+            expert = [names.expert(layer, index, projection) for projection in names.PROJECTIONS]
+            mine, slots = (chosen == index).nonzero(as_tuple=True)
+            gate, up, down = (self._weight(name) for name in expert)
+            done = 0
+            for tokens, last in self._parts(mine):
+                weight = gates[tokens, slots[done : done + len(tokens)]]
+                done += len(tokens)
+                h = normed(tokens)
+                yield Step((expert[0], expert[1]), h, tokens, weight, last)
+                inner = swiglu(h, gate, up)
+                others = swiglu(normed(sample), gate, up) if last and len(mine) < fewest else None
+                yield Step((expert[2],), inner, tokens, weight, last, others)
+                out = F.linear(inner, down)
+                if not torch.isfinite(out).all():
+                    raise CalibrationError(
+                        f"layer {layer}, expert {index}: NaN or infinite activations; the checkpoint is damaged"
+                    )
+                y.index_add_(0, tokens, (out.to(wide) * weight[:, None]).to(y.dtype))
+        if shared:
+            gate, up, down = (self._weight(name) for name in shared)
+            for tokens, last in self._parts(every):
+                inner = swiglu(normed(tokens), gate, up)
+                yield Step((shared[2],), inner, tokens, last=last)
+                y[tokens] += F.linear(inner, down)
+        flat += y
 
     def head_slices(self) -> Iterator[tuple[int, Tensor]]:
         """(first token id, rows of the head) in order, at most HEAD_WEIGHTS weights at a time."""

@@ -1,0 +1,88 @@
+"""Sums over the input rows of one weight, and how a rare expert's are made up with its layer's.
+
+Rows of `HELD_OUT` windows are kept apart: methods that fit the rows closely are judged on them.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xent_quant.tensors import InputStatistics
+
+COLUMN_FLOOR = 1e-4
+"""No column's importance falls below this share of the mean: a column that calibration never excited must survive."""
+
+FEWEST_ROWS = 64
+"""Rows on which an importance must stand: an expert with fewer gets the missing ones from its layer."""
+
+FEWEST_ROWS_PER_COLUMN = 1.0
+"""The same for a Hessian, per input column: with fewer rows than columns it has no inverse."""
+
+HELD_OUT_ROWS = 1024
+"""Rows kept for judging, at most."""
+
+
+def fewest_rows(columns: int, hessian: bool) -> int:
+    return max(FEWEST_ROWS, int(FEWEST_ROWS_PER_COLUMN * columns)) if hessian else FEWEST_ROWS
+
+
+@dataclass
+class Moments:
+    """Σx² per column (`squares` [in] float64) and, if `hessian`, Σx xᵀ (`products` [in, in] float32) over `rows` rows."""
+
+    columns: int
+    hessian: bool
+    rows: int = 0
+    squares: Tensor = field(init=False)
+    products: Tensor | None = field(init=False, default=None)
+    held_out: list[Tensor] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.squares = torch.zeros(self.columns, dtype=torch.float64)
+
+    def add(self, inputs: Tensor, held_out: Tensor | None = None) -> None:
+        """Rows [n, in] of any float type; those of the mask `held_out` [n] are kept as they are instead."""
+        if held_out is not None and held_out.any():
+            room = HELD_OUT_ROWS - sum(len(kept) for kept in self.held_out)
+            self.held_out.append(inputs[held_out][: max(0, room)].float().cpu())
+            inputs = inputs[~held_out]
+        if not len(inputs):
+            return
+        wide = inputs.float()
+        self.rows += len(wide)
+        self.squares += wide.square().sum(0, dtype=torch.float64).cpu()
+        if self.hessian:
+            product = wide.T @ wide
+            self.products = product if self.products is None else self.products.add_(product)
+
+    def statistics(self, layer: "Moments | None" = None) -> InputStatistics | None:
+        """Means over the rows, made up to `fewest_rows` with the mean of `layer`; None where neither has any row.
+
+        mean = (Σ own + missing · mean of layer) / (own rows + missing), missing = max(0, fewest − own rows): an expert that
+        no token reached gets its layer's statistics, one with enough rows its own, unchanged. The diagonal and every column's
+        importance keep a floor of COLUMN_FLOOR of their mean.
+        """
+        missing = 0
+        if layer is not None and layer.rows:
+            missing = max(0, fewest_rows(self.columns, self.hessian) - self.rows)
+        total = self.rows + missing
+        if not total:
+            return None
+        squares = self.squares.clone()
+        if missing and layer is not None:
+            squares += layer.squares * (missing / layer.rows)
+        importance = (squares / total).numpy()
+        importance = np.maximum(importance, COLUMN_FLOOR * importance.mean()).astype(np.float32)
+        hessian = None
+        if self.hessian:
+            mean = torch.zeros(self.columns, self.columns)
+            if self.products is not None:
+                mean += self.products.cpu() / total
+            if missing and layer is not None and layer.products is not None:
+                mean += layer.products.cpu() * (missing / layer.rows / total)
+            hessian = mean.numpy()
+            np.fill_diagonal(hessian, np.maximum(hessian.diagonal(), COLUMN_FLOOR * hessian.diagonal().mean()))
+        held_out = self.held_out or (layer.held_out if missing and layer is not None else [])
+        return InputStatistics(importance, hessian, self.rows, torch.cat(held_out).numpy() if held_out else None)

@@ -1,0 +1,96 @@
+"""A calibration pass that runs along with the walk over the checkpoint: layer by layer and expert by expert, just ahead."""
+
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from calibration.coverage import Coverage
+from calibration.moments import HELD_OUT_ROWS, Moments, fewest_rows
+from xent_quant.checkpoint import architecture as names
+from xent_quant.errors import CalibrationError
+from xent_quant.model.streaming import Step, StreamingModel
+from xent_quant.progress import Progress
+from xent_quant.tensors import InputStatistics
+
+HELD_OUT_SHARE = 32
+"""One window in so many is held out, at least; fewer where that would be more than is kept."""
+
+PROJECTION_SUFFIX = ".down_proj.weight"
+
+
+class RunningCalibration:
+    """A StatisticsSource over token ids `windows` [n_windows, length]; see `StreamingModel.steps` for what the pass holds.
+
+    Beside that it holds the statistics of one layer's attention and shared MLP and of one expert. With `hessian`, one
+    window in HELD_OUT_SHARE feeds `InputStatistics.held_out` alone. `coverage` is complete when the walk is.
+    """
+
+    def __init__(self, model: StreamingModel, windows: Tensor, *, hessian: bool, progress: Progress | None = None) -> None:
+        architecture = model.architecture
+        self._hessian = hessian
+        self._order = {name: index for index, name in enumerate(architecture.tensors())}
+        if architecture.tie_word_embeddings:  # the head's inputs come last; the embedding, asked first, has no statistics
+            self._order.pop(names.EMBEDDING)
+        self._shapes = architecture.tensors()
+        self._length = windows.shape[1]
+        self._held_out = _held_out(len(windows), windows.shape[1]) if hessian else torch.zeros(len(windows), dtype=torch.bool)
+        self._held_out = self._held_out.to(model.device)
+        fewest = fewest_rows(architecture.intermediate_size, hessian) if architecture.num_experts else 0
+        self._steps: Generator[Step, None, Tensor] | None = model.steps(windows, fewest, progress)
+        self._open: dict[tuple[str, ...], Moments] = {}
+        self._ready: dict[str, InputStatistics | None] = {}
+        self._layer: Moments | None = None  # of all tokens at the current layer's experts
+        self.coverage = Coverage(architecture.num_layers, architecture.num_experts, fewest)
+
+    def get(self, name: str) -> InputStatistics | None:
+        """See `StatisticsSource`. Raises CalibrationError as the pass does, or where the walk has gone past `name`."""
+        if len(self._shapes[name]) < 2 or name == names.EMBEDDING or name.endswith(".router.weight"):
+            return None
+        while name not in self._ready:
+            if self._steps is None:
+                raise CalibrationError(f"{name}: asked for after the calibration pass has gone by")
+            try:
+                self._take(next(self._steps))
+            except StopIteration:
+                self._steps = None
+        position = self._order[name]
+        self._ready = {other: found for other, found in self._ready.items() if self._order[other] >= position}
+        return self._ready[name]
+
+    def _take(self, step: Step) -> None:
+        moments = self._open.setdefault(step.weights, Moments(step.inputs.shape[1], self._hessian))
+        moments.add(step.inputs, self._held_out[step.tokens // self._length])
+        if not step.last:
+            return
+        del self._open[step.weights]
+        prior = None
+        if step.gates is not None:
+            prior = self._layer
+            if step.weights[0].endswith(PROJECTION_SUFFIX):
+                prior = _of_others(step.others, self._hessian)
+            else:
+                self.coverage.count(step.weights[0], moments.rows + sum(len(rows) for rows in moments.held_out))
+        elif step.weights[0].endswith(".router.weight"):
+            self._layer = moments
+        statistics = moments.statistics(prior)
+        self._ready.update({name: statistics for name in step.weights if name in self._order})
+
+
+def _of_others(others: Tensor | None, hessian: bool) -> Moments | None:
+    """A sample of the layer's tokens as one expert's down projection would see them; every 16th is held out."""
+    if others is None:
+        return None
+    moments = Moments(others.shape[1], hessian)
+    moments.add(others, torch.arange(len(others), device=others.device) % 16 == 15 if hessian else None)
+    return moments
+
+
+def _held_out(windows: int, length: int) -> Tensor:
+    """Mask [windows]: evenly spaced windows of about 4 · HELD_OUT_ROWS tokens, but at most one in HELD_OUT_SHARE (and one, if
+    there are two or more)."""
+    mask = torch.zeros(windows, dtype=torch.bool)
+    if windows > 1:
+        share = max(min(HELD_OUT_SHARE, windows), windows * length // (4 * HELD_OUT_ROWS))
+        mask[share - 1 :: share] = True
+    return mask
