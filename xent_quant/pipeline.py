@@ -54,8 +54,8 @@ def _open(model: str | Path | None) -> "Checkpoint":
 
 @dataclass(frozen=True)
 class Target:
-    """What to make of a checkpoint, and where. `type` to `allow_tokenizer_mismatch` concern GGUF (`split_size` is in bytes),
-    what follows ONNX; see `exporters.onnx.plan.Settings`."""
+    """What to make of a checkpoint, and where. `type` to `allow_tokenizer_mismatch` concern GGUF, `pad` and `split_size` (in
+    bytes) bitsandbytes too, `onnx_dtype` to `active_bits` ONNX (see `exporters.onnx.plan.Settings`)."""
 
     formats: Sequence[str] = ("gguf",)
     bits: int = 4
@@ -72,6 +72,7 @@ class Target:
     accuracy_level: int = 4
     symmetric: bool = True
     active_bits: int | None = None
+    bnb_type: str = "nf4"
 
 
 def plan(
@@ -88,6 +89,7 @@ def plan(
     accuracy_level: int = 4,
     symmetric: bool = True,
     active_bits: int | None = None,
+    bnb_type: str = "nf4",
 ) -> tuple["PlanSummary", ...]:
     """What `quantize` would write with the same options, one summary for each format, from headers alone."""
     from xent_quant.methods.search import Search
@@ -104,6 +106,7 @@ def plan(
         accuracy_level=accuracy_level,
         symmetric=symmetric,
         active_bits=active_bits,
+        bnb_type=bnb_type,
     )
     return tuple(exporter.summary for exporter in _exporters(checkpoint, target, Search(), _read_imatrix(imatrix, checkpoint)))
 
@@ -126,6 +129,7 @@ def quantize(
     accuracy_level: int = 4,
     symmetric: bool = True,
     active_bits: int | None = None,
+    bnb_type: str = "nf4",
     threads: int | None = None,
     effort: "Effort" = "normal",
     force: bool = False,
@@ -159,6 +163,7 @@ def quantize(
         accuracy_level=accuracy_level,
         symmetric=symmetric,
         active_bits=active_bits,
+        bnb_type=bnb_type,
     )
     statistics = _read_imatrix(imatrix, checkpoint)
     exporters = _exporters(checkpoint, target, Search(effort), statistics)
@@ -217,9 +222,18 @@ def _onnx(checkpoint: "Checkpoint", target: Target, method: "Method", statistics
     return ONNXExporter(checkpoint, planned, target.output, target.name or "", method, force=target.force)
 
 
+def _bnb(checkpoint: "Checkpoint", target: Target, method: "Method", statistics: "Imatrix | None") -> "Exporter":
+    from exporters.bitsandbytes.export import BnbExporter
+    from exporters.bitsandbytes.plan import plan
+
+    planned = plan(checkpoint.architecture, bits=target.bits, bnb_type=target.bnb_type, pad=target.pad)
+    return BnbExporter(checkpoint, planned, target.output, target.name or "", split_size=target.split_size, force=target.force)
+
+
 EXPORTERS: dict[str, Callable[["Checkpoint", Target, "Method", "Imatrix | None"], "Exporter"]] = {
     "gguf": _gguf,
     "onnx": _onnx,
+    "bnb": _bnb,
 }
 """Format to the function that plans it."""
 

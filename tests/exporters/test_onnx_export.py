@@ -36,6 +36,7 @@ FILES = {
     "config.json",
     "generation_config.json",
     "tokenizer.json",
+    "tokenizer_config.json",
     "README.md",
     "run_onnx.py",
 }

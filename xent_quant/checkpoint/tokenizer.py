@@ -15,14 +15,19 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     """tokenizer.json of a checkpoint folder, fields of older versions migrated. Raises CheckpointError."""
     from tokenizers import Tokenizer
 
-    path = folder / "tokenizer.json"
-    value = read_json(path)
+    text = tokenizer_json(folder)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); download it again") from error
+
+
+def tokenizer_json(folder: Path) -> str:
+    """The text of a checkpoint folder's tokenizer.json, fields of older versions migrated. Raises CheckpointError."""
+    value = read_json(folder / "tokenizer.json")
     for key in ("pre_tokenizer", "decoder"):
         _migrate(value.get(key))
-    try:
-        return Tokenizer.from_str(json.dumps(value))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{path}: not a tokenizer ({error}); download it again") from error
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _migrate(part: Any) -> None:

@@ -24,9 +24,12 @@ def quantize(
         Literal[2, 3, 4, 5, 6, 8, 16], Parameter(group=QUANTISE, help="Bits per weight, roughly; picks the mix.")
     ] = 4,
     format: Annotated[
-        list[Literal["gguf", "onnx"]],
+        list[Literal["gguf", "onnx", "bnb"]],
         Parameter(group=QUANTISE, negative="", consume_multiple=False, help="File format; repeatable."),
     ] = ["gguf"],  # noqa: B006  (cyclopts shows the default; it is never mutated)
+    bnb_type: Annotated[
+        Literal["nf4", "fp4"], Parameter(group=QUANTISE, help="bitsandbytes' type for 4 bits (--format bnb).")
+    ] = "nf4",
     imatrix: Annotated[
         Path | None, Parameter(group=QUANTISE, help="Importance matrix (llama-imatrix's GGUF format), used per expert.")
     ] = None,
@@ -95,6 +98,7 @@ def quantize(
         "accuracy_level": accuracy_level,
         "symmetric": symmetric,
         "active_bits": active_bits,
+        "bnb_type": bnb_type,
     }
     if model is None:
         show.note("No MODEL given: using the bundled miniature, xent-mini.")

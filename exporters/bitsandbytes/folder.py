@@ -1,0 +1,123 @@
+"""What lies beside the weights: config.json, the modelling files that it names, generation defaults, tokenizer, card."""
+
+from importlib import resources
+from typing import Any
+
+from exporters.base_model import BaseModel, human_size
+from exporters.bitsandbytes.plan import BnbPlan
+from exporters.hub_files import generation_config, json_bytes, tokenizer_files
+from xent_quant.checkpoint.reader import Checkpoint
+
+INDEX = "model.safetensors.index.json"
+TAGS = ("bitsandbytes", "quantized", "mixture-of-experts", "xverse")
+PROMPT = "The old lamp in the window"
+MODELLING = ("configuration_xverse.py", "modeling_xverse.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_xverse.XverseConfig",
+    "AutoModel": "modeling_xverse.XverseModel",
+    "AutoModelForCausalLM": "modeling_xverse.XverseForCausalLM",
+}
+KINDS = {
+    "NF4": "4-bit NormalFloat (bitsandbytes NF4, double-quantised)",
+    "FP4": "4-bit floats (bitsandbytes FP4, double-quantised)",
+    "INT8": "8-bit integers (bitsandbytes LLM.int8())",
+    "BF16": "bfloat16",
+}
+
+
+def files(checkpoint: Checkpoint, plan: BnbPlan, name: str) -> dict[str, bytes]:
+    """File name to content. Raises CheckpointError where the tokenizer is missing, or a file is damaged."""
+    package = resources.files("xent_quant") / "model"
+    licences = {path.name: path.read_bytes() for path in sorted(checkpoint.path.glob("LICENSE*")) if path.is_file()}
+    return {
+        "config.json": json_bytes(_config(checkpoint, plan)),
+        "generation_config.json": json_bytes(generation_config(checkpoint)),
+        **tokenizer_files(checkpoint),
+        **{file: (package / file).read_bytes() for file in MODELLING},
+        **licences,
+        "README.md": _readme(BaseModel.of(checkpoint.path), plan, name).encode(),
+    }
+
+
+def _config(checkpoint: Checkpoint, plan: BnbPlan) -> dict[str, Any]:
+    config = {key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "dtype")}
+    quantised = plan.quantization_config()
+    return {
+        **config,
+        "architectures": ["XverseForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "intermediate_size": plan.width,
+        "torch_dtype": "bfloat16",
+        **({"quantization_config": quantised} if quantised else {}),
+    }
+
+
+def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
+    rows: dict[str, tuple[str, int]] = {}
+    for tensor in plan.tensors:
+        group = next((text for key, text in GROUPS if key in tensor.name), "head")
+        rows[group] = (tensor.type, rows.get(group, ("", 0))[1] + tensor.nbytes)
+    needed = "torch transformers accelerate" + (" bitsandbytes" if plan.bits < 16 else "")
+    lines = [
+        *base.front_matter("transformers", TAGS if plan.bits < 16 else TAGS[2:]),
+        "",
+        f"# {name}-{plan.type}",
+        "",
+        f"{base.link} for transformers 4.57 and 5 in {KINDS[plan.type]}: {human_size(plan.nbytes)}. Made by xent-quant. "
+        f"{base.terms}",
+        "",
+        "| tensors | type | size |",
+        "|---|---|---|",
+        *(f"| {group} | {kind} | {human_size(nbytes)} |" for group, (kind, nbytes) in rows.items()),
+        "",
+        *(f"{note}\n" for note in plan.notes),
+        "## Run it",
+        "",
+        "A base model: it continues text, there is no chat template. It runs on CUDA and, slowly, on the CPU.",
+        "",
+        "```",
+        f"pip install {needed}",
+        "```",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "."  # this folder, or its Hub id',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        'model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto", dtype="auto", trust_remote_code=True)',
+        f'inputs = tokenizer("{PROMPT}", return_tensors="pt", return_token_type_ids=False).to(model.device)',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=True)[0]))",
+        "```",
+        "",
+        "`trust_remote_code` runs the two Python files of this folder; with `import xent_quant` first it is not needed.",
+        "",
+    ]
+    if plan.bits < 16:
+        lines += [
+            "To save the loaded model again: `model.save_pretrained(folder, save_original_format=False)`; without the option "
+            "transformers 5 stops at a conversion that it does not have.",
+            "",
+        ]
+    if plan.bits == 8:
+        lines += [
+            "bitsandbytes logs a line at every multiplication of bfloat16, as it computes in float16; to silence it: "
+            '`logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)`.',
+            "",
+        ]
+    if plan.bits == 4:
+        lines += [
+            "`save_pretrained` after the model has run on a CPU writes damaged weights (bitsandbytes repacks them in place): "
+            "save before, or copy this folder.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+GROUPS = (
+    (".shared_experts.", "shared experts"),
+    (".experts.", "experts"),
+    (".router.", "router"),
+    (".mlp.", "MLP"),
+    (".self_attn.", "attention"),
+    ("norm.", "norms"),
+    ("embed_tokens", "embedding"),
+)

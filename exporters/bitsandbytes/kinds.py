@@ -1,0 +1,153 @@
+"""How a weight lies in a pre-quantised checkpoint: the tensors that bitsandbytes' layers save for it, made by bitsandbytes.
+
+| kind | tensors, after the weight's name | bytes a weight |
+|---|---|---|
+| NF4, FP4 | `` U8 [n/2, 1]; .absmax U8 [n/64]; .nested_absmax F32 [n/64/256]; .quant_map F32 [16]; .nested_quant_map F32 [256]; .quant_state.bitsandbytes__TYPE U8, JSON | 0.516 |
+| INT8 | `` I8 [rows, columns]; and beside it SCB F32 [rows]; weight_format U8 [] | 1 |
+| BF16, F32 | `` | 2, 4 |
+
+Source: bitsandbytes 0.50, `QuantState.as_dict`, `Linear8bitLt._save_to_state_dict`, and transformers' quantizer_bnb_*.py.
+"""  # noqa: E501
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xent_quant import formats
+from xent_quant.errors import ConfigError
+from xent_quant.formats.base import F32, U8
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 64
+"""Weights that share a scale in NF4 and FP4; the CPU kernels and the fast CUDA one want rows of whole blocks."""
+NESTED_BLOCK = 256
+"""Scales that share a scale, with double quantisation."""
+QUANT_STATE_BYTES = 256
+"""Bound on the JSON of a quant state; its length varies with the digits of a number in it."""
+ITEM_SIZE = {"F32": 4, "BF16": 2, "U8": 1, "I8": 1}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a safetensors file. That of `bounded` parts has at most this length."""
+
+    name: str
+    dtype: Literal["F32", "BF16", "U8", "I8"]
+    shape: tuple[int, ...]
+    bounded: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+class Kind(ABC):
+    """A way to store a weight. `by_rows`: any slice of rows gives the rows' bytes, in its one part."""
+
+    name: str
+    by_rows = False
+
+    @abstractmethod
+    def parts(self, name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """What is stored for the weight `name`; the first part is the weight itself."""
+
+    @abstractmethod
+    def encode(self, name: str, weights: F32) -> list[U8]:
+        """The parts' bytes for `weights` [rows, columns]. Raises QuantizationError naming the tensor."""
+
+
+class Float(Kind):
+    """BF16 or F32, as xent-quant's formats of those names."""
+
+    by_rows = True
+
+    def __init__(self, dtype: Literal["BF16", "F32"]) -> None:
+        self.name: Literal["BF16", "F32"] = dtype
+
+    def parts(self, name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        return (Part(name, self.name, shape),)
+
+    def encode(self, name: str, weights: F32) -> list[U8]:
+        return [formats.get(self.name).quantize(weights, name=name)]
+
+
+class FourBit(Kind):
+    """NF4 or FP4 of the weight in bfloat16, in blocks of 64 with double-quantised scales."""
+
+    def __init__(self, quant_type: Literal["nf4", "fp4"]) -> None:
+        self.quant_type = quant_type
+        self.name = quant_type.upper()
+
+    def parts(self, name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        blocks = -(-prod(shape) // BLOCK)
+        return (
+            Part(name, "U8", (-(-prod(shape) // 2), 1)),
+            Part(f"{name}.absmax", "U8", (blocks,)),
+            Part(f"{name}.quant_map", "F32", (16,)),
+            Part(f"{name}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),)),
+            Part(f"{name}.nested_quant_map", "F32", (256,)),
+            Part(f"{name}.quant_state.bitsandbytes__{self.quant_type}", "U8", (QUANT_STATE_BYTES,), bounded=True),
+        )
+
+    def encode(self, name: str, weights: F32) -> list[U8]:
+        packed, state = bitsandbytes_functional().quantize_4bit(
+            _half(name, weights, "BF16"), blocksize=BLOCK, compress_statistics=True, quant_type=self.quant_type
+        )
+        tensors = {"": packed} | {f".{key}": value for key, value in state.as_dict(packed=True).items()}
+        return [_bytes(tensors[part.name.removeprefix(name)]) for part in self.parts(name, weights.shape)]
+
+
+class Int8(Kind):
+    """LLM.int8(): the weight in float16, one scale a row. Outliers are the activations', found when the model runs."""
+
+    name = "INT8"
+
+    def parts(self, name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        layer = name.removesuffix("weight")
+        return (
+            Part(name, "I8", shape),
+            Part(f"{layer}SCB", "F32", shape[:1]),
+            Part(f"{layer}weight_format", "U8", ()),
+        )
+
+    def encode(self, name: str, weights: F32) -> list[U8]:
+        codes, scales, _ = bitsandbytes_functional().int8_vectorwise_quant(_half(name, weights, "F16"))
+        return [_bytes(codes), _bytes(scales), np.zeros(1, np.uint8)]  # weight_format 0: row-major
+
+
+def bitsandbytes_functional() -> ModuleType:
+    """The module bitsandbytes.functional. Raises ConfigError where it is not installed."""
+    advice = logging.getLogger("bitsandbytes.backends.cpu.ops")  # on a kernel that only running a model needs
+    level = advice.level
+    advice.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise ConfigError(f"--format bnb: bitsandbytes is missing ({error}); pip install 'xent-quant[bnb]'") from error
+    finally:
+        advice.setLevel(level)
+    functional: ModuleType = bitsandbytes.functional
+    return functional
+
+
+def _half(name: str, weights: F32, dtype: Literal["BF16", "F16"]) -> "Tensor":
+    """[rows, columns] for torch, rounded to the nearest. Raises QuantizationError where a weight exceeds the type."""
+    import torch
+
+    packed = formats.get(dtype).quantize(weights, name=name)
+    return torch.from_numpy(packed).view(torch.bfloat16 if dtype == "BF16" else torch.float16)
+
+
+def _bytes(tensor: "Tensor") -> NDArray[np.uint8]:
+    import torch
+
+    raw: NDArray[np.uint8] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return raw

@@ -1,0 +1,148 @@
+"""What a transformers folder will hold, from headers alone: the kind of every weight, and shards of safetensors.
+
+Router and norms stay F32. Embedding and head stay BF16: bitsandbytes has no layer for the one, and the other costs more
+quality in few bits than all experts together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+from exporters.bitsandbytes.kinds import BLOCK, Float, FourBit, Int8, Kind, Part
+from xent_quant.checkpoint import architecture as names
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.errors import ConfigError
+
+SHARD_BYTES = 5 * 10**9
+RUNTIME_BYTES = 600 * 2**20
+"""CUDA's and torch's own memory, about."""
+THRESHOLD = 6.0
+"""LLM.int8()'s: activations above it are multiplied in 16 bits; bitsandbytes finds them when the model runs."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A weight and what is stored for it. `shape` includes padding."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+
+    @property
+    def type(self) -> str:
+        return self.kind.name
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.kind.parts(self.name, self.shape)
+
+    @property
+    def n_weights(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Scales included; for 4 bits up to 100 bytes too many, see QUANT_STATE_BYTES."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.n_weights
+
+
+@dataclass(frozen=True)
+class BnbPlan:
+    """`width` is the expert's in the file: config.json's, or that padded with zeros."""
+
+    architecture: Architecture
+    bits: Literal[4, 8, 16]
+    bnb_type: Literal["nf4", "fp4"]
+    width: int
+    tensors: tuple[PlannedTensor, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def type(self) -> str:
+        """NF4, FP4, INT8 or BF16."""
+        return {4: self.bnb_type.upper(), 8: "INT8", 16: "BF16"}[self.bits]
+
+    def vram_bytes(self, context: int) -> int:
+        """Weights, the KV cache in bfloat16, the largest weight while it is dequantised, RUNTIME_BYTES: an estimate."""
+        model = self.architecture
+        cache = 2 * 2 * context * model.num_layers * model.num_kv_heads * model.head_dim
+        largest = 2 * max(tensor.n_weights for tensor in self.tensors)
+        return self.nbytes + cache + largest + RUNTIME_BYTES
+
+    def quantization_config(self) -> dict[str, Any] | None:
+        """For config.json, as transformers writes it."""
+        if self.bits == 16:
+            return None
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": self.bits == 4,
+            "load_in_8bit": self.bits == 8,
+            "llm_int8_threshold": THRESHOLD,
+            "llm_int8_skip_modules": ["lm_head"],
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "bnb_4bit_quant_type": self.bnb_type,
+            "bnb_4bit_use_double_quant": self.bits == 4,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+        }
+
+
+def plan(model: Architecture, *, bits: int = 4, bnb_type: str = "nf4", pad: str = "auto") -> BnbPlan:
+    """Choose every tensor's kind. Raises ConfigError for bits or a type that bitsandbytes does not have."""
+    if bits not in (4, 8, 16):
+        raise ConfigError(f"--bits {bits}: bitsandbytes has 4 and 8; 16 writes bfloat16")
+    if bnb_type not in ("nf4", "fp4"):
+        raise ConfigError(f"--bnb-type {bnb_type}: there are nf4 and fp4")
+    quantised: Kind = {4: FourBit(bnb_type), 8: Int8(), 16: Float("BF16")}[bits]  # type: ignore[arg-type]
+    width = model.intermediate_size
+    notes = []
+    if bits == 4 and width % BLOCK and pad == "auto":
+        width = -(-width // BLOCK) * BLOCK
+        notes.append(
+            f"Experts padded with zeros from {model.intermediate_size} to {width}, for kernels that want multiples of {BLOCK}; "
+            "the function is the same."
+        )
+    if bits == 4 and (model.hidden_size % BLOCK or width % BLOCK):
+        notes.append(f"Rows are not multiples of {BLOCK} weights: bitsandbytes runs this on CUDA, slowly, and not on every CPU.")
+    tensors = tuple(
+        PlannedTensor(name, _padded(name, shape, model, width), _kind(name, shape, quantised))
+        for name, shape in model.tensors().items()
+    )
+    return BnbPlan(model, bits, bnb_type, width, tensors, tuple(notes))  # type: ignore[arg-type]
+
+
+def _kind(name: str, shape: tuple[int, ...], quantised: Kind) -> Kind:
+    if len(shape) == 1 or name.endswith(".router.weight"):
+        return Float("F32")
+    return Float("BF16") if name in (names.EMBEDDING, names.HEAD) else quantised
+
+
+def _padded(name: str, shape: tuple[int, ...], model: Architecture, width: int) -> tuple[int, ...]:
+    """The shape with experts `width` wide; a shared MLP, which is as wide as num_shared_experts of them, likewise."""
+    if ".mlp." not in name or name.endswith(".router.weight"):
+        return shape
+    wide = width * (model.num_shared_experts if ".shared_experts." in name else 1)
+    return (shape[0], wide) if name.endswith(".down_proj.weight") else (wide, shape[1])
+
+
+def shards(tensors: Sequence[PlannedTensor], split_size: int | None) -> list[list[PlannedTensor]]:
+    """Tensors in order, cut so that no file's data exceed `split_size` bytes unless one weight alone does."""
+    result: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if result[-1] and size + tensor.nbytes > (split_size or SHARD_BYTES):
+            result.append([])
+            size = 0
+        result[-1].append(tensor)
+        size += tensor.nbytes
+    return result
