@@ -80,7 +80,7 @@ def test_non_finite_weights_are_refused_by_name(name: str, bad: float) -> None:
         formats.get(name).quantize(weights, name="blk.0.x")
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("name", [name for name in BLOCK_TYPES if name != "MXFP4"])
 def test_float16_overflow_is_refused(name: str) -> None:
     with pytest.raises(QuantizationError, match="float16"):
         formats.get(name).quantize(np.linspace(-1, 1, 256, dtype=np.float32)[None] * np.float32(1e12), name="blk.0.x")

@@ -129,6 +129,8 @@ class Found(NamedTuple):
 class SearchedFormat(CodedFormat):
     """A type whose codes and scales `_search` chooses. Subclasses write `search` and `store_scales`."""
 
+    largest_scale = _search.LARGEST
+
     @abstractmethod
     def search(self, weights: F32, importance: F32, effort: Effort) -> Found:
         """Codes and scales for weights [rows, columns], checked to be finite."""
@@ -147,7 +149,7 @@ class SearchedFormat(CodedFormat):
             if not (low > -LIMIT and high < LIMIT):
                 return TOO_LARGE if np.isfinite(low) and np.isfinite(high) else NOT_FINITE
             found = self.search(part, importance, effort)
-            if not (np.abs(found.outer) <= _search.LARGEST).all():
+            if not (np.abs(found.outer) <= self.largest_scale).all():
                 return TOO_LARGE
             self.store_scales(packed[start : start + rows].reshape(-1, self.block_bytes), found)
             self.store_codes(packed[start : start + rows], found.codes)
@@ -240,13 +242,13 @@ class SymmetricFormat(SearchedFormat):
         levels = self.levels[self.unused :]
         _search.symmetric(
             weights, importance, *getattr(self.efforts, effort), self.block_size, groups, levels[0], levels[-1],
-            _rises(levels), np.float32(self.scale_low), codes.view(np.uint32), inner, outer,
+            rises(levels), np.float32(self.scale_low), codes.view(np.uint32), inner, outer,
         )  # fmt: skip
         codes += np.uint8(self.unused)
         return Found(codes, inner.reshape(-1, groups), outer.reshape(-1, 1))
 
 
-def _rises(levels: F32) -> F32:
+def rises(levels: F32) -> F32:
     """`_search.table_sums`'s table; empty for integers in a row, which need none."""
     steps = np.diff(levels)
     if (steps == 1).all():

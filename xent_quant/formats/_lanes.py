@@ -138,14 +138,21 @@ def _half(builder: Any, value: Any) -> Any:
     return _less(builder, magnitude, ir.Constant(VECTOR, [2.0**-14] * WIDTH), subnormal, normal)
 
 
+def _binade(builder: Any, value: Any) -> Any:
+    exponent = ir.Constant(INTEGERS, [0x7F800000] * WIDTH)
+    return builder.bitcast(builder.and_(builder.bitcast(value, INTEGERS), exponent), VECTOR)
+
+
 spread = _function(1, lambda builder, a: a)
 """spread(float): that float in every lane."""
 
 rint = _function(1, _library("rint"))
 absolute = _function(1, _library("fabs"))
-floor = _function(1, _library("floor"))
 half = _function(1, _half)
-"""Rounded to float16's spacing, ties to even; from 65520 up the result is 65536 or more, where float16 has infinity."""
+"""Rounded to float16's spacing, ties to even, zeros to +0; from 65520 up the result is 65536 or more, where float16 has infinity."""
+
+binade = _function(1, _binade)
+"""The power of two at or below the magnitude; 0 below 2^−126."""
 
 smaller = _function(2, lambda builder, a, b: _less(builder, a, b, a, b))
 """a where a < b, else b."""

@@ -25,6 +25,7 @@ import numpy as np
 from xent_quant.formats._lanes import (
     WIDTH,
     absolute,
+    binade,
     half,
     larger,
     load,
@@ -383,4 +384,30 @@ def symmetric(weights, importance, ladder, rounds, block_size, groups, lowest, h
             store(outer_floats, 0, best_d)
             empty(quads, first, block * block_size // 4, block_size // 4, codes)
             empty(inner_bytes, first, block * groups, groups, inner)
+            empty(outer_floats, first, block, 1, outer)
+
+
+@nb.njit(**JIT)
+def powers(weights, importance, candidates, lowest, rises, codes, outer):  # type: ignore[no-untyped-def]
+    """As `symmetric` for blocks of 32 whose d is a power of two: `candidates` times the one at or below the largest
+    magnitude over the largest level. d of a block of zeros, or of magnitudes below TINY, is 0."""
+    x = np.empty(32 * WIDTH, np.float32)
+    quads = np.empty(8 * WIDTH, np.uint32)
+    outer_floats = np.empty(WIDTH, np.float32)
+    for first in range(0, weights.shape[0], WIDTH):
+        for block in range(weights.shape[1] // 32):
+            fill(weights, first, block * 32, 32, x)
+            w = importance[block * 32 : (block + 1) * 32]
+            _, _, sxx, _, _, peak = moments(x, w, 0, 32)
+            step = where_less(TINY, absolute(peak), binade(peak / -lowest), ZERO)
+            d, least = spread(ZERO), spread(HUGE)
+            for k in range(len(candidates)):
+                a = step * candidates[k]
+                inverse = where_less(ZERO, a, ONE / a, ZERO)
+                sll, sxl = table_sums(x, w, 0, 32, inverse, lowest, rises)
+                error = sxx + a * a * sll - TWO * a * sxl
+                d, least = where_less(error, least, a, d), smaller(error, least)
+            encode_table(x, 0, 32, where_less(ZERO, d, ONE / d, ZERO), rises, quads)
+            store(outer_floats, 0, d)
+            empty(quads, first, block * 8, 8, codes)
             empty(outer_floats, first, block, 1, outer)

@@ -35,4 +35,4 @@ class Q41(AffineFormat):
         return halves(blocks[:, 0:2]), halves(blocks[:, 2:4])
 
     def store_scales(self, blocks: U8, found: Found) -> None:
-        blocks[:, 0:4] = half_bytes(found.outer * SIGNS)
+        blocks[:, 0:4] = half_bytes(found.outer * SIGNS + np.float32(0))  # no −0

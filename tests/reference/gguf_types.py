@@ -1,0 +1,241 @@
+"""Layouts of GGUF's block types, one value at a time, from the structs in ggml-common.h and never from the fast code.
+
+`PACK[name]` makes a block's bytes of what a search chose; `READ[name]` gives a block's weights of its bytes.
+"""
+
+import struct
+from collections.abc import Callable
+
+import numpy as np
+
+from tests.reference.search import Block
+
+f = np.float32
+KVALUES = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+E2M1 = [0, 1, 2, 3, 4, 6, 8, 12]
+
+
+def f16(value: float) -> bytes:
+    return struct.pack("<e", float(value))
+
+
+def f32(raw: bytes) -> np.float32:
+    """float32 of two bytes of float16."""
+    return f(struct.unpack("<e", bytes(raw))[0])
+
+
+def signed(byte: int) -> int:
+    return byte - 256 if byte > 127 else byte
+
+
+def nibbles32(codes: list[int]) -> bytes:
+    return bytes(codes[i] % 16 + 16 * (codes[i + 16] % 16) for i in range(16))
+
+
+def nibble32(qs: bytes, i: int) -> int:
+    return qs[i] % 16 if i < 16 else qs[i - 16] // 16
+
+
+def fifths32(codes: list[int]) -> bytes:
+    return struct.pack("<I", sum((codes[i] // 16) << i for i in range(32)))
+
+
+def read_q4_0(b: bytes) -> list[np.float32]:
+    return [f32(b[0:2]) * f(nibble32(b[2:], i) - 8) for i in range(32)]
+
+
+def read_q4_1(b: bytes) -> list[np.float32]:
+    return [f32(b[0:2]) * f(nibble32(b[4:], i)) + f32(b[2:4]) for i in range(32)]
+
+
+def read_q5_0(b: bytes) -> list[np.float32]:
+    high = struct.unpack("<I", b[2:6])[0]
+    return [f32(b[0:2]) * f(nibble32(b[6:], i) + 16 * (high >> i & 1) - 16) for i in range(32)]
+
+
+def read_q5_1(b: bytes) -> list[np.float32]:
+    high = struct.unpack("<I", b[4:8])[0]
+    return [f32(b[0:2]) * f(nibble32(b[8:], i) + 16 * (high >> i & 1)) + f32(b[2:4]) for i in range(32)]
+
+
+def read_q8_0(b: bytes) -> list[np.float32]:
+    return [f32(b[0:2]) * f(signed(b[2 + i])) for i in range(32)]
+
+
+def read_iq4_nl(b: bytes) -> list[np.float32]:
+    return [f32(b[0:2]) * f(KVALUES[nibble32(b[2:], i)]) for i in range(32)]
+
+
+def read_mxfp4(b: bytes) -> list[np.float32]:
+    d = f(2.0 ** (b[0] - 128))
+    codes = [nibble32(b[1:], i) for i in range(32)]
+    return [d * f(E2M1[c] if c < 8 else -E2M1[c - 8]) for c in codes]
+
+
+def quarters(codes: list[int], shift: int = 0) -> bytes:
+    """Two bits of each code: byte 32h+i holds weights 128h+i, +32, +64, +96."""
+    raw = bytearray(64)
+    for weight in range(256):
+        half, rest = divmod(weight, 128)
+        raw[32 * half + rest % 32] |= (codes[weight] >> shift & 3) << (2 * (rest // 32))
+    return bytes(raw)
+
+
+def quarter(raw: bytes, weight: int) -> int:
+    half, rest = divmod(weight, 128)
+    return raw[32 * half + rest % 32] >> (2 * (rest // 32)) & 3
+
+
+def bits(codes: list[int], shift: int) -> bytes:
+    """One bit of each code: bit j of byte i belongs to weight 32j+i."""
+    raw = bytearray(32)
+    for weight in range(256):
+        raw[weight % 32] |= (codes[weight] >> shift & 1) << (weight // 32)
+    return bytes(raw)
+
+
+def nibbles64(codes: list[int]) -> bytes:
+    """Byte 32g+i holds weight 64g+i low and 64g+32+i high."""
+    raw = bytearray(128)
+    for weight in range(256):
+        group, rest = divmod(weight, 64)
+        raw[32 * group + rest % 32] |= (codes[weight] & 15) << (4 * (rest // 32))
+    return bytes(raw)
+
+
+def nibble64(raw: bytes, weight: int) -> int:
+    group, rest = divmod(weight, 64)
+    return raw[32 * group + rest % 32] >> (4 * (rest // 32)) & 15
+
+
+def k4_scales(s: list[int], m: list[int]) -> bytes:
+    raw = [0] * 12
+    for j in range(4):
+        raw[j], raw[j + 4] = s[j], m[j]
+    for j in range(4, 8):
+        raw[j + 4] = s[j] % 16 + 16 * (m[j] % 16)
+        raw[j - 4] += (s[j] // 16) << 6
+        raw[j] += (m[j] // 16) << 6
+    return bytes(raw)
+
+
+def k4_scale(q: bytes, j: int) -> tuple[int, int]:
+    """`get_scale_min_k4`."""
+    if j < 4:
+        return q[j] & 63, q[j + 4] & 63
+    return q[j + 4] % 16 + (q[j - 4] >> 6) * 16, q[j + 4] // 16 + (q[j] >> 6) * 16
+
+
+def pack_q2_k(x: Block) -> bytes:
+    return bytes(s + 16 * m for s, m in zip(x.s, x.m, strict=True)) + quarters(x.codes) + f16(x.d) + f16(x.dmin)
+
+
+def read_q2_k(b: bytes) -> list[np.float32]:
+    d, dmin = f32(b[80:82]), f32(b[82:84])
+    return [
+        d * f(b[i // 16] % 16) * f(quarter(b[16:80], i)) - dmin * f(b[i // 16] // 16)
+        for i in range(256)
+    ]  # fmt: skip
+
+
+def pack_q3_k(x: Block) -> bytes:
+    scales = [s + 32 for s in x.s]
+    low = bytes(scales[j] % 16 + 16 * (scales[j + 8] % 16) for j in range(8))
+    high = bytes(sum((scales[j + 4 * k] // 16) << (2 * k) for k in range(4)) for j in range(4))
+    return bits(x.codes, 2) + quarters(x.codes) + low + high + f16(x.d)
+
+
+def read_q3_k(b: bytes) -> list[np.float32]:
+    weights = []
+    for i in range(256):
+        j = i // 16
+        scale = (b[96 + j] % 16 if j < 8 else b[96 + j - 8] // 16) + 16 * (b[104 + j % 4] >> (2 * (j // 4)) & 3)
+        code = quarter(b[32:96], i) + 4 * (b[i % 32] >> (i // 32) & 1)
+        weights.append(f32(b[108:110]) * f(scale - 32) * f(code - 4))
+    return weights
+
+
+def pack_q4_k(x: Block) -> bytes:
+    return f16(x.d) + f16(x.dmin) + k4_scales(x.s, x.m) + nibbles64(x.codes)
+
+
+def read_q4_k(b: bytes) -> list[np.float32]:
+    weights = []
+    for i in range(256):
+        s, m = k4_scale(b[4:16], i // 32)
+        weights.append(f32(b[0:2]) * f(s) * f(nibble64(b[16:], i)) - f32(b[2:4]) * f(m))
+    return weights
+
+
+def pack_q5_k(x: Block) -> bytes:
+    return f16(x.d) + f16(x.dmin) + k4_scales(x.s, x.m) + bits(x.codes, 4) + nibbles64(x.codes)
+
+
+def read_q5_k(b: bytes) -> list[np.float32]:
+    weights = []
+    for i in range(256):
+        s, m = k4_scale(b[4:16], i // 32)
+        code = nibble64(b[48:], i) + 16 * (b[16 + i % 32] >> (i // 32) & 1)
+        weights.append(f32(b[0:2]) * f(s) * f(code) - f32(b[2:4]) * f(m))
+    return weights
+
+
+def pack_q6_k(x: Block) -> bytes:
+    low = bytearray(128)
+    for weight in range(256):
+        half, rest = divmod(weight, 128)
+        low[64 * half + rest % 64] |= (x.codes[weight] & 15) << (4 * (rest // 64))
+    return bytes(low) + quarters(x.codes, 4) + bytes(s % 256 for s in x.s) + f16(x.d)
+
+
+def read_q6_k(b: bytes) -> list[np.float32]:
+    weights = []
+    for i in range(256):
+        half, rest = divmod(i, 128)
+        code = (b[64 * half + rest % 64] >> (4 * (rest // 64)) & 15) + 16 * quarter(b[128:192], i)
+        weights.append(f32(b[208:210]) * f(signed(b[192 + i // 16])) * f(code - 32))
+    return weights
+
+
+def pack_iq4_xs(x: Block) -> bytes:
+    scales = [s + 32 for s in x.s]
+    high = struct.pack("<H", sum((scales[j] // 16) << (2 * j) for j in range(8)))
+    low = bytes(scales[2 * j] % 16 + 16 * (scales[2 * j + 1] % 16) for j in range(4))
+    return f16(x.d) + high + low + b"".join(nibbles32(x.codes[32 * j : 32 * j + 32]) for j in range(8))
+
+
+def read_iq4_xs(b: bytes) -> list[np.float32]:
+    high = struct.unpack("<H", b[2:4])[0]
+    weights = []
+    for i in range(256):
+        j = i // 32
+        scale = (b[4 + j // 2] >> (4 * (j % 2)) & 15) + 16 * (high >> (2 * j) & 3)
+        weights.append(f32(b[0:2]) * f(scale - 32) * f(KVALUES[nibble32(b[8 + 16 * j : 24 + 16 * j], i % 32)]))
+    return weights
+
+
+def pack_mxfp4(x: Block) -> bytes:
+    e = round(np.log2(float(x.d))) + 128 if x.d > 0 else 0
+    levels = [-v for v in E2M1[:0:-1]] + E2M1
+    stored = [E2M1.index(abs(levels[c])) + (8 if levels[c] < 0 else 0) for c in x.codes]
+    return bytes([e]) + nibbles32(stored)
+
+
+PACK: dict[str, Callable[[Block], bytes]] = {
+    "Q4_0": lambda x: f16(x.d) + nibbles32(x.codes),
+    "Q4_1": lambda x: f16(x.d) + f16(0 - x.dmin) + nibbles32(x.codes),
+    "Q5_0": lambda x: f16(x.d) + fifths32(x.codes) + nibbles32(x.codes),
+    "Q5_1": lambda x: f16(x.d) + f16(0 - x.dmin) + fifths32(x.codes) + nibbles32(x.codes),
+    "Q8_0": lambda x: f16(x.d) + bytes((c - 127) % 256 for c in x.codes),
+    "IQ4_NL": lambda x: f16(x.d) + nibbles32(x.codes),
+    "MXFP4": pack_mxfp4,
+    "Q2_K": pack_q2_k,
+    "Q3_K": pack_q3_k,
+    "Q4_K": pack_q4_k,
+    "Q5_K": pack_q5_k,
+    "Q6_K": pack_q6_k,
+    "IQ4_XS": pack_iq4_xs,
+}
+READ: dict[str, Callable[[bytes], list[np.float32]]] = {
+    name.removeprefix("read_").upper(): function for name, function in list(globals().items()) if name.startswith("read_")
+}
