@@ -88,7 +88,7 @@ def test_wrong_paths_and_options_fail_in_one_line(checkpoint, tmp_path: Path) ->
     folder = checkpoint()
     fails(run(tmp_path / "nowhere"), "no such folder")
     fails(run(folder, "--type", "Q9_X"), "Q9_X", "Q4_K_M")
-    fails(run(folder, "--bits", 3), "--bits 3", "there are")
+    fails(run(folder, "--bits", 16), "--bits 16", "there are")
     fails(run(folder, "--tensor-type", "oops"), "REGEX=TYPE")
     fails(run(folder, "--threads", 0), "--threads")
     fails(run(folder, "--split-size", "lots"), "--split-size")

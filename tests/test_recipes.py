@@ -54,6 +54,8 @@ BY_HAND = {
     "Q4_K_S": ("Q4_K", "Q6_K", {Role.ATTENTION_V: {"Q5_K": {0, 1, 2, 3}}, Role.DOWN: {"Q5_K": {0, 1, 2}}}),
     "Q4_1": ("Q4_1", "Q6_K", {}),
     "Q4_0": ("Q4_0", "Q6_K", {}),
+    "IQ4_NL": ("IQ4_NL", "Q6_K", {Role.DOWN: {"Q5_K": {0, 1, 2}}}),
+    "IQ4_XS": ("IQ4_XS", "Q6_K", {Role.DOWN: {"Q5_K": {0, 1, 2}}}),
     "Q3_K_L": (
         "Q3_K",
         "Q6_K",
@@ -102,6 +104,8 @@ def test_grouped_queries_and_imatrix_change_what_llama_quantize_changes() -> Non
 
     assert [value("Q2_K", kv) for kv in (32, 16, 8, 4)] == ["Q3_K", "Q3_K", "Q4_K", "Q4_K"]
     assert [value("Q2_K_S", kv) for kv in (16, 8)] == ["Q2_K", "Q4_K"]
+    assert [value("IQ4_XS", kv) for kv in (16, 8)] == ["IQ4_XS", "Q5_K"]
+    assert recipe(type="IQ4_XS", imatrix=True).type_of("x", Role.DOWN, 0, model()) == "IQ4_XS"
     for name, kind in (("Q4_0", "Q4_1"), ("Q5_0", "Q5_1")):
         types = [recipe(type=name, imatrix=True).type_of("x", Role.DOWN, layer, model()) for layer in range(28)]
         assert types == [kind] * 3 + [name] * 25
@@ -127,6 +131,7 @@ def test_eight_experts_are_quantised_as_mixtral(name: str, output: str) -> None:
         ("Q6_K", 1728, "Q8_0"),
         ("Q3_K", 1728, "Q4_0"),
         ("Q2_K", 1728, "Q4_0"),
+        ("IQ4_XS", 1728, "IQ4_NL"),
         ("Q4_K", 1744, "F16"),
         ("Q8_0", 1728, "Q8_0"),
         ("Q8_0", 1744, "F16"),
@@ -139,12 +144,18 @@ def test_fallbacks_are_llama_quantize_s(kind: str, columns: int, wanted: str) ->
 
 
 def test_bits_and_names() -> None:
-    assert {bits: recipe(bits=bits).name for bits in BITS} == {8: "Q8_0", 6: "Q6_K", 5: "Q5_K_M", 4: "Q4_K_M"}
+    assert {bits: recipe(bits=bits).name for bits in BITS} == {
+        8: "Q8_0",
+        6: "Q6_K",
+        5: "Q5_K_M",
+        4: "Q4_K_M",
+        3: "Q3_K_M",
+        2: "Q2_K",
+    }
     assert recipe(type="q4_k_m").name == recipe(type="Q4_K").name == "Q4_K_M"
     assert recipe(type="Q5_K_S").mix.number == 16
-    for bits in (2, 3, 7):
-        with pytest.raises(ConfigError, match=rf"--bits {bits}: .*4, 5, 6, 8"):
-            recipe(bits=bits)
+    with pytest.raises(ConfigError, match=r"--bits 7: .*2, 3, 4, 5, 6, 8"):
+        recipe(bits=7)
     with pytest.raises(ConfigError, match=r"--type Q9_X: unknown; there are .*Q4_K_M"):
         recipe(type="Q9_X")
 

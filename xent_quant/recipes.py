@@ -167,7 +167,7 @@ MIXES: dict[str, Mix] = {
 ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 """Type names that llama-quantize reads as the name of a mix."""
 
-BITS: dict[int, str] = {8: "Q8_0", 6: "Q6_K", 5: "Q5_K_M", 4: "Q4_K_M"}
+BITS: dict[int, str] = {8: "Q8_0", 6: "Q6_K", 5: "Q5_K_M", 4: "Q4_K_M", 3: "Q3_K_M", 2: "Q2_K"}
 
 FALLBACK = {
     "Q6_K": "Q8_0",
@@ -232,7 +232,7 @@ def recipe(*, bits: int = 4, type: str | None = None, tensor_types: Sequence[str
     """
     if type is None:
         if bits not in BITS:
-            raise ConfigError(f"--bits {bits}: not there yet; there are {', '.join(map(str, sorted(BITS)))}")
+            raise ConfigError(f"--bits {bits}: there are {', '.join(map(str, sorted(BITS)))}")
         name = BITS[bits]
     else:
         name = ALIASES.get(type.upper(), type.upper())

@@ -149,7 +149,7 @@ spread = _function(1, lambda builder, a: a)
 rint = _function(1, _library("rint"))
 absolute = _function(1, _library("fabs"))
 half = _function(1, _half)
-"""Rounded to float16's spacing, ties to even, zeros to +0; from 65520 up the result is 65536 or more, where float16 has infinity."""
+"""Rounded to float16's spacing, ties to even, zeros to +0; from 65520 up it is 65536 or more, float16's infinity."""
 
 binade = _function(1, _binade)
 """The power of two at or below the magnitude; 0 below 2^−126."""
