@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,23 +31,17 @@ KINDS = {
     "nf4": ["--bits", "4"],
     "fp4": ["--bits", "4", "--bnb-type", "fp4"],
 }
-EXPORT = """
-import resource, sys
-from xent_quant.cli.main import main
-main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
 
 
 def export(model: Path, kind: str, output: Path) -> None:
     """Run the real command, and print its time and peak memory."""
     started = time.perf_counter()
-    arguments = [sys.executable, "-c", EXPORT, str(model), "--format", "bnb", *KINDS[kind], "--output", str(output), "--json"]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    seconds = time.perf_counter() - started
-    peak = int(done.stdout.split()[-1]) / 2**20
+    command = [sys.executable, "-m", "xent_quant.cli.main", str(model), "--format", "bnb", *KINDS[kind], "--output", str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(os.waitstatus_to_exitcode(status))
+    seconds, peak = time.perf_counter() - started, usage.ru_maxrss / 2**20
     size = sum(file.stat().st_size for file in (output / "bnb").glob("*.safetensors"))
     print(f"{kind}: {size / 1e9:.3f} GB in {seconds:.1f} s, peak RSS {peak:.2f} GiB", flush=True)
 

@@ -226,6 +226,11 @@ def _bnb(checkpoint: "Checkpoint", target: Target, method: "Method", statistics:
     from exporters.bitsandbytes.export import BnbExporter
     from exporters.bitsandbytes.plan import plan
 
+    if target.bits < 16:
+        import numba
+        import torch
+
+        torch.set_num_threads(numba.get_num_threads())  # --threads, for bitsandbytes
     planned = plan(checkpoint.architecture, bits=target.bits, bnb_type=target.bnb_type, pad=target.pad)
     return BnbExporter(checkpoint, planned, target.output, target.name or "", split_size=target.split_size, force=target.force)
 

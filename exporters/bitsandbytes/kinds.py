@@ -11,6 +11,8 @@ Source: bitsandbytes 0.50, `QuantState.as_dict`, `Linear8bitLt._save_to_state_di
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
@@ -98,9 +100,13 @@ class FourBit(Kind):
         )
 
     def encode(self, name: str, weights: F32) -> list[U8]:
-        packed, state = bitsandbytes_functional().quantize_4bit(
-            _half(name, weights, "BF16"), blocksize=BLOCK, compress_statistics=True, quant_type=self.quant_type
-        )
+        functional = bitsandbytes_functional()
+        packed, state = functional.quantize_4bit(_half(name, weights, "BF16"), blocksize=BLOCK, quant_type=self.quant_type)
+        # What `compress_statistics=True` does, on one thread: the last bit of the mean depends on their number.
+        with _one_thread():
+            state.offset = state.absmax.mean()
+            state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - state.offset, blocksize=NESTED_BLOCK)
+        state.nested = True
         tensors = {"": packed} | {f".{key}": value for key, value in state.as_dict(packed=True).items()}
         return [_bytes(tensors[part.name.removeprefix(name)]) for part in self.parts(name, weights.shape)]
 
@@ -136,6 +142,18 @@ def bitsandbytes_functional() -> ModuleType:
         advice.setLevel(level)
     functional: ModuleType = bitsandbytes.functional
     return functional
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _half(name: str, weights: F32, dtype: Literal["BF16", "F16"]) -> "Tensor":

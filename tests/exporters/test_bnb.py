@@ -18,11 +18,12 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import xent_quant
+from exporters.bitsandbytes.kinds import FourBit, Int8
 from exporters.bitsandbytes.plan import plan
 from tests.conftest import TINY
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.errors import CheckpointError, ConfigError, ExportError, QuantizationError
+from xent_quant.errors import CheckpointError, ConfigError, ExportError, QuantizationError, UnsupportedError
 from xent_quant.model.modeling_xverse import XverseConfig, XverseForCausalLM
 from xent_quant.model.streaming import StreamingModel
 
@@ -84,6 +85,26 @@ def test_bytes_are_bitsandbytes_own(checkpoint, tmp_path: Path, kind, overrides)
         assert torch.equal(written[name], tensor), name
 
 
+@pytest.mark.parametrize("kind", [FourBit("nf4"), Int8()], ids=["nf4", "int8"])
+def test_bytes_do_not_depend_on_the_number_of_threads(kind) -> None:
+    weights = np.random.default_rng(0).standard_normal((2560, 2560), np.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append([data.tobytes() for data in kind.encode("weight", weights)])
+            assert torch.get_num_threads() == count
+        torch.set_num_threads(1)
+        layer = bnb_layer(
+            torch.from_numpy(weights).to(torch.bfloat16 if kind.name == "NF4" else torch.float16), kind.name.lower()
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert results[0] == results[1]
+    state = layer.state_dict()
+    assert results[0] == [state[part.name].numpy().tobytes() for part in kind.parts("weight", weights.shape)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_expert_is_a_bitsandbytes_layer_and_saving_keeps_every_bit(checkpoint, tmp_path: Path, kind) -> None:
     folder = export(checkpoint(num_key_value_heads=2, **SMALL), tmp_path, **KINDS[kind])
@@ -95,6 +116,7 @@ def test_every_expert_is_a_bitsandbytes_layer_and_saving_keeps_every_bit(checkpo
     experts = [module for name, module in model.named_modules() if ".experts." in name and name.endswith("_proj")]
     assert len(experts) == 3 * TINY["num_experts"]
     assert all(type(module) is layer_type for module in experts)
+    assert kind != "int8" or all(module.state.threshold == 6.0 for module in experts)  # LLM.int8()'s
     assert model.model.layers[0].mlp.router.weight.dtype == torch.float32
 
     loaded, written = model.state_dict(), load_file(folder / "model.safetensors")
@@ -258,10 +280,13 @@ def test_what_cannot_be_done_is_refused(checkpoint, tmp_path: Path, monkeypatch)
         export(source, tmp_path, bits=6)
     with pytest.raises(ConfigError, match="--bnb-type int4"):
         export(source, tmp_path, bnb_type="int4")
+    quantised = export(source, tmp_path / "quantised")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes.functional")
     with pytest.raises(ConfigError, match=r"pip install 'xent-quant\[bnb\]'"):
         export(source, tmp_path)
+    with pytest.raises(UnsupportedError, match="quantised already \\(bitsandbytes\\)"):
+        Checkpoint.open(quantised)
     export(source, tmp_path, bits=16)  # needs no bitsandbytes
     with pytest.raises(ExportError, match="--force"):
         export(source, tmp_path, bits=16)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.headers import ITEM_SIZE, Location, locate, read_json
-from xent_quant.errors import CheckpointError, ExportError
+from xent_quant.errors import CheckpointError, ExportError, UnsupportedError
 from xent_quant.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ class Checkpoint:
     def open(cls, path: Path) -> "Checkpoint":
         """Check config.json, the index and every header. Raises CheckpointError, ConfigError or UnsupportedError."""
         config = read_json(path / "config.json")
+        quantised = config.get("quantization_config")
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise UnsupportedError(f"{path}: is quantised already ({method}); give the checkpoint that it was made from")
         architecture = Architecture.from_config(config, str(path / "config.json"))
         locations = locate(path)
         infos: dict[str, TensorInfo] = {}
