@@ -56,6 +56,12 @@ BY_HAND = {
     "Q4_0": ("Q4_0", "Q6_K", {}),
     "IQ4_NL": ("IQ4_NL", "Q6_K", {Role.DOWN: {"Q5_K": {0, 1, 2}}}),
     "IQ4_XS": ("IQ4_XS", "Q6_K", {Role.DOWN: {"Q5_K": {0, 1, 2}}}),
+    "IQ3_M": (
+        "IQ3_S",
+        "Q6_K",
+        {Role.ATTENTION_V: {"Q4_K": ALL}, Role.DOWN: {"Q4_K": {0, 1, 2}}, Role.ATTENTION_OUTPUT: {"Q4_K": ALL}},
+    ),
+    "IQ3_S": ("IQ3_S", "Q6_K", {}),
     "Q3_K_L": (
         "Q3_K",
         "Q6_K",

@@ -177,6 +177,8 @@ FALLBACK = {
     "Q2_K": "Q4_0",
     "IQ4_XS": "IQ4_NL",
     "IQ3_S": "IQ4_NL",
+    "IQ3_XXS": "IQ4_NL",
+    "IQ2_S": "IQ4_NL",
 }
 """llama-quantize's replacement where rows are not a multiple of 256."""
 

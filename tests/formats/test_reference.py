@@ -8,11 +8,12 @@ import pytest
 
 from tests.reference import gguf_types, search
 from xent_quant import formats
-from xent_quant.formats._codes import AffineFormat, CodedFormat, SearchedFormat
+from xent_quant.formats._codebook import CodebookFormat
+from xent_quant.formats._codes import AffineFormat, SearchedFormat
 from xent_quant.formats.base import Effort
 from xent_quant.validation import llama_cpp
 
-TYPES = [name for name in formats.NAMES if isinstance(formats.get(name), SearchedFormat)]
+TYPES = [name for name in formats.NAMES if isinstance(formats.get(name), SearchedFormat | CodebookFormat)]
 RANDOM = np.random.default_rng(5)
 IMPORTANCE = RANDOM.exponential(size=256).astype(np.float32) + np.float32(0.01)
 
@@ -33,13 +34,19 @@ def ladder() -> np.ndarray:
     return np.concatenate([base * scales, np.array(odd, np.float32)])
 
 
-def expected(kind: SearchedFormat, row: np.ndarray, importance: np.ndarray, effort: Effort) -> bytes:
+def expected(kind: SearchedFormat | CodebookFormat, row: np.ndarray, importance: np.ndarray, effort: Effort) -> bytes:
     """The reference's bytes of a row."""
     candidates, rounds = getattr(kind.efforts, effort)
     groups = kind.block_size // kind.group_size
     packed = b""
     for start in range(0, len(row), kind.block_size):
         x, w = list(row[start : start + kind.block_size]), list(importance[start : start + kind.block_size])
+        if isinstance(kind, CodebookFormat):
+            pointed = search.codebook(
+                x, w, kind.group_size, float(kind.unit), kind.points, kind.even_signs, list(candidates), rounds
+            )  # fmt: skip
+            packed += gguf_types.PACK_POINTS[kind.name](pointed)
+            continue
         if isinstance(kind, AffineFormat):
             found = search.affine(x, w, groups, len(kind.levels) - 1, kind.scale_top, list(map(tuple, candidates)), rounds)
         elif kind.name == "MXFP4":
@@ -54,7 +61,7 @@ def expected(kind: SearchedFormat, row: np.ndarray, importance: np.ndarray, effo
 @pytest.mark.parametrize("weighted", [False, True])
 def test_bytes_equal_the_slow_reference(name: str, weighted: bool) -> None:
     kind = formats.get(name)
-    assert isinstance(kind, SearchedFormat)
+    assert isinstance(kind, SearchedFormat | CodebookFormat)
     weights = ladder()
     importance = IMPORTANCE / IMPORTANCE.mean(dtype=np.float64).astype(np.float32) if weighted else np.ones(256, np.float32)
     packed = kind.quantize(weights, IMPORTANCE if weighted else None, effort="fast")
@@ -66,7 +73,7 @@ def test_bytes_equal_the_slow_reference(name: str, weighted: bool) -> None:
 @pytest.mark.parametrize("name", TYPES)
 def test_normal_effort_equals_the_slow_reference(name: str) -> None:
     kind = formats.get(name)
-    assert isinstance(kind, SearchedFormat)
+    assert isinstance(kind, SearchedFormat | CodebookFormat)
     row = (RANDOM.standard_t(4, (1, kind.block_size)) * 0.02).astype(np.float32)
     packed = kind.quantize(row)
     with np.errstate(all="ignore"):
@@ -126,7 +133,6 @@ def stock_dequantize(kind: formats.QuantFormat, packed: np.ndarray) -> np.ndarra
 @pytest.mark.parametrize("name", TYPES)
 def test_stock_ggml_reads_what_we_write(name: str) -> None:
     kind = formats.get(name)
-    assert isinstance(kind, CodedFormat)
     packed = kind.quantize(ladder(), IMPORTANCE, effort="fast")
     assert np.array_equal(stock_dequantize(kind, packed), kind.dequantize(packed))
 

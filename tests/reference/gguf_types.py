@@ -1,14 +1,16 @@
 """Layouts of GGUF's block types, one value at a time, from the structs in ggml-common.h and never from the fast code.
 
-`PACK[name]` makes a block's bytes of what a search chose; `READ[name]` gives a block's weights of its bytes.
+`PACK[name]` (codebooks: `PACK_POINTS[name]`) makes a block's bytes of what a search chose; `READ[name]` gives a block's
+weights of its bytes.
 """
 
 import struct
 from collections.abc import Callable
 
+import gguf
 import numpy as np
 
-from tests.reference.search import Block
+from tests.reference.search import Block, Pointed
 
 f = np.float32
 KVALUES = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
@@ -221,6 +223,69 @@ def pack_mxfp4(x: Block) -> bytes:
     return bytes([e]) + nibbles32(stored)
 
 
+def points(name: str) -> list[list[int]]:
+    """ggml's grid of a codebook type, by gguf-py."""
+    kind = getattr(gguf.quants, name)
+    kind.init_grid()
+    return [[int(value) for value in point] for point in kind.grid[0, 0]]
+
+
+def sign_bytes(negative: list[bool]) -> bytes:
+    return bytes(sum(negative[8 * j + i] << i for i in range(8)) for j in range(32))
+
+
+def pack_iq3_s(x: Pointed) -> bytes:
+    high = bytes(sum((x.numbers[8 * j + i] // 256) << i for i in range(8)) for j in range(8))
+    scales = bytes(x.s[2 * j] + 16 * x.s[2 * j + 1] for j in range(4))
+    return f16(x.d) + bytes(n % 256 for n in x.numbers) + high + sign_bytes(x.negative) + scales
+
+
+def read_iq3_s(b: bytes) -> list[np.float32]:
+    grid, weights = points("IQ3_S"), []
+    for i in range(256):
+        number = b[2 + i // 4] + 256 * (b[66 + i // 32] >> (i // 4 % 8) & 1)
+        s = b[106 + i // 64] >> (4 * (i // 32 % 2)) & 15
+        sign = -1 if b[74 + i // 8] >> (i % 8) & 1 else 1
+        weights.append(f32(b[0:2]) * f(1 + 2 * s) * f(sign * grid[number][i % 4]))
+    return weights
+
+
+def pack_iq3_xxs(x: Pointed) -> bytes:
+    words = b""
+    for j in range(8):
+        signs = sum(x.negative[32 * j + 8 * k + i] << (7 * k + i) for k in range(4) for i in range(7))
+        words += struct.pack("<I", signs + (x.s[j] << 28))
+    return f16(x.d) + bytes(x.numbers) + words
+
+
+def read_iq3_xxs(b: bytes) -> list[np.float32]:
+    grid, weights = points("IQ3_XXS"), []
+    for i in range(256):
+        word = struct.unpack("<I", b[66 + 4 * (i // 32) : 70 + 4 * (i // 32)])[0]
+        seven = word >> (7 * (i // 8 % 4)) & 127
+        negative = seven >> (i % 8) & 1 if i % 8 < 7 else bin(seven).count("1") % 2
+        magnitude = f32(b[0:2]) * f(0.5 + (word >> 28)) * f(0.5) * f(grid[b[2 + i // 4]][i % 4])
+        weights.append(-magnitude if negative else magnitude)
+    return weights
+
+
+def pack_iq2_s(x: Pointed) -> bytes:
+    high = bytes(sum((x.numbers[4 * j + i] // 256) << (2 * i) for i in range(4)) for j in range(8))
+    scales = bytes(x.s[2 * j] + 16 * x.s[2 * j + 1] for j in range(8))
+    return f16(x.d) + bytes(n % 256 for n in x.numbers) + sign_bytes(x.negative) + high + scales
+
+
+def read_iq2_s(b: bytes) -> list[np.float32]:
+    grid, weights = points("IQ2_S"), []
+    for i in range(256):
+        number = b[2 + i // 8] + 256 * (b[66 + i // 32] >> (2 * (i // 8 % 4)) & 3)
+        s = b[74 + i // 32] >> (4 * (i // 16 % 2)) & 15
+        sign = -1 if b[34 + i // 8] >> (i % 8) & 1 else 1
+        weights.append(f32(b[0:2]) * f(0.5 + s) * f(0.25) * f(sign * grid[number][i % 8]))
+    return weights
+
+
+PACK_POINTS: dict[str, Callable[[Pointed], bytes]] = {"IQ3_S": pack_iq3_s, "IQ3_XXS": pack_iq3_xxs, "IQ2_S": pack_iq2_s}
 PACK: dict[str, Callable[[Block], bytes]] = {
     "Q4_0": lambda x: f16(x.d) + nibbles32(x.codes),
     "Q4_1": lambda x: f16(x.d) + f16(0 - x.dmin) + nibbles32(x.codes),

@@ -246,3 +246,93 @@ def powers(
         error = sxx + a * a * sll - TWO * a * sxl
         best = (error, a) if error < best[0] else best
     return Block([nearest(reciprocal(best[1]) * value, levels) for value in x], best[1])
+
+
+@dataclass
+class Pointed:
+    """What a codebook search chose: point numbers, signs per weight (True: negative), s per group, d."""
+
+    numbers: list[int]
+    negative: list[bool]
+    s: list[int]
+    d: np.float32
+
+
+def codebook(
+    x: Sequence[np.float32],
+    w: Sequence[np.float32],
+    size: int,
+    unit: float,
+    points: np.ndarray,
+    even_signs: bool,
+    candidates: Sequence[np.float32],
+    rounds: int,
+) -> Pointed:
+    """w = ±d·(2s+1)·unit·g in groups of `size`; points [n, dim] float32 (scored together, each in the order of its four
+    or eight magnitudes)."""
+    dim, unit = points.shape[1], f(unit)
+    negative = [bool(value < 0) for value in x]
+    y = [abs(value) for value in x]
+    if even_signs:
+        for start in range(0, len(x), 8):
+            if sum(negative[start : start + 8]) % 2:
+                least = min(range(start, start + 8), key=lambda i: w[i] * y[i] * y[i])
+                negative[least], y[least] = not negative[least], -y[least]
+
+    def closest(start: int, inverse: np.float32) -> tuple[int, np.float32, np.float32]:
+        cost = np.zeros(len(points), f)
+        for j in range(dim):
+            cost = cost + w[start + j] * points[:, j] * points[:, j]
+        score = cost
+        for j in range(dim):
+            score = score - (y[start + j] * inverse * (TWO * w[start + j])) * points[:, j]
+        number = int(score.argmin())
+        return number, cost[number], cost[number] - score[number]
+
+    def fitted(part: range, scale: np.float32) -> tuple[np.float32, np.float32]:
+        sll = sxl = ZERO
+        for start in part[::dim]:
+            _, energy, dot = closest(start, reciprocal(scale))
+            sll, sxl = sll + energy, sxl + dot * f(0.5) * scale
+        return sll, sxl
+
+    parts = [range(start, start + size) for start in range(0, len(x), size)]
+    energies, scales = [], []
+    for part in parts:
+        peak = sxx = ZERO
+        for i in part:
+            peak, sxx = max(peak, y[i]), sxx + y[i] * w[i] * y[i]
+        a = gain = ZERO
+        for reach in candidates:
+            sll, sxl = fitted(part, peak / reach if peak > TINY else ZERO)
+            if sxl / sll * sxl > gain:
+                a, gain = sxl / sll, sxl / sll * sxl
+        energies.append(sxx)
+        scales.append(a)
+    d = half(max(scales) / (unit * f(31)))
+    best = (HUGE, d, [ZERO] * len(parts))
+    for _ in range(rounds):
+        chosen = []
+        total = aa = ax = ZERO
+        for g, part in enumerate(parts):
+            own = np.rint((scales[g] * (ONE / (d * unit) if d > 0 else ZERO) - ONE) * f(0.5))
+            options = []
+            for move in (0, 1, -1):
+                s = clamp(own + f(move), ZERO, f(15))
+                a = d * unit * (TWO * s + ONE)
+                sll, sxl = fitted(part, a)
+                options.append((energies[g] + a * a * sll - TWO * a * sxl, s, sll, sxl))
+            error, s, sll, sxl = min(options, key=lambda option: option[0])
+            odd = TWO * s + ONE
+            chosen.append(s)
+            total, aa, ax = total + error, aa + odd * odd * sll, ax + odd * sxl
+        if total < best[0]:
+            best = (total, d, chosen)
+        scales = [d * unit * (TWO * s + ONE) for s in chosen]
+        new_d = half(ax / (aa * unit))
+        d = new_d if ZERO < new_d <= LARGEST else d
+    _, d, chosen = best
+    numbers = []
+    for part, s in zip(parts, chosen, strict=True):
+        numbers += [closest(start, reciprocal(d * unit * (TWO * s + ONE)))[0] for start in part[::dim]]
+    return Pointed(numbers, negative, [int(s) for s in chosen], d)

@@ -22,7 +22,10 @@ _MODULES: dict[str, tuple[str, str]] = {
     "Q4_1": ("q4_1", "Q41"),
     "Q4_0": ("q4_0", "Q40"),
     "Q3_K": ("q3_k", "Q3K"),
+    "IQ3_S": ("iq3_s", "IQ3S"),
+    "IQ3_XXS": ("iq3_xxs", "IQ3XXS"),
     "Q2_K": ("q2_k", "Q2K"),
+    "IQ2_S": ("iq2_s", "IQ2S"),
 }
 """Name to (module, class); modules load on first use, since each compiles its kernel."""
 

@@ -5,22 +5,13 @@ Layouts are numpy; the search (`_search`) knows codes and scales, no bytes.
 """
 
 from abc import abstractmethod
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from xent_quant.formats import _search
-from xent_quant.formats._lanes import WIDTH
+from xent_quant.formats._chunks import TOO_LARGE, in_chunks
 from xent_quant.formats.base import F32, U8, Effort, Grid, QuantFormat
-
-NOT_FINITE = "NaN or infinite weight; the checkpoint is damaged"
-TOO_LARGE = "a block's scale exceeds float16 (65504); keep this tensor in BF16 or F32"
-LIMIT = 1e15
-"""Beyond it sums of squares leave float32; float16 scales end long before."""
-CHUNK = 1 << 18
-"""Weights that one thread works on at a time: its codes, a byte each, stay in the cache."""
 
 
 class Plane(NamedTuple):
@@ -140,32 +131,17 @@ class SearchedFormat(CodedFormat):
         """Put the scales into blocks [n, block_bytes]."""
 
     def quantize_rows(self, weights: F32, importance: F32 | None, packed: U8, effort: Effort) -> str:
-        if importance is None:
-            importance = np.ones(weights.shape[1], np.float32)
+        weighting = np.ones(weights.shape[1], np.float32) if importance is None else importance
 
-        def chunk(start: int) -> str:
-            part = weights[start : start + rows]
-            low, high = part.min(), part.max()  # NaN where there is one
-            if not (low > -LIMIT and high < LIMIT):
-                return TOO_LARGE if np.isfinite(low) and np.isfinite(high) else NOT_FINITE
-            found = self.search(part, importance, effort)
+        def work(part: F32, out: U8) -> str:
+            found = self.search(part, weighting, effort)
             if not (np.abs(found.outer) <= self.largest_scale).all():
                 return TOO_LARGE
-            self.store_scales(packed[start : start + rows].reshape(-1, self.block_bytes), found)
-            self.store_codes(packed[start : start + rows], found.codes)
+            self.store_scales(out.reshape(-1, self.block_bytes), found)
+            self.store_codes(out, found.codes)
             return ""
 
-        if not weights.size:
-            return ""
-        rows = max(1, CHUNK // weights.shape[1] // WIDTH) * WIDTH
-        starts = range(0, len(weights), rows)
-        threads = min(numba.get_num_threads(), len(starts))
-        if threads == 1:
-            problems = [chunk(start) for start in starts]
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                problems = list(pool.map(chunk, starts))
-        return next(filter(None, problems), "")
+        return in_chunks(weights, packed, work)
 
 
 def integers(lowest: int, highest: int) -> F32:

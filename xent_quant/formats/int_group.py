@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant.errors import ConfigError
-from xent_quant.formats._codes import LIMIT, NOT_FINITE, TOO_LARGE, CodedFormat, Plane, integers
+from xent_quant.formats._chunks import LIMIT, NOT_FINITE, TOO_LARGE
+from xent_quant.formats._codes import CodedFormat, Plane, integers
 from xent_quant.formats._half import INFINITY, half_bits, half_value
 from xent_quant.formats._search import HUGE
 from xent_quant.formats.base import F32, U8, Effort
