@@ -15,21 +15,21 @@ other sign. There is no zero: a zero weight beside others becomes ± the least m
 from abc import abstractmethod
 from typing import NamedTuple
 
-import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant.formats._chunks import TOO_LARGE, in_chunks
 from xent_quant.formats._codes import Efforts
+from xent_quant.formats._jit import jit
 from xent_quant.formats._lanes import WIDTH, absolute, half, larger, load, rint, smaller, spread, store, store_bytes, where_less
-from xent_quant.formats._search import HUGE, JIT, LARGEST, ONE, TINY, TWO, ZERO, empty, fill
+from xent_quant.formats._search import HUGE, LARGEST, ONE, TINY, TWO, ZERO, empty, fill
 from xent_quant.formats.base import F32, U8, Effort, QuantFormat
 
 U16 = NDArray[np.uint16]
 HALF, TOP = np.float32(0.5), np.float32(15)
 
 
-@nb.njit(**JIT)
+@jit
 def closest(x, start, w, inverse, cost, grid):  # type: ignore[no-untyped-def]
     """Number, Σwg² and 2Σw(x·inverse)g of the best point for the vector at x[start]; `cost` holds Σwg² of every point."""
     a0 = load(x, start) * inverse * (TWO * w[start])
@@ -54,7 +54,7 @@ def closest(x, start, w, inverse, cost, grid):  # type: ignore[no-untyped-def]
     return number, energy, energy - least
 
 
-@nb.njit(**JIT)
+@jit
 def group_sums(x, w, start, size, scale, cost, grid):  # type: ignore[no-untyped-def]
     """Σwg² and Σwxg of a group whose vectors take their best points at `scale`; 0 is a scale too."""
     dim = grid.shape[1]
@@ -67,7 +67,7 @@ def group_sums(x, w, start, size, scale, cost, grid):  # type: ignore[no-untyped
     return sll, sxl
 
 
-@nb.njit(**JIT)
+@jit
 def codebook(weights, importance, ladder, rounds, size, unit, grid, numbers, inner, outer):  # type: ignore[no-untyped-def]
     """Fill numbers [rows, columns / dim] u16, inner [rows, blocks · groups] u8 (s) and outer [rows, blocks] f32 (d), for
     magnitudes `weights` in groups of `size`. `grid` [points, dim] f32; `ladder` holds the magnitudes at which a group's

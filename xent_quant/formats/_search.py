@@ -17,11 +17,9 @@ the order of the weights: the slow reference gives the same bytes. Of equal erro
 go to even, in a table of levels to the lower level.
 """
 
-from typing import Any
-
-import numba as nb
 import numpy as np
 
+from xent_quant.formats._jit import jit
 from xent_quant.formats._lanes import (
     WIDTH,
     absolute,
@@ -38,7 +36,6 @@ from xent_quant.formats._lanes import (
     where_less,
 )
 
-JIT: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 HUGE = np.float32(3e38)
 TINY = np.float32(1e-30)
 """Ranges and scales below it are zero to every type: float16 ends at 6e-8."""
@@ -46,7 +43,7 @@ LARGEST = np.float32(65504)
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
-@nb.njit(**JIT)
+@jit
 def fill(weights, first, start, size, x):  # type: ignore[no-untyped-def]
     """Transpose weights [first : first + 16, start : start + size] into x [size · 16]; rows past the last are zeros."""
     for lane in range(WIDTH):
@@ -58,7 +55,7 @@ def fill(weights, first, start, size, x):  # type: ignore[no-untyped-def]
                 x[i * WIDTH + lane] = ZERO
 
 
-@nb.njit(**JIT)
+@jit
 def empty(tile, first, start, size, out):  # type: ignore[no-untyped-def]
     """The inverse, for any dtype: tile [size · 16] to out [first : first + 16, start : start + size]."""
     for lane in range(min(WIDTH, out.shape[0] - first)):
@@ -66,7 +63,7 @@ def empty(tile, first, start, size, out):  # type: ignore[no-untyped-def]
             out[first + lane, start + i] = tile[i * WIDTH + lane]
 
 
-@nb.njit(**JIT)
+@jit
 def sums(x, w, start, size, base, inverse, lowest, highest):  # type: ignore[no-untyped-def]
     """Σwq, Σwq² and Σwqx of the codes q = rint(inverse · (x − base)), kept within lowest…highest."""
     sl = sll = sxl = spread(ZERO)
@@ -80,13 +77,13 @@ def sums(x, w, start, size, base, inverse, lowest, highest):  # type: ignore[no-
     return sl, sll, sxl
 
 
-@nb.njit(**JIT)
+@jit
 def code(value, base, inverse, lowest, highest):  # type: ignore[no-untyped-def]
     """A code of `sums`, counted from the lowest."""
     return larger(smaller(rint(inverse * (value - base)), highest), lowest) - lowest
 
 
-@nb.njit(**JIT)
+@jit
 def encode(x, start, size, base, inverse, lowest, highest, quads):  # type: ignore[no-untyped-def]
     """The codes of `sums`, counted from the lowest, four a word."""
     for i in range(start // 4, (start + size) // 4):
@@ -100,7 +97,7 @@ def encode(x, start, size, base, inverse, lowest, highest, quads):  # type: igno
         )
 
 
-@nb.njit(**JIT)
+@jit
 def moments(x, w, start, size):  # type: ignore[no-untyped-def]
     """Σw (a float), Σwx and Σwx² of a group, its least and greatest weight, and its first of largest magnitude."""
     sw = ZERO
@@ -118,7 +115,7 @@ def moments(x, w, start, size):  # type: ignore[no-untyped-def]
     return sw, sx, sxx, low, high, peak
 
 
-@nb.njit(**JIT)
+@jit
 def affine(weights, importance, ladder, rounds, block_size, groups, top, scale_top, codes, inner, outer):  # type: ignore[no-untyped-def]
     """Fill codes [rows, columns / 4] u32 (four bytes), inner [rows, blocks · 2 · groups] u8 (s then m of a block) and outer
     [rows, blocks · 2] f32 (d, dmin: float16 values, or beyond LARGEST where the scales are too large).
@@ -253,7 +250,7 @@ def affine(weights, importance, ladder, rounds, block_size, groups, top, scale_t
             empty(outer_floats, first, block * 2, 2, outer)
 
 
-@nb.njit(**JIT)
+@jit
 def table_sums(x, w, start, size, inverse, lowest, rises):  # type: ignore[no-untyped-def]
     """As `sums` without the first: q is the level nearest to inverse · x. `rises` [levels − 1, 2] float32 holds, above
     each level but the last, the midpoint to the next and the step up to it."""
@@ -270,7 +267,7 @@ def table_sums(x, w, start, size, inverse, lowest, rises):  # type: ignore[no-un
     return sll, sxl
 
 
-@nb.njit(**JIT)
+@jit
 def table_code(value, inverse, rises):  # type: ignore[no-untyped-def]
     """The index of a level of `table_sums`."""
     q = spread(ZERO)
@@ -279,7 +276,7 @@ def table_code(value, inverse, rises):  # type: ignore[no-untyped-def]
     return q
 
 
-@nb.njit(**JIT)
+@jit
 def encode_table(x, start, size, inverse, rises, quads):  # type: ignore[no-untyped-def]
     """The indices of `table_sums`'s levels, four a word."""
     for i in range(start // 4, (start + size) // 4):
@@ -293,7 +290,7 @@ def encode_table(x, start, size, inverse, rises, quads):  # type: ignore[no-unty
         )
 
 
-@nb.njit(**JIT)
+@jit
 def level_sums(x, w, start, size, inverse, lowest, highest, rises):  # type: ignore[no-untyped-def]
     """Σwq² and Σwqx for levels that are the integers lowest…highest where `rises` is empty, else those of the table."""
     if len(rises):
@@ -302,7 +299,7 @@ def level_sums(x, w, start, size, inverse, lowest, highest, rises):  # type: ign
     return sll, sxl
 
 
-@nb.njit(**JIT)
+@jit
 def symmetric(weights, importance, ladder, rounds, block_size, groups, lowest, highest, rises, scale_low, codes, inner, outer):  # type: ignore[no-untyped-def]
     """Fill codes [rows, columns / 4] u32 (four bytes), inner [rows, blocks · groups] u8 (s, two's complement) and outer
     [rows, blocks] f32 (d).
@@ -387,7 +384,7 @@ def symmetric(weights, importance, ladder, rounds, block_size, groups, lowest, h
             empty(outer_floats, first, block, 1, outer)
 
 
-@nb.njit(**JIT)
+@jit
 def powers(weights, importance, candidates, lowest, rises, codes, outer):  # type: ignore[no-untyped-def]
     """As `symmetric` for blocks of 32 whose d is a power of two: `candidates` times the one at or below the largest
     magnitude over the largest level. d of a block of zeros, or of magnitudes below TINY, is 0."""
