@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xent_quant.errors import CheckpointError, ConfigError
+from xent_quant.errors import CheckpointError, ConfigError, UnsupportedError
 from xent_quant.progress import Progress
 
 if TYPE_CHECKING:
@@ -207,7 +207,12 @@ def _gguf(checkpoint: "Checkpoint", target: Target, method: "Method", statistics
 
 
 def _onnx(checkpoint: "Checkpoint", target: Target, method: "Method", statistics: "Imatrix | None") -> "Exporter":
-    from exporters.onnx.export import ONNXExporter
+    try:
+        from exporters.onnx.export import ONNXExporter
+    except ModuleNotFoundError as error:
+        if error.name != "onnx":
+            raise
+        raise UnsupportedError("--format onnx: the package onnx is not installed: pip install 'xent-quant[onnx]'") from error
     from exporters.onnx.plan import Settings, plan
 
     settings = Settings(
@@ -264,22 +269,11 @@ def _read_imatrix(path: str | Path | None, checkpoint: "Checkpoint") -> "Imatrix
     return statistics
 
 
-def describe(path: str | Path, reference: str | Path | None = None, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Facts about a checkpoint folder or a GGUF file, as plain values; from headers alone.
-
-    With `reference`, the checkpoint (folder or Hub id) that a GGUF file was made from, "errors" is added: the tensors of
-    `exporters.gguf.compare.tensor_errors`, for which the weights of both are read.
-    """
+def describe(path: str | Path) -> dict[str, Any]:
+    """Facts about a checkpoint folder, an ONNX folder or a GGUF file, as plain values; from headers alone."""
     path = Path(path)
-    if reference is not None:
-        if path.suffix != ".gguf" or not path.is_file():
-            raise ConfigError(f"--reference: {path} is not a GGUF file; there is nothing to compare")
-        from exporters.gguf.compare import tensor_errors
-
-        return {
-            **_describe_gguf(path),
-            "errors": [asdict(tensor) for tensor in tensor_errors(path, _open(reference), progress)],
-        }
+    if (path / "model.onnx").is_file():
+        return _describe_onnx(path)
     if path.is_dir():
         return _describe_checkpoint(path)
     if not path.is_file():
@@ -303,6 +297,22 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         **asdict(model),
         "types": [asdict(row) for row in type_totals([(i.dtype, i.n_weights, i.nbytes) for i in checkpoint.infos.values()])],
+    }
+
+
+def _describe_onnx(path: Path) -> dict[str, Any]:
+    from exporters.interface import type_totals
+    from xent_quant.validation.onnx_source import OnnxSource
+
+    source = OnnxSource(path)
+    stored = source.stored()
+    return {
+        "path": str(path),
+        "kind": "onnx",
+        "bytes": sum(file.stat().st_size for file in path.glob("model.onnx*")),
+        "parameters": sum(weights for _, weights, _ in stored),
+        **asdict(source.architecture),
+        "types": [asdict(row) for row in type_totals(stored)],
     }
 
 

@@ -162,6 +162,25 @@ def test_what_cannot_be_is_refused_by_the_options_name(checkpoint, tmp_path: Pat
     assert not (tmp_path / "onnx").exists()
 
 
+def test_a_missing_package_is_named(checkpoint, monkeypatch) -> None:
+    for name in list(sys.modules):
+        if name.startswith("exporters.onnx"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UnsupportedError, match=r"onnx is not installed: pip install 'xent-quant\[onnx\]'"):
+        xent_quant.plan(checkpoint(), formats=["onnx"])
+
+
+def test_inspect_describes_the_folder(checkpoint, tmp_path: Path) -> None:
+    source = checkpoint()
+    done = xent_quant.quantize(source, formats=["onnx"], output=tmp_path, effort="fast", block_size=32)
+    facts = xent_quant.describe(tmp_path / "onnx")
+    assert facts["kind"] == "onnx"
+    assert facts["parameters"] == done.plans[0].n_weights == sum(w.size for w in load_file(source / "model.safetensors").values())
+    assert sum(row["nbytes"] for row in facts["types"]) == done.plans[0].nbytes
+    assert {row["type"] for row in facts["types"]} == {"INT4", "INT8", "F32", "F16"}
+
+
 def test_odd_heads_are_refused(checkpoint) -> None:
     with pytest.raises(UnsupportedError, match="head_dim 8"):
         xent_quant.plan(checkpoint(hidden_size=64, num_attention_heads=8), formats=["onnx"])

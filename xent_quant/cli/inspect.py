@@ -9,12 +9,9 @@ from xent_quant.cli.options import Json, Verbose
 
 
 def inspect(
-    path: Annotated[Path, Parameter(help="Checkpoint folder or .gguf file.")],
+    path: Annotated[Path, Parameter(help="Checkpoint folder, ONNX folder or .gguf file.")],
     /,
     *,
-    reference: Annotated[
-        str | None, Parameter(help="The checkpoint that the .gguf file was made from: print every tensor's error.")
-    ] = None,
     json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -22,6 +19,5 @@ def inspect(
     from xent_quant import pipeline
     from xent_quant.cli import show
 
-    with show.progress() as progress:
-        description = pipeline.describe(path, reference, progress=progress)
+    description = pipeline.describe(path)
     show.as_json(description) if json else show.description(description)

@@ -21,6 +21,9 @@ F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 OUTSIDE = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}
 
+ITEM = {1: 4, 2: 1, 10: 2, 16: 2}
+"""Bytes of onnx.TensorProto's FLOAT, UINT8, FLOAT16, BFLOAT16."""
+
 
 @dataclass(frozen=True)
 class _Stored:
@@ -57,7 +60,7 @@ class OnnxSource:
             model = onnx.load(folder / "model.onnx", load_external_data=False)
         except Exception as error:  # protobuf's DecodeError is not importable by a stable name
             raise ValidationError(f"{folder / 'model.onnx'}: not readable ({error}); export it again") from error
-        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._tensors: dict[str, Any] = {tensor.name: tensor for tensor in model.graph.initializer}
         self._attributes: dict[str, dict[str, Any]] = {}
         for node in model.graph.node:
             found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -67,8 +70,18 @@ class OnnxSource:
 
     def type(self, name: str) -> str:
         """How a checkpoint tensor is stored, as INT4, INT8, F32, F16 or BF16."""
-        stored = self._place(name).stored
-        return f"INT{stored.bits}" if stored.bits else {1: "F32", 10: "F16", 16: "BF16"}[stored.values.data_type]
+        return _type(self._place(name).stored)
+
+    def stored(self) -> list[tuple[str, int, int]]:
+        """(type, weights with padding, bytes) of every weight in the file."""
+        outside = [name for name, tensor in self._tensors.items() if tensor.external_data and name not in ("cos", "sin")]
+        found = []
+        for name in {re.sub(r"\.(codes|scales|zero_points)$", "", name) for name in outside}:
+            weight = self._stored(name)
+            parts = [part for part in (weight.values, weight.scales, weight.zeros) if part is not None]
+            count = prod(weight.values.dims) * 8 // weight.bits if weight.bits else prod(weight.values.dims)
+            found.append((_type(weight), count, sum(prod(part.dims) * ITEM[part.data_type] for part in parts)))
+        return sorted(found)
 
     def padding(self, name: str) -> float:
         """See `TypedSource`: of the columns behind a down projection's own; rows of padding count with gate and up."""
@@ -144,7 +157,7 @@ class OnnxSource:
         expert_dims = 2 if len(stored.values.dims) == 3 and "experts" in stored.values.name else 1
 
         def raw(tensor: Any) -> U8:
-            item = {1: 4, 2: 1, 10: 2, 16: 2}[tensor.data_type]
+            item = ITEM[tensor.data_type]
             row = prod(tensor.dims[expert_dims:]) * item if len(place.shape) > 1 else prod(tensor.dims) * item
             entries = {entry.key: entry.value for entry in tensor.external_data}
             count = (place.stride * (stop - start - 1) + 1) * row
@@ -169,6 +182,10 @@ class OnnxSource:
         groups = codes.reshape(len(codes), -1, stored.block_size)
         values: F32 = (groups - zeros) * scales[:, :, None]
         return values.reshape(len(codes), -1)
+
+
+def _type(stored: _Stored) -> str:
+    return f"INT{stored.bits}" if stored.bits else {1: "F32", 10: "F16", 16: "BF16"}[stored.values.data_type]
 
 
 def _unpacked(rows: U8, bits: int) -> U8:
