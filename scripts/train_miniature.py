@@ -5,14 +5,15 @@
 
 CORPUS holds `train/*.jsonl` and `valid/*.jsonl` with the fields text and source, and SOURCES.md. The learning rate follows the
 wall clock and reaches zero when the minutes are spent, so a run always ends annealed and on time. Checkpoints go to WORK;
-`--resume` continues from the last. Router in float32, softmax over all experts, top-k, renormalised (as released);
-a load-balancing loss (Switch Transformer, eq. 4) keeps every expert in use.
+`--resume` continues from the last; `--config` trains another shape. Router in float32, softmax over all experts, top-k,
+renormalised (as released); a load-balancing loss (Switch Transformer, eq. 4) keeps every expert in use.
 """
 
 import argparse
 import json
 import math
 import random
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -50,15 +51,25 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": EOS,
     "torch_dtype": "bfloat16",
 }
-HIDDEN, WIDTH, LAYERS, HEADS = (
-    CONFIG["hidden_size"],
-    CONFIG["intermediate_size"],
-    CONFIG["num_hidden_layers"],
-    CONFIG["num_attention_heads"],
-)
-EXPERTS, TOP_K, SHARED, VOCAB = CONFIG["num_experts"], CONFIG["moe_top_k"], CONFIG["num_shared_experts"], CONFIG["vocab_size"]
-HEAD_DIM = HIDDEN // HEADS
+
+
+class Shape:
+    """A config.json of model_type xverse, and its sizes by short names. Attention has as many key heads as heads."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.hidden, self.width = config["hidden_size"], config["intermediate_size"]
+        self.layers, self.heads = config["num_hidden_layers"], config["num_attention_heads"]
+        self.experts, self.top_k, self.shared = config["num_experts"], config["moe_top_k"], config["num_shared_experts"]
+        self.vocab = config["vocab_size"]
+        self.head_dim = self.hidden // self.heads
+        if config.get("num_key_value_heads", self.heads) != self.heads or config["tie_word_embeddings"]:
+            raise SystemExit("this script trains multi-head attention and an untied head only")
+
+
 LENGTH = 256
+PACKAGED = 32_000_000
+"""Bytes that the package allows for the miniature."""
 
 
 def documents(folder: Path) -> dict[str, list[str]]:
@@ -69,7 +80,7 @@ def documents(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def train_tokenizer(texts: dict[str, list[str]]) -> Tokenizer:
+def train_tokenizer(shape: Shape, texts: dict[str, list[str]]) -> Tokenizer:
     """BPE with byte fallback; the most frequent characters, then merges, until the vocabulary is full."""
     characters = Counter(char for suite in texts.values() for text in suite for char in text if char not in "\n\r\t")
     alphabet = [char for char, _ in characters.most_common(2650)]
@@ -84,7 +95,7 @@ def train_tokenizer(texts: dict[str, list[str]]) -> Tokenizer:
     )
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - len(SPECIALS) - len(byte_tokens),
+        vocab_size=shape.vocab - len(SPECIALS) - len(byte_tokens),
         initial_alphabet=["▁"],
         limit_alphabet=len(alphabet),
         show_progress=False,
@@ -107,12 +118,12 @@ def train_tokenizer(texts: dict[str, list[str]]) -> Tokenizer:
         [decoders.Metaspace("▁", prepend_scheme="always"), decoders.ByteFallback(), decoders.Fuse()]
     )
     final.add_special_tokens(SPECIALS)
-    if final.get_vocab_size() != VOCAB:
-        raise SystemExit(f"the tokenizer has {final.get_vocab_size()} tokens, {VOCAB} were wanted: the corpus is too small")
+    if final.get_vocab_size() != shape.vocab:
+        raise SystemExit(f"the tokenizer has {final.get_vocab_size()} tokens, {shape.vocab} were wanted: the corpus is too small")
     return final
 
 
-def write_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
+def write_tokenizer(shape: Shape, tokenizer: Tokenizer, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(output / "tokenizer.json"))
     names = {"bos_token": SPECIALS[BOS], "eos_token": SPECIALS[EOS], "pad_token": SPECIALS[PAD]}
@@ -128,7 +139,7 @@ def write_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
         ("tokenizer_config", settings),
         ("special_tokens_map", names),
         ("generation_config", generation),
-        ("config", CONFIG),
+        ("config", shape.config),
     ):
         (output / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
@@ -142,33 +153,37 @@ def encode_corpus(tokenizer: Tokenizer, texts: dict[str, list[str]], seed: int) 
     return torch.from_numpy(np.stack([ids[i * LENGTH : i * LENGTH + LENGTH + 1] for i in range(count)])).long()
 
 
-def initial_weights(seed: int) -> dict[str, Tensor]:
+def initial_weights(shape: Shape, seed: int) -> dict[str, Tensor]:
     """Parameters by training name; the experts of a layer are stacked [experts, out, in]."""
     generator = torch.Generator().manual_seed(seed)
-    deep = 0.02 / math.sqrt(2 * LAYERS)
+    deep = 0.02 / math.sqrt(2 * shape.layers)
 
     def normal(*shape: int, std: float = 0.02) -> Tensor:
         return torch.randn(*shape, generator=generator) * std
 
-    weights = {"embed": normal(VOCAB, HIDDEN), "norm": torch.ones(HIDDEN), "head": normal(VOCAB, HIDDEN)}
-    for layer in range(LAYERS):
+    weights = {
+        "embed": normal(shape.vocab, shape.hidden),
+        "norm": torch.ones(shape.hidden),
+        "head": normal(shape.vocab, shape.hidden),
+    }
+    for layer in range(shape.layers):
         weights |= {
-            f"{layer}.norm1": torch.ones(HIDDEN),
-            f"{layer}.norm2": torch.ones(HIDDEN),
-            f"{layer}.qkv": normal(3 * HIDDEN, HIDDEN),
-            f"{layer}.o": normal(HIDDEN, HIDDEN, std=deep),
-            f"{layer}.router": normal(EXPERTS, HIDDEN),
-            f"{layer}.gate_up": normal(EXPERTS, 2 * WIDTH, HIDDEN),
-            f"{layer}.down": normal(EXPERTS, HIDDEN, WIDTH, std=deep),
-            f"{layer}.shared_gate_up": normal(2 * SHARED * WIDTH, HIDDEN),
-            f"{layer}.shared_down": normal(HIDDEN, SHARED * WIDTH, std=deep),
+            f"{layer}.norm1": torch.ones(shape.hidden),
+            f"{layer}.norm2": torch.ones(shape.hidden),
+            f"{layer}.qkv": normal(3 * shape.hidden, shape.hidden),
+            f"{layer}.o": normal(shape.hidden, shape.hidden, std=deep),
+            f"{layer}.router": normal(shape.experts, shape.hidden),
+            f"{layer}.gate_up": normal(shape.experts, 2 * shape.width, shape.hidden),
+            f"{layer}.down": normal(shape.experts, shape.hidden, shape.width, std=deep),
+            f"{layer}.shared_gate_up": normal(2 * shape.shared * shape.width, shape.hidden),
+            f"{layer}.shared_down": normal(shape.hidden, shape.shared * shape.width, std=deep),
         }
     return weights
 
 
-def rotary_tables(length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, HEAD_DIM] in rotate_half layout."""
-    frequency = CONFIG["rope_theta"] ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+def rotary_tables(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, head_dim] in rotate_half layout."""
+    frequency = shape.config["rope_theta"] ** (-torch.arange(0, shape.head_dim, 2) / shape.head_dim)
     angle = torch.arange(length)[:, None] * frequency
     return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
 
@@ -178,57 +193,57 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * up, down)
 
 
-def forward(weights: dict[str, Tensor], ids: Tensor, loads: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """[batch, length] token ids to logits [batch * length, VOCAB] and the routers' auxiliary loss."""
+def forward(shape: Shape, weights: dict[str, Tensor], ids: Tensor, loads: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """[batch, length] token ids to logits [batch * length, vocab] and the routers' auxiliary loss."""
     batch, length = ids.shape
-    cos, sin = rotary_tables(length)
+    cos, sin = rotary_tables(shape, length)
     auxiliary = torch.zeros(())
     x = F.embedding(ids, weights["embed"])
 
     def norm(value: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(value, (HIDDEN,), weight, CONFIG["rms_norm_eps"])
+        return F.rms_norm(value, (shape.hidden,), weight, shape.config["rms_norm_eps"])
 
     def rotate(value: Tensor) -> Tensor:
         first, second = value.chunk(2, -1)
         return value * cos.to(value.dtype) + torch.cat([-second, first], -1) * sin.to(value.dtype)
 
-    for layer in range(LAYERS):
+    for layer in range(shape.layers):
         qkv = F.linear(norm(x, weights[f"{layer}.norm1"]), weights[f"{layer}.qkv"])
-        q, k, v = (part.view(batch, length, HEADS, HEAD_DIM).transpose(1, 2) for part in qkv.chunk(3, -1))
+        q, k, v = (part.view(batch, length, shape.heads, shape.head_dim).transpose(1, 2) for part in qkv.chunk(3, -1))
         mixed = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-        x = x + F.linear(mixed.transpose(1, 2).reshape(batch, length, HIDDEN), weights[f"{layer}.o"])
-        h = norm(x, weights[f"{layer}.norm2"]).reshape(-1, HIDDEN)
+        x = x + F.linear(mixed.transpose(1, 2).reshape(batch, length, shape.hidden), weights[f"{layer}.o"])
+        h = norm(x, weights[f"{layer}.norm2"]).reshape(-1, shape.hidden)
         with torch.autocast("cpu", enabled=False):
             scores = F.linear(h.float(), weights[f"{layer}.router"])
             probabilities = scores.softmax(-1)
-            chosen, index = probabilities.topk(TOP_K, -1)
+            chosen, index = probabilities.topk(shape.top_k, -1)
             chosen = chosen / chosen.sum(-1, keepdim=True)
-        load = torch.bincount(index.reshape(-1), minlength=EXPERTS)
+        load = torch.bincount(index.reshape(-1), minlength=shape.experts)
         if loads is not None:
             loads.append(load)
         share = load / load.sum()
         auxiliary = (
-            auxiliary + 0.01 * EXPERTS * (share * probabilities.mean(0)).sum() + 1e-4 * scores.logsumexp(-1).square().mean()
+            auxiliary + 0.01 * shape.experts * (share * probabilities.mean(0)).sum() + 1e-4 * scores.logsumexp(-1).square().mean()
         )
         order = index.reshape(-1).argsort(stable=True)
-        token = order // TOP_K
+        token = order // shape.top_k
         rows = h[token].split(load.tolist())
         outs = [swiglu(row, weights[f"{layer}.gate_up"][e], weights[f"{layer}.down"][e]) for e, row in enumerate(rows)]
         routed = torch.cat(outs).float() * chosen.reshape(-1)[order, None]
-        y = torch.zeros(len(h), HIDDEN).index_add(0, token, routed)
+        y = torch.zeros(len(h), shape.hidden).index_add(0, token, routed)
         y = y + swiglu(h, weights[f"{layer}.shared_gate_up"], weights[f"{layer}.shared_down"])
-        x = x + y.view(batch, length, HIDDEN)
-    return F.linear(norm(x, weights["norm"]), weights["head"]).reshape(-1, VOCAB), auxiliary
+        x = x + y.view(batch, length, shape.hidden)
+    return F.linear(norm(x, weights["norm"]), weights["head"]).reshape(-1, shape.vocab), auxiliary
 
 
-def export(weights: dict[str, Tensor], output: Path) -> None:
-    """Write the parameters under the names of a released checkpoint, bfloat16, in one safetensors file."""
+def export(shape: Shape, weights: dict[str, Tensor], output: Path, largest: int) -> None:
+    """Write the parameters under the names of a released checkpoint, bfloat16, in one safetensors file below `largest` bytes."""
     tensors = {
         "model.embed_tokens.weight": weights["embed"],
         "model.norm.weight": weights["norm"],
         "lm_head.weight": weights["head"],
     }
-    for layer in range(LAYERS):
+    for layer in range(shape.layers):
         base, take = f"model.layers.{layer}.", lambda name, layer=layer: weights[f"{layer}.{name}"]
         tensors[base + "input_layernorm.weight"] = take("norm1")
         tensors[base + "post_attention_layernorm.weight"] = take("norm2")
@@ -236,7 +251,7 @@ def export(weights: dict[str, Tensor], output: Path) -> None:
             tensors[f"{base}self_attn.{name}_proj.weight"] = part
         tensors[base + "self_attn.o_proj.weight"] = take("o")
         tensors[base + "mlp.router.weight"] = take("router")
-        blocks = [(f"experts.{e}", take("gate_up")[e], take("down")[e]) for e in range(EXPERTS)]
+        blocks = [(f"experts.{e}", take("gate_up")[e], take("down")[e]) for e in range(shape.experts)]
         for name, gate_up, down in [*blocks, ("shared_experts", take("shared_gate_up"), take("shared_down"))]:
             gate, up = gate_up.chunk(2)
             for projection, value in (("gate", gate), ("up", up), ("down", down)):
@@ -246,12 +261,14 @@ def export(weights: dict[str, Tensor], output: Path) -> None:
     save_file(
         {name: value.detach().bfloat16().clone().contiguous() for name, value in tensors.items()}, part, metadata={"format": "pt"}
     )
-    if part.stat().st_size >= 32_000_000:
-        raise SystemExit(f"{part} is {part.stat().st_size} bytes, the package allows less than 32,000,000")
+    if part.stat().st_size >= largest:
+        raise SystemExit(f"{part} is {part.stat().st_size} bytes, less than {largest} are wanted")
     part.replace(path)
 
 
-def validate(weights: dict[str, Tensor], tokenizer: Tokenizer, texts: dict[str, list[str]], limit: int) -> dict[str, float]:
+def validate(
+    shape: Shape, weights: dict[str, Tensor], tokenizer: Tokenizer, texts: dict[str, list[str]], limit: int
+) -> dict[str, float]:
     """Perplexity of each suite in float32 on the bf16-rounded weights: windows of 512, second half scored."""
     rounded = {name: value.detach().bfloat16().float() for name, value in weights.items()}
     result = {}
@@ -261,13 +278,13 @@ def validate(weights: dict[str, Tensor], tokenizer: Tokenizer, texts: dict[str, 
         total = 0.0
         with torch.no_grad():
             for batch in windows.split(4):
-                logits = forward(rounded, batch)[0].view(*batch.shape, VOCAB)[:, 255:-1]
-                total += F.cross_entropy(logits.reshape(-1, VOCAB), batch[:, 256:].reshape(-1), reduction="sum").item()
+                logits = forward(shape, rounded, batch)[0].view(*batch.shape, shape.vocab)[:, 255:-1]
+                total += F.cross_entropy(logits.reshape(-1, shape.vocab), batch[:, 256:].reshape(-1), reduction="sum").item()
         result[suite] = math.exp(total / (len(windows) * 256))
     return result
 
 
-def write_card(output: Path, corpus: Path, result: dict[str, Any]) -> None:
+def write_card(shape: Shape, output: Path, corpus: Path, result: dict[str, Any]) -> None:
     """The model card, from what this run measured, and the table of the works it was trained on."""
     figures = result["perplexity"]
     lines = [
@@ -281,9 +298,10 @@ def write_card(output: Path, corpus: Path, result: dict[str, Any]) -> None:
         "",
         "# xent-mini",
         "",
-        f"A really trained XVERSE mixture of experts of {result['parameters'] / 1e6:.1f} M parameters: {LAYERS} layers,",
-        f"hidden size {HIDDEN}, {EXPERTS} routed experts of width {WIDTH} with top-{TOP_K} routing, {SHARED} shared experts,",
-        f"{VOCAB} tokens. It exists so that",
+        f"A really trained XVERSE mixture of experts of {result['parameters'] / 1e6:.1f} M parameters: {shape.layers} layers,",
+        f"hidden size {shape.hidden}, {shape.experts} routed experts of width {shape.width} with top-{shape.top_k} routing,",
+        f"{shape.shared} shared experts,",
+        f"{shape.vocab} tokens. It exists so that",
         "quantisation and export can be tried and measured without a download; it writes plausible",
         "nonsense in English and Chinese.",
         "A base model: raw completion, no chat template.",
@@ -329,7 +347,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--config", type=Path, help="config.json of another shape; keys that it lacks are the miniature's")
     options = parser.parse_args()
+    config = json.loads(options.config.read_text("utf-8")) if options.config else {}
+    shape = Shape({**CONFIG, **config})
+    largest = sys.maxsize if options.config else PACKAGED
 
     torch.manual_seed(options.seed)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -338,11 +360,11 @@ def main() -> None:
     if tokenizer_file.exists():
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
     else:
-        tokenizer = train_tokenizer(texts)
+        tokenizer = train_tokenizer(shape, texts)
         tokenizer.save(str(tokenizer_file))
-    write_tokenizer(tokenizer, options.output)
+    write_tokenizer(shape, tokenizer, options.output)
     windows = encode_corpus(tokenizer, texts, options.seed)
-    weights = initial_weights(options.seed)
+    weights = initial_weights(shape, options.seed)
     matrices = [value.requires_grad_() for value in weights.values() if value.ndim > 1]
     vectors = [value.requires_grad_() for value in weights.values() if value.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -356,13 +378,13 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
     else:
-        export(weights, options.output)
+        export(shape, weights, options.output, largest)
 
     print(f"{len(windows):,} windows of {LENGTH} tokens, {sum(v.numel() for v in weights.values()):,} parameters", flush=True)
     budget, begun = options.minutes * 60, time.monotonic() - spent
     saved = logged = time.monotonic()
     per_epoch = len(windows) // options.batch
-    smooth = math.log(VOCAB)
+    smooth = math.log(shape.vocab)
     while (elapsed := time.monotonic() - begun) < budget:
         epoch, position = divmod(step, per_epoch)
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed + epoch))
@@ -373,7 +395,7 @@ def main() -> None:
             group["lr"] = rate
         loads: list[Tensor] = []
         with torch.autocast("cpu", torch.bfloat16):
-            logits, auxiliary = forward(weights, batch[:, :-1], loads)
+            logits, auxiliary = forward(shape, weights, batch[:, :-1], loads)
             loss = F.cross_entropy(logits.float(), batch[:, 1:].reshape(-1))
         optimizer.zero_grad(set_to_none=True)
         (loss + auxiliary).backward()
@@ -392,11 +414,11 @@ def main() -> None:
             saved = time.monotonic()
             state = {"weights": weights, "optimizer": optimizer.state_dict(), "step": step, "spent": saved - begun}
             save_checkpoint(checkpoint, state)
-            export(weights, options.output)
-    export(weights, options.output)
+            export(shape, weights, options.output, largest)
+    export(shape, weights, options.output, largest)
     state = {"weights": weights, "optimizer": optimizer.state_dict(), "step": step, "spent": time.monotonic() - begun}
     save_checkpoint(checkpoint, state)
-    figures = validate(weights, tokenizer, documents(options.corpus / "valid"), 8192)
+    figures = validate(shape, weights, tokenizer, documents(options.corpus / "valid"), 8192)
     result = {
         "parameters": sum(value.numel() for value in weights.values()),
         "steps": step,
@@ -404,7 +426,7 @@ def main() -> None:
         "minutes": options.minutes,
         "perplexity": figures,
     }
-    write_card(options.output, options.corpus, result)
+    write_card(shape, options.output, options.corpus, result)
     (options.work / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result), flush=True)
 
