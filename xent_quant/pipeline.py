@@ -269,9 +269,22 @@ def _read_imatrix(path: str | Path | None, checkpoint: "Checkpoint") -> "Imatrix
     return statistics
 
 
-def describe(path: str | Path) -> dict[str, Any]:
-    """Facts about a checkpoint folder, an ONNX folder or a GGUF file, as plain values; from headers alone."""
+def describe(path: str | Path, reference: str | Path | None = None, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Facts about a checkpoint folder, an ONNX folder or a GGUF file, as plain values; from headers alone.
+
+    With `reference`, the checkpoint (folder or Hub id) that a GGUF file was made from, "errors" is added: the tensors of
+    `exporters.gguf.compare.tensor_errors`, for which the weights of both are read.
+    """
     path = Path(path)
+    if reference is not None:
+        if path.suffix != ".gguf" or not path.is_file():
+            raise ConfigError(f"--reference: {path} is not a GGUF file; there is nothing to compare")
+        from exporters.gguf.compare import tensor_errors
+
+        return {
+            **_describe_gguf(path),
+            "errors": [asdict(tensor) for tensor in tensor_errors(path, _open(reference), progress)],
+        }
     if (path / "model.onnx").is_file():
         return _describe_onnx(path)
     if path.is_dir():

@@ -12,6 +12,9 @@ def inspect(
     path: Annotated[Path, Parameter(help="Checkpoint folder, ONNX folder or .gguf file.")],
     /,
     *,
+    reference: Annotated[
+        str | None, Parameter(help="The checkpoint that the .gguf file was made from: print every tensor's error.")
+    ] = None,
     json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -19,5 +22,6 @@ def inspect(
     from xent_quant import pipeline
     from xent_quant.cli import show
 
-    description = pipeline.describe(path)
+    with show.progress() as progress:
+        description = pipeline.describe(path, reference, progress=progress)
     show.as_json(description) if json else show.description(description)

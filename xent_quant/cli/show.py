@@ -162,7 +162,7 @@ def description(facts: dict[str, Any]) -> None:
     table = _table("", "")
     table.show_header = False
     for key, value in facts.items():
-        if key not in ("tensors", "types"):
+        if key not in ("tensors", "types", "errors"):
             table.add_row(
                 key.replace("_", " "),
                 human_bytes(value) if key.endswith("bytes") else f"{value:,}" if isinstance(value, int) else str(value),
@@ -174,3 +174,16 @@ def description(facts: dict[str, Any]) -> None:
             types.add_row(row["type"], str(row["tensors"]), human_count(row["weights"]), human_bytes(row["nbytes"]))
         out.print()
         out.print(types)
+    if facts.get("errors"):
+        errors = _table("tensor", "type", ">weights", ">bits/weight", ">relative error", ">worst expert")
+        for row in facts["errors"]:
+            errors.add_row(
+                row["name"].removesuffix(".weight"),
+                row["type"],
+                human_count(row["weights"]),
+                f"{8 * row['nbytes'] / row['weights']:.2f}",
+                f"{row['error']:.2%}",
+                f"{row['worst_expert']:.2%}",
+            )
+        out.print()
+        out.print(errors)

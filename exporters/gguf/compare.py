@@ -1,0 +1,97 @@
+"""How far the weights of a GGUF file are from the checkpoint that it was made from, tensor by tensor."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+
+from exporters.gguf.export import rotary_rows
+from exporters.gguf.plan import slots
+from xent_quant import formats
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.errors import CheckpointError, UnsupportedError
+from xent_quant.progress import Progress, Silent
+
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """`error` is the root of Σ(w − ŵ)² / Σw² over a tensor, `worst_expert` that of its worst expert (alone: the same)."""
+
+    name: str
+    type: str
+    weights: int
+    nbytes: int
+    error: float
+    worst_expert: float
+
+
+def shards(path: Path) -> list[Path]:
+    """Every file of a split GGUF, given any; a file that is not split is alone."""
+    match = SHARD.search(path.name)
+    if not match:
+        return [path]
+    stem, count = path.name[: match.start()], int(match[2])
+    return [path.with_name(f"{stem}-{index:05}-of-{count:05}.gguf") for index in range(1, count + 1)]
+
+
+def tensor_errors(path: Path, checkpoint: Checkpoint, progress: Progress | None = None) -> Iterator[TensorError]:
+    """Every tensor of a GGUF file (all shards of a split one) against `checkpoint`, in the file's order.
+
+    Holds one slice of a tensor, dequantised. Weights that the file pads with count as zeros of the checkpoint. Raises
+    CheckpointError for a file that is not readable or not of this model, UnsupportedError for types that `formats` lacks.
+    """
+    import gguf
+
+    report = progress or Silent()
+    stored: dict[str, gguf.ReaderTensor] = {}
+    for shard in shards(path):
+        try:
+            stored |= {tensor.name: tensor for tensor in gguf.GGUFReader(shard).tensors}
+        except (OSError, ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{shard}: not a readable GGUF file ({error}); it may be truncated or missing") from error
+    model = checkpoint.architecture
+    gate = next((tensor for name, tensor in stored.items() if name.startswith("blk.0.ffn_gate") and "inp" not in name), None)
+    if gate is None:
+        raise CheckpointError(f"{path}: has no blk.0.ffn_gate tensor; it is not a model of this architecture")
+    shared = stored.get("blk.0.ffn_gate_exps.weight", gate)
+    wanted = {slot.name: slot for slot in slots(model, int(shared.shape[1]))}
+    if set(wanted) != set(stored):
+        odd = sorted(set(wanted) ^ set(stored))
+        raise CheckpointError(f"{path}: {odd[0]} is in the file or the checkpoint but not in both; compare with its own model")
+    report.start("Comparing", sum(slot.source_weights for slot in wanted.values()))
+    for name, tensor in stored.items():
+        slot = wanted[name]
+        kind = next((k for k in map(formats.get, formats.NAMES) if k.ggml_type == int(tensor.tensor_type)), None)
+        if kind is None:
+            raise UnsupportedError(f"{path}: {name}: quant type {tensor.tensor_type.name} is not known here")
+        if [int(extent) for extent in reversed(tensor.shape)] != list(slot.shape):
+            raise CheckpointError(f"{path}: {name}: shape {list(tensor.shape)[::-1]}, this checkpoint needs {list(slot.shape)}")
+        packed = tensor.data.view(np.uint8).reshape(len(slot.sources), slot.rows, -1)
+        losses, energies = [], []
+        for index, source in enumerate(slot.sources):
+            loss = energy = 0.0
+            for start, weights in checkpoint.slices(source):
+                rows = np.arange(start, start + len(weights))
+                if slot.heads:
+                    rows = rotary_rows(rows, slot.source_rows // slot.heads)
+                got = kind.dequantize(np.ascontiguousarray(packed[index][rows]))
+                got[:, : weights.shape[1]] -= weights
+                loss += float(np.einsum("ij,ij->", got, got, dtype=np.float64))
+                energy += float(np.einsum("ij,ij->", weights, weights, dtype=np.float64))
+                report.advance(weights.size)
+            losses.append(loss)
+            energies.append(energy)
+        worst = max(_relative(loss, energy) for loss, energy in zip(losses, energies, strict=True))
+        yield TensorError(
+            name, kind.name, slot.source_weights, int(tensor.n_bytes), _relative(sum(losses), sum(energies)), worst
+        )  # fmt: skip
+    report.finish()
+
+
+def _relative(loss: float, energy: float) -> float:
+    return sqrt(loss / energy) if energy else (0.0 if not loss else float("inf"))
