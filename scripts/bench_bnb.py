@@ -85,18 +85,18 @@ def main() -> None:
     kinds = ["bf16", *(kind for kind in options.kinds if kind != "bf16")] if options.corpus else options.kinds
     measured: dict[str, dict[str, np.ndarray]] = {}
     with tempfile.TemporaryDirectory() as temporary:
+        for kind in kinds:  # all before a model is loaded, which would count as theirs
+            export(model, kind, Path(temporary) / kind)
         suites: dict[str, np.ndarray] = {}
-        for kind in kinds:
-            output = Path(temporary) / kind
-            export(model, kind, output)
-            if options.corpus:
-                from transformers import AutoTokenizer
+        for kind in kinds if options.corpus else ():
+            from transformers import AutoTokenizer
 
-                tokenizer = AutoTokenizer.from_pretrained(output / "bnb")
-                suites = suites or {
-                    file.stem: windows(file, tokenizer, options.tokens) for file in sorted(options.corpus.glob("*.jsonl"))
-                }
-                measured[kind] = log_probabilities(output / "bnb", suites)
+            folder = Path(temporary) / kind / "bnb"
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            suites = suites or {
+                file.stem: windows(file, tokenizer, options.tokens) for file in sorted(options.corpus.glob("*.jsonl"))
+            }
+            measured[kind] = log_probabilities(folder, suites)
     if not options.corpus:
         return
     print(f"\n{'suite':<18}{'tokens':>8}{'bf16':>10}", *(f"{kind:>10}{'ratio ± s.e.':>18}" for kind in kinds[1:]))

@@ -222,6 +222,11 @@ def test_importing_the_package_registers_it(first, second) -> None:
     assert done.stdout.split() == ["XverseForCausalLM", "XverseModel"], done.stderr
 
 
+def test_a_checkpoint_with_remote_code_of_its_own_is_loaded_by_ours(checkpoint) -> None:
+    auto_map = {"AutoConfig": "configuration_xverse.XverseConfig", "AutoModelForCausalLM": "modeling_xverse.XverseForCausalLM"}
+    assert type(load(checkpoint(auto_map=auto_map, hidden_size=64))) is XverseForCausalLM
+
+
 def test_the_registered_configuration_survives_pickling(checkpoint) -> None:
     import pickle
 
