@@ -5,7 +5,7 @@ import pytest
 
 from tests.reference import int_group as reference
 from xent_quant.errors import ConfigError, QuantizationError
-from xent_quant.formats.int_group import IntGroup, int_group
+from xent_quant.formats.int_group import EFFORTS, IntGroup, int_group
 
 KINDS = [
     int_group(bits, group, symmetric, scale)
@@ -38,13 +38,13 @@ def test_bytes_equal_the_slow_reference(kind: IntGroup) -> None:
     weights = ladder()
     importance = np.maximum(IMPORTANCE / IMPORTANCE.mean(dtype=np.float64).astype(np.float32), np.float32(1e-6))
     packed = kind.quantize(weights, IMPORTANCE)
-    steps = {4: 12, 8: 1}[kind.bits] * (1 if kind.symmetric else 2)
+    candidates, rounds = EFFORTS[kind.bits, kind.symmetric].normal
     for row, got in zip(weights, packed, strict=True):
         wanted = b""
         for start in range(0, COLUMNS, kind.group_size):
             part = slice(start, start + kind.group_size)
             arguments = (kind.bits, kind.symmetric, kind.scale_type)
-            codes, scale, zero = reference.quantize_group(list(row[part]), list(importance[part]), *arguments, steps, 2)
+            codes, scale, zero = reference.quantize_group(list(row[part]), list(importance[part]), *arguments, candidates, rounds)
             wanted += reference.pack_group(codes, scale, zero, *arguments)
         assert got.tobytes() == wanted
 
@@ -99,7 +99,7 @@ def test_the_search_beats_rounding_to_nearest(bits: int) -> None:
 
     symmetric, asymmetric = (int_group(bits, 64, kind, "F16") for kind in (True, False))
     found = [error(kind.dequantize(kind.quantize(weights, importance))) for kind in (symmetric, asymmetric)]
-    assert found[0] < error(nearest) * (0.9 if bits == 4 else 1.0)
+    assert found[0] < error(nearest) * (0.85 if bits == 4 else 0.95)
     assert found[1] < found[0]
 
 

@@ -11,62 +11,56 @@ F = np.float32
 def round_scale(scale: np.float32, kind: str) -> np.float32:
     """`scale` as float32, float16 or bfloat16 stores it."""
     if kind == "F16":
-        scale = F(np.float16(scale))
+        scale = F(np.float16(scale)) + F(0)  # no negative zero
     elif kind == "BF16":
         bits = int(np.array(scale, F).view(np.uint32))
         low, bits = bits & 0xFFFF, bits >> 16
         bits += low > 0x8000 or (low == 0x8000 and bits & 1)
         scale = F(np.array(bits << 16, np.uint32).view(F))
-    return scale if abs(scale) >= F(1e-30) else F(0)
+    return scale
 
 
 def codes_for(x: list[np.float32], inverse: np.float32, zero: np.float32, top: np.float32) -> list[np.float32]:
-    return [min(max(F(np.rint(inverse * value)), -zero), top - zero) for value in x]
+    return [max(min(F(np.rint(inverse * value)), top - zero), -zero) for value in x]
 
 
 def sums(x: list[np.float32], w: list[np.float32], codes: list[np.float32]) -> tuple[np.float32, np.float32]:
     scc, sxc = F(0), F(0)
     for value, weight, code in zip(x, w, codes, strict=True):
-        scc += weight * code * code
-        sxc += weight * code * value
+        scc += code * weight * code
+        sxc += code * weight * value
     return scc, sxc
 
 
 def quantize_group(
-    x: list[np.float32], w: list[np.float32], bits: int, symmetric: bool, kind: str, steps: int, rounds: int
+    x: list[np.float32], w: list[np.float32], bits: int, symmetric: bool, kind: str, candidates: np.ndarray, rounds: int
 ) -> tuple[list[int], np.float32, int]:
-    """(q of each weight, s, z)."""
-    top, middle = F(2**bits - 1), F(2 ** (bits - 1))
-    low, high = min(*x, F(0)), max(*x, F(0))
+    """(q of each weight, s, z). `candidates` [n, 2]: steps over the range, or level of the largest weight; move of z."""
+    top = F(2**bits - 1)
+    low, high, peak = min(*x, F(0)), max(*x, F(0)), max(x, key=abs)
     sxx = F(0)
     for value, weight in zip(x, w, strict=True):
-        sxx += weight * value * value
-    half = (steps + 1) // 2
-    best, best_zero, error = F(0), middle, sxx
-    for step in range(steps):
-        spread = F(1.8) * F(step % half) / F(max(1, half - 1)) - F(0.9)
-        if symmetric:
-            extreme, zero = (high if high > -low else low), middle
-            reach = middle - F(1) if steps == 1 else -middle - spread if step < half else middle - F(1) + spread
-        else:
-            extreme, reach = high - low, top if half == 1 else top + spread
-        inverse = reach / extreme if abs(extreme) >= F(1e-30) else F(0)
-        if not symmetric:
-            zero = min(F(np.floor(-low * inverse)) + F(step >= half), top)
+        sxx += value * weight * value
+    extent = peak if symmetric else high - low
+    scale, best_zero, gain = F(0), F(2 ** (bits - 1)), F(0)
+    for steps, move in candidates:
+        inverse = steps / extent if abs(extent) > F(1e-30) else F(0)
+        zero = F(2 ** (bits - 1)) if symmetric else max(min(F(np.rint(move - low * inverse)), top), F(0))
         scc, sxc = sums(x, w, codes_for(x, inverse, zero, top))
-        if scc > 0 and sxx - sxc / scc * sxc < error:
-            error, best, best_zero = sxx - sxc / scc * sxc, sxc / scc, zero
-    scale = best = round_scale(best, kind)
+        own = sxc / scc if scc > 0 else F(0)
+        if own * sxc > gain:
+            scale, best_zero, gain = own, zero, own * sxc
+    scale = best = round_scale(scale, kind)
     error = F(np.inf)
     for _ in range(rounds):
-        inverse = F(1) / scale if scale else F(0)
+        inverse = F(1) / scale if abs(scale) > F(1e-30) else F(0)
         scc, sxc = sums(x, w, codes_for(x, inverse, best_zero, top))
         now = sxx + scale * scale * scc - F(2) * scale * sxc
         if now < error:
             error, best = now, scale
         if scc > 0:
             scale = round_scale(sxc / scc, kind)
-    codes = codes_for(x, F(1) / best if best else F(0), best_zero, top)
+    codes = codes_for(x, F(1) / best if abs(best) > F(1e-30) else F(0), best_zero, top)
     return [int(code + best_zero) for code in codes], best, int(best_zero)
 
 

@@ -12,161 +12,117 @@ of the same bits. s is stored as float32, float16 or bfloat16, whichever the gra
 
 A file keeps the three apart: `split` does that. Source of truth: ContribOperators.md of ONNX Runtime.
 
-The search, sixteen groups in SIMD lanes: candidate steps (for an asymmetric group each with both
-integers next to the ideal z), the scale of each by weighted least squares, error in closed form; then rounds that code with
-the scale as it is stored and refit. Every group keeps its best round. float32 in a fixed order, rint to even; of equal
-errors the first stays.
+The search is `_search`'s with z in place of minima. Candidates put a group's largest weight at a level (symmetric), or its
+range, widened to hold 0, over so many steps with z moved by so much before rounding (asymmetric); codes by rounding, s by
+weighted least squares, error in closed form. Then `rounds` times the codes for s as it is stored, and s refitted to them;
+the round of least error stays. Sixteen rows in SIMD lanes, float32, rounding ties to even, the first of equal errors.
 """
 
-import math
 from functools import cache
 from typing import Literal
 
-import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant.errors import ConfigError
-from xent_quant.formats._chunks import LIMIT, NOT_FINITE, TOO_LARGE
-from xent_quant.formats._codes import CodedFormat, Plane, integers
-from xent_quant.formats._half import INFINITY, half_bits, half_value
-from xent_quant.formats._search import HUGE
+from xent_quant.formats._codes import Efforts, Found, Plane, SearchedFormat, integers, ladder
+from xent_quant.formats._jit import jit
+from xent_quant.formats._lanes import WIDTH, absolute, half, larger, rint, smaller, spread, store, store_bytes, where_less
+from xent_quant.formats._search import HUGE, LARGEST, ONE, TINY, TWO, ZERO, empty, encode, fill, moments, sums
 from xent_quant.formats.base import F32, U8, Effort
 
 ScaleType = Literal["F32", "F16", "BF16"]
 SCALE_CODES: dict[ScaleType, int] = {"F32": 0, "F16": 1, "BF16": 2}
 GROUP_SIZES = (16, 32, 64, 128, 256)
-LANES = 16
-EFFORTS: dict[Effort, tuple[int, int]] = {"fast": (5, 1), "normal": (12, 2), "high": (32, 6)}
-"""Candidate steps per group, and rounds of refinement."""
-BAD_WEIGHT, BAD_SCALE = 1, 2
-MESSAGES = {BAD_WEIGHT: NOT_FINITE, BAD_SCALE: TOO_LARGE}
-TINY = np.float32(1e-30)
-"""Scales below it count as zero: their reciprocal would leave float32."""
 
 
-@nb.njit(cache=True, inline="always")
+def _moved(reach: tuple[float, float, int], moves: tuple[float, ...]) -> F32:
+    """Candidates of an asymmetric group, [n, 2]: steps over the range, and what is added to z before it is rounded."""
+    return np.array([(steps, move) for steps in np.linspace(*reach) for move in moves], np.float32)
+
+
+def _levels(*rungs: tuple[float, float, int]) -> F32:
+    """Candidates of a symmetric group, [n, 2]: the level of its largest weight, and 0."""
+    levels = ladder(*rungs)
+    return np.stack([levels, np.zeros_like(levels)], axis=1)
+
+
+EFFORTS = {
+    (4, True): Efforts(
+        fast=(_levels((-7.6, -10, 3), (6.6, 9, 3)), 1),
+        normal=(_levels((-7.4, -11, 8), (6.4, 10, 8)), 2),
+        high=(_levels((-7, -14, 32), (6, 13, 32)), 6),
+    ),
+    (4, False): Efforts(
+        fast=(_moved((14.5, 18, 4), (-0.25, 0.25)), 1),
+        normal=(_moved((14, 20, 8), (-0.5, 0, 0.5)), 2),
+        high=(_moved((13, 24, 16), (-0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75)), 6),
+    ),
+    (8, True): Efforts(
+        fast=(_levels((-128, -128, 1)), 1), normal=(_levels((-128, -127, 2)), 2), high=(_levels((-132, -126, 9)), 6)
+    ),
+    (8, False): Efforts(
+        fast=(_moved((255, 255, 1), (0,)), 1),
+        normal=(_moved((254.5, 255.5, 2), (0,)), 2),
+        high=(_moved((253, 260, 5), (-0.25, 0.25)), 6),
+    ),
+}
+"""By bits and symmetry."""
+
+
+@jit
 def stored(scale, kind):  # type: ignore[no-untyped-def]
-    """float32 `scale` rounded (to nearest, ties to even) as SCALE_CODES[kind] stores it; infinite where that overflows."""
+    """Scales rounded to nearest as SCALE_CODES[kind] stores them; beyond LARGEST where float16 overflows."""
     if kind == 1:
-        bits = half_bits(scale)
-        if bits & 0x7FFF >= INFINITY:
-            return np.float32(np.inf)
-        scale = half_value(bits)
-    elif kind == 2:
-        mantissa, exponent = math.frexp(np.float64(scale))
-        scale = np.float32(math.ldexp(np.rint(mantissa * 256.0) / 256.0, exponent))
-    return scale if abs(scale) >= TINY else np.float32(0)
+        return half(scale)
+    if kind == 2:  # T. J. Dekker's split, which leaves eight significant bits
+        wide = scale * np.float32(65537)
+        return wide - (wide - scale)
+    return scale
 
 
-@nb.njit(parallel=True, cache=True, error_model="numpy")
-def search(weights, importance, codes, scales, zeros, problems, group, bits, symmetric, kind, steps, rounds):  # type: ignore[no-untyped-def]
-    """Fill codes [rows, columns] u8 (q), scales [rows, groups] f32 (as stored) and zeros [rows, groups] u8 (z)."""
-    f = np.float32
-    groups = weights.shape[1] // group
-    top, middle = f(2**bits - 1), f(2 ** (bits - 1))
-    for row in nb.prange(weights.shape[0]):
-        x, w = np.empty((group, LANES), f), np.empty((group, LANES), f)
-        low, high, sxx = np.empty(LANES, f), np.empty(LANES, f), np.empty(LANES, f)
-        scc, sxc = np.empty(LANES, f), np.empty(LANES, f)
-        inverse, zero, scale, error = np.empty(LANES, f), np.empty(LANES, f), np.empty(LANES, f), np.empty(LANES, f)
-        best, best_zero = np.empty(LANES, f), np.empty(LANES, f)
-        for first in range(0, groups, LANES):
-            lanes = min(LANES, groups - first)
-            finite = True
-            for j in range(LANES):
-                for i in range(group):
-                    value, weight = f(0), f(1)
-                    if j < lanes:
-                        value = weights[row, (first + j) * group + i]
-                        weight = importance[(first + j) * group + i]
-                    x[i, j] = value
-                    w[i, j] = weight
-                    if not (-LIMIT < value < LIMIT):
-                        finite = False
-            if not finite:
-                problems[row] = BAD_WEIGHT
-                break
-            for j in range(LANES):
-                low[j] = high[j] = sxx[j] = f(0)  # the range holds zero, which z stands for
-            for i in range(group):
-                for j in range(LANES):
-                    value = x[i, j]
-                    low[j] = value if value < low[j] else low[j]
-                    high[j] = value if value > high[j] else high[j]
-                    sxx[j] += w[i, j] * value * value
-            for j in range(LANES):
-                best[j] = f(0)
-                best_zero[j] = middle
-                error[j] = sxx[j]
-            for step in range(steps):
-                for j in range(LANES):
-                    if symmetric:
-                        half = (steps + 1) // 2
-                        spread = f(1.8) * f(step % half) / f(max(1, half - 1)) - f(0.9) if steps > 1 else f(0)
-                        reach = -middle - spread if step < half and steps > 1 else middle - f(1) + spread
-                        extreme = high[j] if high[j] > -low[j] else low[j]
-                        zero[j] = middle
-                    else:
-                        half = (steps + 1) // 2
-                        reach = top + (f(1.8) * f(step % half) / f(max(1, half - 1)) - f(0.9) if half > 1 else f(0))
-                        extreme = high[j] - low[j]
-                    inverse[j] = reach / extreme if abs(extreme) >= TINY else f(0)
-                    if not symmetric:
-                        ideal = np.floor(-low[j] * inverse[j]) + (f(0) if step < half else f(1))
-                        zero[j] = ideal if ideal < top else top
-                    scc[j] = sxc[j] = f(0)
-                for i in range(group):
-                    for j in range(LANES):
-                        c = np.rint(inverse[j] * x[i, j])
-                        c = -zero[j] if c < -zero[j] else c
-                        c = top - zero[j] if c > top - zero[j] else c
-                        wc = w[i, j] * c
-                        scc[j] += wc * c
-                        sxc[j] += wc * x[i, j]
-                for j in range(LANES):
-                    if scc[j] > f(0):
-                        e = sxx[j] - sxc[j] / scc[j] * sxc[j]
-                        if e < error[j]:
-                            error[j], best[j], best_zero[j] = e, sxc[j] / scc[j], zero[j]
-            for j in range(LANES):
-                error[j] = HUGE
-                scale[j] = stored(best[j], kind)
-                best[j] = scale[j]
+@jit
+def with_zeros(weights, importance, candidates, rounds, group, top, symmetric, kind, codes, zeros, scales):  # type: ignore[no-untyped-def]
+    """Fill codes [rows, columns / 4] u32 (four bytes), zeros [rows, groups] u8 (z) and scales [rows, groups] f32 (s)."""
+    x = np.empty(group * WIDTH, np.float32)
+    quads = np.empty(group // 4 * WIDTH, np.uint32)
+    zero_bytes, scale_floats = np.empty(WIDTH, np.uint8), np.empty(WIDTH, np.float32)
+    none = spread(ZERO)
+    for first in range(0, weights.shape[0], WIDTH):
+        for block in range(weights.shape[1] // group):
+            fill(weights, first, block * group, group, x)
+            w = importance[block * group : (block + 1) * group]
+            _, _, sxx, low, high, peak = moments(x, w, 0, group)
+            low, high = smaller(low, ZERO), larger(high, ZERO)
+            extent = peak if symmetric else high - low
+            z = best_z = spread((top + ONE) / TWO)
+            scale, gain = none, none  # error = Σwx² − gain
+            for k in range(len(candidates)):
+                inverse = where_less(TINY, absolute(extent), candidates[k, 0] / extent, ZERO)
+                if not symmetric:
+                    z = larger(smaller(rint(candidates[k, 1] - low * inverse), top), ZERO)
+                _, scc, sxc = sums(x, w, 0, group, ZERO, inverse, none - z, top - z)
+                own = where_less(ZERO, scc, sxc / scc, ZERO)
+                scale, best_z = where_less(gain, own * sxc, own, scale), where_less(gain, own * sxc, z, best_z)
+                gain = larger(own * sxc, gain)
+            scale = stored(scale, kind)
+            least, best = spread(HUGE), scale
             for _ in range(rounds):
-                for j in range(LANES):
-                    inverse[j] = f(1) / scale[j] if scale[j] != f(0) else f(0)
-                    scc[j] = sxc[j] = f(0)
-                for i in range(group):
-                    for j in range(LANES):
-                        c = np.rint(inverse[j] * x[i, j])
-                        c = -best_zero[j] if c < -best_zero[j] else c
-                        c = top - best_zero[j] if c > top - best_zero[j] else c
-                        wc = w[i, j] * c
-                        scc[j] += wc * c
-                        sxc[j] += wc * x[i, j]
-                for j in range(LANES):
-                    if abs(scale[j]) < HUGE:
-                        e = sxx[j] + scale[j] * scale[j] * scc[j] - f(2) * scale[j] * sxc[j]
-                        if e < error[j]:
-                            error[j], best[j] = e, scale[j]
-                        if scc[j] > f(0):
-                            scale[j] = stored(sxc[j] / scc[j], kind)
-            for j in range(lanes):
-                if not abs(best[j]) < HUGE:
-                    problems[row] = BAD_SCALE
-                    break
-                scales[row, first + j] = best[j]
-                zeros[row, first + j] = np.uint8(best_zero[j])
-                inverse_j = f(1) / best[j] if best[j] != f(0) else f(0)
-                for i in range(group):
-                    c = np.rint(inverse_j * x[i, j])
-                    c = -best_zero[j] if c < -best_zero[j] else c
-                    c = top - best_zero[j] if c > top - best_zero[j] else c
-                    codes[row, (first + j) * group + i] = np.uint8(c + best_zero[j])
+                inverse = where_less(TINY, absolute(scale), ONE / scale, ZERO)
+                _, scc, sxc = sums(x, w, 0, group, ZERO, inverse, none - best_z, top - best_z)
+                error = sxx + scale * scale * scc - TWO * scale * sxc
+                best, least = where_less(error, least, scale, best), smaller(error, least)
+                scale = where_less(ZERO, scc, stored(sxc / scc, kind), scale)
+            inverse = where_less(TINY, absolute(best), ONE / best, ZERO)
+            encode(x, 0, group, ZERO, inverse, none - best_z, top - best_z, quads)
+            store_bytes(zero_bytes, 0, best_z)
+            store(scale_floats, 0, best)
+            empty(quads, first, block * group // 4, group // 4, codes)
+            empty(zero_bytes, first, block, 1, zeros)
+            empty(scale_floats, first, block, 1, scales)
 
 
-class IntGroup(CodedFormat):
+class IntGroup(SearchedFormat):
     """See the module. Raises ConfigError for bits or a group size that the operators do not take."""
 
     def __init__(self, bits: int, group_size: int, symmetric: bool, scale: ScaleType) -> None:
@@ -178,56 +134,37 @@ class IntGroup(CodedFormat):
         self.bits, self.symmetric, self.scale_type = bits, symmetric, scale
         self.block_size = self.group_size = group_size
         code_bytes = group_size * bits // 8
+        self.largest_scale = LARGEST if scale == "F16" else HUGE
         self.scale_bytes = 4 if scale == "F32" else 2
         self.block_bytes = code_bytes + self.scale_bytes + (0 if symmetric else 1)
         self.planes = (Plane(0, code_bytes, bits=bits, run=1),)
         self.levels = integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else integers(0, 2**bits - 1)
 
-    def quantize_rows(self, weights: F32, importance: F32 | None, packed: U8, effort: Effort) -> str:
+    def search(self, weights: F32, importance: F32, effort: Effort) -> Found:
         rows, columns = weights.shape
-        if importance is None:
-            importance = np.ones(columns, np.float32)
-        steps, rounds = EFFORTS[effort]
-        if self.bits == 8:  # 255 levels: the rounding error is flat in the step, so one candidate does
-            steps = 9 if effort == "high" else 1
-        if not self.symmetric:  # z is a second unknown
-            steps *= 2
         codes = np.empty((rows, columns), np.uint8)
-        groups = columns // self.group_size
-        scales, zeros = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.uint8)
-        problems = np.zeros(rows, np.int8)
-        kind = SCALE_CODES[self.scale_type]
-        search(
-            weights,
-            importance,
-            codes,
-            scales,
-            zeros,
-            problems,
-            self.group_size,
-            self.bits,
-            self.symmetric,
-            kind,
-            steps,
-            rounds,
-        )
-        if problems.any():
-            return MESSAGES[int(problems.max())]
-        blocks = packed.reshape(rows, groups, self.block_bytes)
+        zeros = np.empty((rows, columns // self.group_size), np.uint8)
+        scales = np.empty(zeros.shape, np.float32)
+        candidates, rounds = getattr(EFFORTS[self.bits, self.symmetric], effort)
+        with_zeros(
+            weights, importance, candidates, rounds, self.group_size, np.float32(2**self.bits - 1), self.symmetric,
+            SCALE_CODES[self.scale_type], codes.view(np.uint32), zeros, scales,
+        )  # fmt: skip
+        return Found(codes, zeros.reshape(-1, 1), scales.reshape(-1, 1))
+
+    def store_scales(self, blocks: U8, found: Found) -> None:
         start = self.planes[0].stop
-        blocks[:, :, start : start + self.scale_bytes] = self._scale_bytes(scales)
+        blocks[:, start : start + self.scale_bytes] = self._scale_bytes(found.outer)
         if not self.symmetric:
-            blocks[:, :, -1] = zeros
-        self.store_codes(packed, codes)
-        return ""
+            blocks[:, -1:] = found.inner
 
     def _scale_bytes(self, scales: F32) -> U8:
-        """[rows, groups] float32, already rounded, to [rows, groups, scale_bytes] as stored."""
+        """[n, 1] float32, already rounded, to [n, scale_bytes] as stored."""
         if self.scale_type == "BF16":
             exact = (scales.view("<u4") >> 16).astype("<u2")
         else:
             exact = scales.astype("<f4" if self.scale_type == "F32" else "<f2")
-        return exact.view(np.uint8).reshape(*scales.shape, self.scale_bytes)
+        return np.ascontiguousarray(exact).view(np.uint8)
 
     def scales(self, blocks: U8) -> tuple[F32, F32 | None]:
         start = self.planes[0].stop
