@@ -60,6 +60,12 @@ def relative(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
+def typical(got: np.ndarray, wanted: np.ndarray) -> float:
+    """As `relative`, of the median token: where activations are rounded, a near-tie in a router may send a token to another
+    expert, and its logits differ wholly, by no fault of the export."""
+    return float(np.median(np.abs(got - wanted).max(-1)) / np.abs(wanted).max())
+
+
 def stepwise(model: OnnxModel, ids: list[int], prompt: int) -> np.ndarray:
     """Logits of a prompt and then of one token at a time with the cache, [len(ids), vocab]."""
     logits, cache = model.run(np.array([ids[:prompt]]))
@@ -101,26 +107,35 @@ def test_right_padded_batches(checkpoint, tmp_path: Path) -> None:
         assert relative(np.stack([found for _, found in continued[index]]), wanted[len(row) :]) < 2e-5
 
 
-BOUNDS = {
-    Settings(dtype="fp32", accuracy_level=0, block_size=32): 2e-5,
-    Settings(dtype="fp32", accuracy_level=0, block_size=128): 2e-5,
-    Settings(dtype="fp32", accuracy_level=0, active_bits=4): 2e-5,
-    Settings(dtype="fp32", bits=16): 2e-5,
-    Settings(dtype="fp32", bits=16, active_bits=8, accuracy_level=0): 2e-5,
-    Settings(dtype="fp16", bits=16): 5e-3,
-    Settings(dtype="fp16", accuracy_level=0): 5e-3,
-    Settings(dtype="fp16", symmetric=False): 5e-2,
-    Settings(dtype="fp32"): 5e-2,
-    Settings(dtype="fp32", bits=8, accuracy_level=0): 5e-2,
-    Settings(bits=8, symmetric=False): 5e-2,
+EXACT_SETTINGS = [
+    Settings(dtype="fp32", accuracy_level=0, block_size=32),
+    Settings(dtype="fp32", accuracy_level=0, block_size=128),
+    Settings(dtype="fp32", accuracy_level=0, active_bits=4),
+    Settings(dtype="fp32", bits=16),
+    Settings(dtype="fp32", bits=16, active_bits=8, accuracy_level=0),
+]
+ROUNDING_SETTINGS = {
+    Settings(dtype="fp16", bits=16): 2e-3,
+    Settings(dtype="fp16", accuracy_level=0): 2e-3,
+    Settings(dtype="fp16"): 4e-2,
+    Settings(dtype="fp16", symmetric=False): 4e-2,
+    Settings(dtype="fp32"): 4e-2,
+    Settings(dtype="fp32", bits=8, accuracy_level=0): 4e-2,
+    Settings(dtype="fp16", bits=8, symmetric=False): 4e-2,
 }
-"""Largest difference of logits, relative to the largest logit. Level 4 and INT8 experts round activations to 8 bits."""
+"""Bounds of `typical`. fp16 rounds values to 11 bits; level 4, and INT8 experts always, round activations to 8."""
 
 
-@pytest.mark.parametrize(("settings", "bound"), BOUNDS.items(), ids=str)
-def test_every_precision(checkpoint, tmp_path: Path, settings: Settings, bound: float) -> None:
+@pytest.mark.parametrize("settings", EXACT_SETTINGS, ids=str)
+def test_exact_settings(checkpoint, tmp_path: Path, settings: Settings) -> None:
     folder = write(checkpoint(num_key_value_heads=2), tmp_path, settings)
-    assert relative(OnnxModel(folder, threads=1).logits(IDS), expected(folder)) < bound
+    assert relative(OnnxModel(folder, threads=1).logits(IDS), expected(folder)) < 2e-5
+
+
+@pytest.mark.parametrize(("settings", "bound"), ROUNDING_SETTINGS.items(), ids=str)
+def test_settings_that_round(checkpoint, tmp_path: Path, settings: Settings, bound: float) -> None:
+    folder = write(checkpoint(num_key_value_heads=2), tmp_path, settings)
+    assert typical(OnnxModel(folder, threads=1).logits(IDS), expected(folder)) < bound
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +155,9 @@ def test_genai_generates_the_same_tokens(exact_miniature: Path, prompt: str) -> 
     assert relative(model.logits(ids + tokens), logits) < 2e-5
 
 
-@pytest.mark.parametrize(("settings", "bound"), [(Settings(), 2e-2), (Settings(bits=8), 5e-2)], ids=["INT4", "INT8"])
+@pytest.mark.parametrize(("settings", "bound"), [(Settings(), 1e-2), (Settings(bits=8), 1e-2)], ids=["INT4", "INT8"])
 def test_defaults_on_the_miniature(tmp_path: Path, settings: Settings, bound: float) -> None:
     folder = write(miniature(), tmp_path, settings)
     model = OnnxModel(folder, threads=1)
     ids = model.tokenize("The old lamp in the window went out. 夜色渐深，他推开门。")
-    assert relative(model.logits(ids), expected(folder, ids)) < bound
+    assert typical(model.logits(ids), expected(folder, ids)) < bound

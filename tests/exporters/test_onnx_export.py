@@ -105,7 +105,7 @@ def test_padding_is_exactly_zero_and_weights_are_near(checkpoint, tmp_path: Path
         assert exported.padding(name) == 0
         got = exported.read(name)
         assert got.shape == wanted.shape
-        bound = 0.1 if exported.type(name) == "INT4" else 0.01
+        bound = 0.12 if exported.type(name) == "INT4" else 0.01
         assert np.linalg.norm(got - wanted) < bound * np.linalg.norm(wanted)
     stored = exported._stored("layers.0.experts.gate_up")
     place = exported._place("model.layers.0.mlp.experts.5.up_proj.weight")
