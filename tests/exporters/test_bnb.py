@@ -63,7 +63,7 @@ def bnb_layer(weight: torch.Tensor, kind: str) -> torch.nn.Linear:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("overrides", [{}, {"num_experts": 0}, {"num_key_value_heads": 2}], ids=["experts", "dense", "grouped"])
+@pytest.mark.parametrize("overrides", [{"num_key_value_heads": 2}, {"num_experts": 0}], ids=["experts", "dense"])
 def test_bytes_are_bitsandbytes_own(checkpoint, tmp_path: Path, kind, overrides) -> None:
     folder = checkpoint(**{**SMALL, **overrides})
     source, written = (
@@ -150,7 +150,7 @@ def dequantised(model: XverseForCausalLM) -> XverseForCausalLM:
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_on_the_cpu_as_its_weights_say(checkpoint, tmp_path: Path, kind) -> None:
     # Every expert is chosen, so that rounding cannot change which; experts of this width need padding for 4 bits.
-    source = checkpoint(hidden_size=128, intermediate_size=96, num_experts=3, moe_top_k=3)
+    source = checkpoint(**{**SMALL, "intermediate_size": 96, "num_experts": 3, "moe_top_k": 3})
     folder = export(source, tmp_path, **KINDS[kind])
     model = load(folder)
     plain = dequantised(model)
