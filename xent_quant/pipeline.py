@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from xent_quant.checkpoint.reader import Checkpoint
     from xent_quant.formats.base import Effort
     from xent_quant.methods.interface import Method
+    from xent_quant.validation.report import Report
+    from xent_quant.validation.runtimes import RuntimeName
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,51 @@ def _read_imatrix(path: str | Path | None, checkpoint: "Checkpoint") -> "Imatrix
     statistics = Imatrix.read(Path(path))
     statistics.check(checkpoint.architecture)
     return statistics
+
+
+def validate(
+    exported: str | Path,
+    reference: str | Path | None = None,
+    *,
+    suites: Sequence[str] = (),
+    suite_files: Sequence[str] = (),
+    max_tokens: int | None = None,
+    context: int = 512,
+    tolerance: str | None = None,
+    runtime: "RuntimeName" = "auto",
+    threads: int | None = None,
+    report: str | Path | None = None,
+    json: str | Path | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> "Report":
+    """Measure an export against its checkpoint on bundled suites and files (`NAME=PATH`); `verdict` of the result says
+    whether it is within tolerance.
+
+    Writes report.html and report.json into the folder `report`, and the JSON to `json`, where they are given. Raises the
+    errors of `xent_quant.errors` for what cannot be compared.
+    """
+    from xent_quant.validation import suites as texts
+    from xent_quant.validation.validate import validate as measure
+    from xent_quant.validation.write import write
+
+    used = _set_threads(threads)
+    folder = Path(report) if report else None
+    found = measure(
+        Path(exported),
+        _open(reference),
+        texts.choose(suites, suite_files),
+        cache=(folder or Path.home() / ".cache" / "xent-quant") / "references",
+        context=context,
+        max_tokens=max_tokens,
+        tolerance=tolerance,
+        runtime=runtime,
+        threads=used,
+        command=command,
+        progress=progress,
+    )
+    write(found, folder, Path(json) if json else None)
+    return found
 
 
 def describe(path: str | Path, reference: str | Path | None = None, *, progress: Progress | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError
 from xent_quant import __version__
 from xent_quant.cli.inspect import inspect
 from xent_quant.cli.quantize import quantize
+from xent_quant.cli.validate import validate
 from xent_quant.errors import XentQuantError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -25,6 +26,7 @@ app = App(
 )
 app.default(quantize)
 app.command(inspect)
+app.command(validate)
 
 
 def _verbosity(arguments: list[str]) -> int:

@@ -97,7 +97,7 @@ def progress() -> Iterator[_Bar]:
         yield _Bar(bars)
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def new_table(*columns: str, title: str | None = None) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
@@ -111,7 +111,7 @@ def plans(summaries: "Sequence[PlanSummary]") -> None:
 
 
 def _plan(summary: "PlanSummary") -> None:
-    table = _table("tensor", ">shape", "type", ">bytes", ">bits/weight")
+    table = new_table("tensor", ">shape", "type", ">bytes", ">bits/weight")
     for tensor in summary.tensors:
         shape = " × ".join(str(size) for size in tensor.shape)
         table.add_row(tensor.name, shape, tensor.type, f"{tensor.nbytes:,}", f"{tensor.bits_per_weight:.2f}")
@@ -121,7 +121,7 @@ def _plan(summary: "PlanSummary") -> None:
 
 
 def totals(summary: "PlanSummary") -> None:
-    table = _table("type", ">tensors", ">weights", ">size", ">bits/weight")
+    table = new_table("type", ">tensors", ">weights", ">size", ">bits/weight")
     for row in summary.by_type():
         table.add_row(row.type, str(row.tensors), human_count(row.weights), human_bytes(row.nbytes), f"{row.bits_per_weight:.2f}")
     table.add_section()
@@ -159,7 +159,7 @@ def result(done: "QuantizeResult") -> None:
 
 def description(facts: dict[str, Any]) -> None:
     """`inspect`: facts as two columns, then the per-type table."""
-    table = _table("", "")
+    table = new_table("", "")
     table.show_header = False
     for key, value in facts.items():
         if key not in ("tensors", "types", "errors"):
@@ -169,13 +169,13 @@ def description(facts: dict[str, Any]) -> None:
             )
     out.print(table)
     if facts.get("types"):
-        types = _table("type", ">tensors", ">weights", ">size")
+        types = new_table("type", ">tensors", ">weights", ">size")
         for row in facts["types"]:
             types.add_row(row["type"], str(row["tensors"]), human_count(row["weights"]), human_bytes(row["nbytes"]))
         out.print()
         out.print(types)
     if facts.get("errors"):
-        errors = _table("tensor", "type", ">weights", ">bits/weight", ">relative error", ">worst expert")
+        errors = new_table("tensor", "type", ">weights", ">bits/weight", ">relative error", ">worst expert")
         for row in facts["errors"]:
             errors.add_row(
                 row["name"].removesuffix(".weight"),

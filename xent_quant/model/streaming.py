@@ -57,6 +57,8 @@ class Step:
 
 
 Observer = Callable[[Step], None]
+AfterLayer = Callable[[int, Tensor], None]
+"""Gets a layer's number and the residual stream behind it [n_windows, length, hidden], which it must not change."""
 
 
 class StreamingModel:
@@ -71,9 +73,15 @@ class StreamingModel:
     def _weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return torch.from_numpy(self.source.read(name)).to(self.device, dtype or self.dtype)
 
-    def hidden_states(self, windows: Tensor, observer: Observer | None = None, progress: Progress | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        windows: Tensor,
+        observer: Observer | None = None,
+        progress: Progress | None = None,
+        after_layer: AfterLayer | None = None,
+    ) -> Tensor:
         """Token ids [n_windows, length] to final, normed hidden states [n_windows, length, hidden]; see `steps`."""
-        steps = self.steps(windows, progress=progress)
+        steps = self.steps(windows, progress=progress, after_layer=after_layer)
         while True:
             try:
                 step = next(steps)
@@ -84,7 +92,13 @@ class StreamingModel:
                 observer(step)
 
     @torch.no_grad()
-    def steps(self, windows: Tensor, fewest: int = 0, progress: Progress | None = None) -> Generator[Step, None, Tensor]:
+    def steps(
+        self,
+        windows: Tensor,
+        fewest: int = 0,
+        progress: Progress | None = None,
+        after_layer: AfterLayer | None = None,
+    ) -> Generator[Step, None, Tensor]:
         """The forward pass of token ids [n_windows, length], one Step at a time in the order of `Architecture.tensors()`
         (the shared MLP's first inputs come with the router's); returns final, normed hidden states [n_windows, length, hidden].
 
@@ -102,6 +116,8 @@ class StreamingModel:
             yield from self._mlp(layer, x, fewest)
             if not torch.isfinite(x).all():
                 raise CalibrationError(f"layer {layer}: NaN or infinite activations; the checkpoint is damaged")
+            if after_layer:
+                after_layer(layer, x)
             report.advance(windows.numel())
         x = rms_norm(x, self._weight(names.FINAL_NORM), model.rms_norm_eps)
         flat = x.flatten(0, 1)

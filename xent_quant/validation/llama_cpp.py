@@ -128,6 +128,9 @@ def quantize_chunk(ggml_type: int, row_bytes: int, weights: F32, importance: F32
 class LlamaCpp:
     """A loaded GGUF model; a context manager. Raises ValidationError with llama.cpp's own words where it refuses."""
 
+    name = "llama.cpp"
+    version = f"xllamacpp {VERSION}"
+
     def __init__(self, path: Path, context: int = 512, threads: int = 1, exact: bool = True) -> None:
         self._library = library()
         _errors.clear()

@@ -5,7 +5,8 @@ divergence is KL(reference ‖ quantised), as llama-perplexity's --kl-divergence
 reference's distribution that is 30 to 500 times smaller than its logits.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from math import exp, log, sqrt
 
 import numpy as np
@@ -88,9 +89,23 @@ class Summary:
     sample_ids: NDArray[np.int32]
     sample_log_p: NDArray[np.float32]
 
+    def __getitem__(self, rows: slice) -> "Summary":
+        """Some of the positions."""
+        return Summary(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-def summarise(log_p: F64, top_k: int = TOP_K, samples: int = TAIL_SAMPLES, seed: int = 0) -> Summary:
-    """Summary of log-probabilities [n, V]; deterministic for a seed. Holds two copies of `log_p`."""
+    @staticmethod
+    def joined(parts: Sequence["Summary"]) -> "Summary":
+        """The positions of all parts, in order."""
+        return Summary(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Summary)))
+
+
+def draw_offsets(n: int) -> F64:
+    """The random numbers [n] in [0, 1) that `summarise` draws with; always the same."""
+    return np.random.default_rng(0).random(n)
+
+
+def summarise(log_p: F64, top_k: int = TOP_K, samples: int = TAIL_SAMPLES, offsets: F64 | None = None) -> Summary:
+    """Summary of log-probabilities [n, V]; `offsets` [n] are `draw_offsets`, or their part. Holds two copies of `log_p`."""
     n, vocab = log_p.shape
     top_k = min(top_k, vocab)
     if top_k < vocab:
@@ -108,7 +123,8 @@ def summarise(log_p: F64, top_k: int = TOP_K, samples: int = TAIL_SAMPLES, seed:
     cumulated = rest.cumsum(axis=1)
     tail = cumulated[:, -1]
     # Systematic draws: one random offset per position, then equal steps through the tail's mass in order of token id.
-    steps = (np.arange(samples) + np.random.default_rng(seed).random((n, 1))) / max(samples, 1)  # [n, m]
+    offsets = draw_offsets(n) if offsets is None else offsets
+    steps = (np.arange(samples) + offsets[:, None]) / max(samples, 1)  # [n, m]
     drawn = np.empty((n, samples), np.int64)
     for row in range(n):
         drawn[row] = np.searchsorted(cumulated[row], steps[row] * tail[row], side="right")
@@ -168,11 +184,12 @@ def token_mean(values: NDArray[np.generic]) -> Estimate:
 
 
 def window_mean(values: NDArray[np.generic]) -> Estimate:
-    """Mean of [n_windows, per window] with the standard error over windows.
+    """Mean of [n_windows, per window] with its standard error over windows, or over tokens where that is larger.
 
-    Tokens of one window share a topic and are not independent: whole windows nearly are.
+    Tokens of one window share a topic and are not independent; whole windows nearly are, but a few may agree by chance.
     """
-    return token_mean(values.astype(np.float64).mean(axis=1))
+    over_windows, over_tokens = token_mean(values.astype(np.float64).mean(axis=1)), token_mean(values.ravel())
+    return Estimate(over_windows.value, max(over_windows.error, over_tokens.error))
 
 
 def perplexity_ratio(nlls: F64, reference: F64) -> Estimate:

@@ -1,0 +1,48 @@
+"""Exports of the miniature, made once, and short texts. Fixed seeds; one thread: small matrices on a busy machine."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numba
+import pytest
+import torch
+
+import xent_quant
+from xent_quant.checkpoint.hub import miniature
+from xent_quant.checkpoint.reader import Checkpoint
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    yield
+    torch.set_num_threads(before[0])
+    numba.set_num_threads(before[1])
+
+
+@pytest.fixture(scope="session")
+def mini() -> Checkpoint:
+    return Checkpoint.open(miniature())
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """export("Q4_K_M") is the miniature's GGUF of that type; not to be changed."""
+    folder = tmp_path_factory.mktemp("exports")
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            done = xent_quant.quantize(None, type=kind, output=folder, name="mini", effort="fast", force=True)
+            made[kind] = next(path for path in done.files if path.suffix == ".gguf")
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared by tests, so that the reference is computed once."""
+    return tmp_path_factory.mktemp("references")

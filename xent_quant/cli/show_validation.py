@@ -1,0 +1,75 @@
+"""What a person sees of a validation in the terminal: verdict first."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from xent_quant.cli.show import human_bytes, new_table, out
+
+if TYPE_CHECKING:
+    from xent_quant.validation.report import Finding, Report
+
+STYLES = {"within": "green", "undecided": "yellow", "out": "bold red"}
+WORDS = {"within": "within tolerance", "undecided": "undecided: too little text to tell", "out": "OUT OF TOLERANCE"}
+
+
+def _cell(finding: "Finding", digits: int, gated: bool) -> Text:
+    text = f"{finding.value.value:.{digits}f}"
+    if finding.value.error < 1e9:
+        text += f" ±{finding.value.error:.{digits}f}"
+    return Text(text, style=STYLES[finding.verdict] if gated else "dim")
+
+
+def report(found: "Report", folder: Path | None) -> None:
+    out.print(Text(WORDS[found.verdict], style=STYLES[found.verdict]), "—", Text(found.exported), highlight=False, soft_wrap=True)
+    wide = out.width >= 118
+    details = (">perplexity", ">bf16", ">KL 99 %", ">KL max", ">bits/byte", ">token ids") if wide else ()
+    rows = new_table("suite", ">ratio", ">KL divergence", ">top-1", "verdict", *details)
+    for result in (*found.suites, *found.averages):
+        gated = result in found.suites
+        if not gated and result is found.averages[0]:
+            rows.add_section()
+        more = (
+            f"{result.perplexity.value:.2f}",
+            f"{result.reference_perplexity:.2f}",
+            f"{result.kl_99:.3f}",
+            f"{result.kl_max:.3f}",
+            f"{result.bits_per_byte:.3f}",
+            f"{result.tokenizer:.1%}",
+        )
+        rows.add_row(
+            result.name,
+            _cell(result.ratio, 4, gated),
+            _cell(result.kl, 4, gated),
+            _cell(result.top1, 3, gated),
+            Text(result.verdict, style=STYLES[result.verdict]) if gated else "",
+            *more[: len(details)],
+        )
+    out.print(rows)
+    for suspect in found.suspicions[:5]:
+        out.print(Text(f"{suspect.tensor.name}: {suspect.reason}", style=STYLES["out"]), highlight=False, soft_wrap=True)
+    if len(found.suspicions) > 5:
+        out.print(f"… and {len(found.suspicions) - 5} further tensors", style=STYLES["out"], highlight=False)
+    if found.cross_check:
+        agree = (
+            "agree" if found.cross_verdict == "within" else "DISAGREE: the runtime computes something else than these bytes say"
+        )
+        out.print(
+            f"{found.runtime} and the dequantised weights {agree}: KL divergence {found.cross_check.kl:.5f}, "
+            f"log-likelihood {found.cross_check.nll_difference:+.5f} over {found.cross_check.tokens} tokens.",
+            style=None if found.cross_verdict == "within" else STYLES["out"],
+            highlight=False,
+        )
+        if found.cross_verdict == "out":
+            worst = max(found.tensors, key=lambda tensor: tensor.error)
+            out.print(f"The tensor that differs most from the checkpoint is {worst.name}: {worst.error:.1%}.", highlight=False)
+    for line in found.notes:
+        out.print(line, style="dim", highlight=False)
+    out.print(
+        f"{human_bytes(found.reference_bytes)} → {human_bytes(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight; "
+        f"{found.runtime} {found.runtime_version}, {found.seconds:.0f} s",
+        highlight=False,
+    )
+    if folder:
+        out.print(f"  {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,118 @@
+"""What is tolerated: tiers by bits, and a verdict that knows how sure a measurement is.
+
+The bounds of 8 to 4 bits are what llama.cpp publishes for its best mixes, a little rounded up; those of 3 and 2 bits only
+catch a broken export. A measurement is within its bound if it is by two standard errors, out if it is out by two, else the text
+was too short to say: undecided.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from xent_quant.errors import ConfigError
+from xent_quant.validation.measures import Estimate
+from xent_quant.validation.weights import TensorError
+
+Verdict = Literal["within", "undecided", "out"]
+ORDER: tuple[Verdict, ...] = ("within", "undecided", "out")
+ERRORS = 2.0
+"""Standard errors by which a measurement must clear its bound."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Bounds for every suite: perplexity ratio and mean KL divergence at most, top-1 agreement at least."""
+
+    name: str
+    ppl: float
+    kld: float
+    top1: float
+
+
+TIERS = {
+    "8bit": Tier("8bit", 1.005, 0.005, 0.97),
+    "6bit": Tier("6bit", 1.01, 0.01, 0.96),
+    "5bit": Tier("5bit", 1.02, 0.02, 0.94),
+    "4bit": Tier("4bit", 1.03, 0.03, 0.92),
+    "3bit": Tier("3bit", 1.12, 0.12, 0.84),
+    "2bit": Tier("2bit", 1.6, 0.6, 0.65),
+}
+
+WEIGHTS: dict[int, tuple[float, float]] = {
+    16: (0.005, 0.02),
+    8: (0.03, 0.1),
+    6: (0.05, 0.2),
+    5: (0.1, 0.3),
+    4: (0.25, 0.6),
+    3: (0.4, 0.8),
+    2: (0.7, 1.2),
+}
+"""Bits of a tensor's type to the largest relative error of the tensor and of a block of 32 weights. Two to five times what
+rounding gives (see scripts/validation_bounds.py), and below what any wrong scale gives down to 3 bits."""
+
+ROW_WISE = ("INT8",)
+"""Types with one scale for a whole row: a block of small weights in it may lose everything."""
+
+CROSS_KL, CROSS_NLL = 0.004, 0.02
+"""Runtime against exact path: mean KL divergence and mean difference of log-likelihood, nats per token. llama.cpp rounds
+activations to 8 bits, which costs 0.0003 and under 0.005 on the miniature at any type."""
+
+
+def bits_of(kind: str) -> int:
+    """Bits of a type by its name: Q4_K, IQ4_XS, NF4, INT8, BF16 …; 16 for floats."""
+    match = re.search(r"\d+", kind)
+    bits = int(match[0]) if match else 16
+    return min((known for known in WEIGHTS if known >= min(bits, 16)), default=16)
+
+
+def tier(kind: str | None, bits_per_weight: float) -> Tier:
+    """The tier of a file: by the name of its mix (Q4_K_M), else by its bits per weight."""
+    bits = bits_of(kind) if kind else max((bits for bits in (2, 3, 4, 5, 6, 8) if bits <= bits_per_weight), default=2)
+    return TIERS[f"{min(bits, 8)}bit"]
+
+
+def parse(text: str, default: Tier) -> Tier:
+    """--tolerance: a tier's name, or `ppl=1.03,kld=0.03,top1=0.92` over the default. Raises ConfigError."""
+    if text in TIERS:
+        return TIERS[text]
+    bounds: dict[str, float] = {}
+    for part in text.split(","):
+        key, equals, value = part.strip().partition("=")
+        if key not in ("ppl", "kld", "top1") or not equals or not re.fullmatch(r"\d+(\.\d+)?([eE]-?\d+)?", value):
+            raise ConfigError(f"--tolerance {text}: give {', '.join(TIERS)}, or for example ppl=1.03,kld=0.03,top1=0.92")
+        bounds[key] = float(value)
+    merged = {"ppl": default.ppl, "kld": default.kld, "top1": default.top1} | bounds
+    return Tier("own", **merged)
+
+
+def judge(measured: Estimate, bound: float, at_most: bool = True) -> Verdict:
+    """Whether a measurement clears its bound by ERRORS standard errors."""
+    excess = measured.value - bound if at_most else bound - measured.value
+    if measured.error == 0:
+        return "out" if excess > 0 else "within"
+    if excess > ERRORS * measured.error:
+        return "out"
+    return "within" if excess < -ERRORS * measured.error else "undecided"
+
+
+def worst(verdicts: list[Verdict]) -> Verdict:
+    return max(verdicts, key=ORDER.index, default="within")
+
+
+def suspicious(tensor: TensorError) -> str | None:
+    """What is wrong with a tensor's bytes, or None where they are as its type allows."""
+    whole, block = WEIGHTS[bits_of(tensor.type)]
+    if tensor.padding:
+        return f"its padding holds values up to {tensor.padding:.3g} instead of zeros"
+    if not tensor.error <= whole:
+        return f"it differs by {tensor.error:.1%} of its norm, {tensor.type} allows {whole:.1%}"
+    if tensor.type not in ROW_WISE and not tensor.worst <= block:
+        place = f"row {tensor.row}, columns {tensor.column} to {tensor.column + 31}"
+        return f"{place} differ by {tensor.worst:.0%} of their norm, {tensor.type} allows {block:.0%}"
+    return None
+
+
+def severity(tensor: TensorError) -> float:
+    """How far beyond its bounds a tensor is; 1 is at the bound."""
+    whole, block = WEIGHTS[bits_of(tensor.type)]
+    return max(tensor.error / whole, 0.0 if tensor.type in ROW_WISE else tensor.worst / block, float(tensor.padding > 0) * 10)

@@ -1,0 +1,213 @@
+"""An exported GGUF file as weights under the checkpoint's names: what its bytes mean, rotary permutation and padding undone.
+
+Written apart from the exporter, against llama.cpp's conventions, so that a slip in one shows against the other. Reads from
+offsets rather than through gguf-py's map, since mapped pages that were touched count as resident memory; holds one slice.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from xent_quant import formats
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.llama_names import llama_name
+from xent_quant.errors import ValidationError
+
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+ARCHITECTURES = ("bailingmoe", "granitemoe", "xverse")
+UNSCALED = ("logit_scale", "embedding_scale", "residual_scale", "attention.scale", "expert_weights_scale")
+"""Keys that must be absent or 1: the model scales nothing."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the file: row-major shape, ggml type by name, where its bytes lie."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    file: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def n_weights(self) -> int:
+        return prod(self.shape)
+
+
+def shards(path: Path) -> list[Path]:
+    """All files of the model that `path` begins."""
+    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if not match:
+        return [path]
+    return [path.with_name(f"{match[1]}-{index + 1:05d}-of-{match[3]}.gguf") for index in range(int(match[3]))]
+
+
+class GGUFFile:
+    """Header of a GGUF model, all shards: `metadata` without the token lists, and `tensors` by name.
+
+    Raises ValidationError naming the file that is missing, truncated or not GGUF.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = shards(path)
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in self.files:
+            if not file.is_file():
+                raise ValidationError(f"{file}: no such file" + ("; a shard is missing" if len(self.files) > 1 else ""))
+            try:
+                reader = gguf.GGUFReader(file)
+            except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+                raise ValidationError(f"{file}: truncated or not a GGUF file ({error}); export it again") from error
+            for key, field in reader.fields.items():
+                if not key.startswith(("GGUF.", "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.merges")):
+                    self.metadata.setdefault(key, field.contents())
+            size = file.stat().st_size
+            for tensor in reader.tensors:
+                stored = StoredTensor(
+                    tensor.name,
+                    tuple(int(n) for n in reversed(tensor.shape)),
+                    tensor.tensor_type.name,
+                    file,
+                    int(tensor.data_offset),
+                    int(tensor.n_bytes),
+                )
+                if stored.offset + stored.nbytes > size:
+                    raise ValidationError(f"{file}: truncated: {tensor.name} ends beyond the file; export it again")
+                self.tensors[stored.name] = stored
+        wanted = self.metadata.get("split.tensors.count", len(self.tensors))
+        if wanted != len(self.tensors):
+            raise ValidationError(f"{path}: {len(self.tensors)} tensors in its shards, the header says {wanted}; export it again")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+
+class GGUFSource:
+    """A WeightSource over a GGUF file. `architecture` is the reference's, which the file's keys must repeat.
+
+    Raises ValidationError naming the key or the tensor that does not fit the reference.
+    """
+
+    def __init__(self, file: GGUFFile, reference: Architecture) -> None:
+        self.file = file
+        # llama.cpp multiplies by output.weight even where the checkpoint ties it to the embedding.
+        self.architecture = replace(reference, tie_word_embeddings=False)
+        self.width = self._check_keys(reference)
+        self._shapes = self.architecture.tensors()
+        for name in self._shapes:
+            self._check_shape(name)
+
+    def _check_keys(self, model: Architecture) -> int:
+        """Compare hyperparameters; returns the width of an expert in the file, padding included."""
+        data, arch = self.file.metadata, self.file.metadata.get("general.architecture")
+        if arch not in ARCHITECTURES:
+            raise ValidationError(f"{self.file.path}: architecture {arch!r}; XVERSE models are {', '.join(ARCHITECTURES)}")
+        wanted: dict[str, Any] = {
+            "block_count": model.num_layers,
+            "embedding_length": model.hidden_size,
+            "attention.head_count": model.num_heads,
+            "attention.head_count_kv": model.num_kv_heads,
+            "attention.layer_norm_rms_epsilon": model.rms_norm_eps,
+            "rope.freq_base": model.rope_theta,
+        }
+        if model.num_experts:
+            wanted |= {"expert_count": model.num_experts, "expert_used_count": model.experts_per_token}
+        if arch == "bailingmoe":
+            wanted |= {"expert_shared_count": model.num_shared_experts, "expert_weights_norm": model.norm_topk_prob}
+        defaults = {"attention.head_count_kv": model.num_heads, "expert_weights_norm": False, "rope.freq_base": 10000.0}
+        wanted |= dict.fromkeys(UNSCALED, 1.0)
+        defaults |= dict.fromkeys(UNSCALED, 1.0)
+        for key, value in wanted.items():
+            found = data.get(f"{arch}.{key}", defaults.get(key))
+            if found is None or not np.isclose(float(found), float(value), rtol=1e-5, atol=0):
+                raise ValidationError(
+                    f"{self.file.path}: {arch}.{key} is {found}, the reference needs {value}; "
+                    "it is another model, or a wrong export"
+                )
+        key = "expert_feed_forward_length" if arch == "bailingmoe" else "feed_forward_length"
+        width = data.get(f"{arch}.{key}")
+        if not isinstance(width, int) or width < model.intermediate_size:
+            raise ValidationError(
+                f"{self.file.path}: {arch}.{key} is {width}, the reference needs at least {model.intermediate_size}"
+            )
+        return width
+
+    def stored(self, name: str) -> tuple[StoredTensor, int]:
+        """The file's tensor that holds a checkpoint tensor, and the index of its matrix there."""
+        tensor, index = llama_name(name)
+        if tensor not in self.file.tensors:
+            raise ValidationError(f"{self.file.path}: {tensor} is missing; export it again")
+        return self.file.tensors[tensor], index
+
+    def _padded(self, name: str) -> tuple[int, ...]:
+        """The shape that a checkpoint tensor has in the file."""
+        model, shape = self.architecture, self._shapes[name]
+        if ".mlp." not in name or ".router." in name or self.width == model.intermediate_size:
+            return shape
+        width = self.width * (model.num_shared_experts if "shared_experts" in name else 1)
+        return (shape[0], width) if "down_proj" in name else (width, shape[1])
+
+    def _check_shape(self, name: str) -> None:
+        stored, _ = self.stored(name)
+        wanted = self._padded(name)
+        if ".experts." in name:
+            wanted = (self.architecture.num_experts, *wanted)
+        if stored.shape != wanted:
+            raise ValidationError(
+                f"{self.file.path}: {stored.name} has shape {list(stored.shape)}, the reference needs {list(wanted)}"
+            )
+
+    def type(self, name: str) -> str:
+        """ggml type of a checkpoint tensor."""
+        return self.stored(name)[0].type
+
+    def _rows(self, name: str, start: int, stop: int) -> F32:
+        """Rows start:stop as stored, padding included: [rows, columns]; a vector is one row."""
+        stored, index = self.stored(name)
+        shape = self._padded(name)
+        rows, columns = (1, *shape) if len(shape) == 1 else shape
+        kind = gguf.GGMLQuantizationType[stored.type]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        row_bytes = columns // block * block_bytes
+        offset = stored.offset + (index * rows + start) * row_bytes
+        packed = np.fromfile(stored.file, np.uint8, count=(stop - start) * row_bytes, offset=offset)
+        if packed.size != (stop - start) * row_bytes:
+            raise ValidationError(f"{stored.file}: {stored.name}: the file ends before the tensor does; export it again")
+        packed = packed.reshape(stop - start, row_bytes)
+        if stored.type in formats.NAMES:
+            return formats.get(stored.type).dequantize(packed)
+        wide: F32 = gguf.quants.dequantize(packed, kind).astype(np.float32)  # types that this project does not write
+        return wide
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> F32:
+        """Rows start:stop of a checkpoint tensor (elements of a vector), dequantised, in the checkpoint's order."""
+        shape = self._shapes[name]
+        stop = shape[0] if stop is None else stop
+        if len(shape) == 1:
+            return self._rows(name, 0, 1)[0, start:stop]
+        for which, heads in (("q_proj", self.architecture.num_heads), ("k_proj", self.architecture.num_kv_heads)):
+            if which in name:  # row 2i + part of a head holds row i + part · half
+                whole = self._rows(name, 0, shape[0]).reshape(heads, -1, 2, shape[1])
+                return np.ascontiguousarray(whole.swapaxes(1, 2)).reshape(shape)[start:stop]
+        return np.ascontiguousarray(self._rows(name, start, stop)[:, : shape[1]])
+
+    def padding(self, name: str) -> float:
+        """The largest absolute value in what was padded to a checkpoint tensor, 0 where nothing was."""
+        shape, padded = self._shapes[name], self._padded(name)
+        if shape == padded:
+            return 0.0
+        if padded[0] > shape[0]:
+            return float(np.abs(self._rows(name, shape[0], padded[0])).max())
+        return float(np.abs(self._rows(name, 0, shape[0])[:, shape[1] :]).max())

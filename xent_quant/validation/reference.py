@@ -1,0 +1,232 @@
+"""The reference's side: tokens of every suite, and what the full-precision checkpoint says of them, cached on disk.
+
+The checkpoint is streamed layer by layer (see xent_quant.model.streaming), so a 51 GB model is measured in 16 GB of
+memory. What is kept of it per scored token is its log-probability and a Summary of the distribution; and, at a few positions of
+each suite, the residual stream behind every layer, for per-layer errors.
+"""
+
+import hashlib
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xent_quant.checkpoint.headers import read_json
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.checkpoint.tokenizer import load_tokenizer
+from xent_quant.errors import ValidationError
+from xent_quant.model.streaming import Observer, StreamingModel
+from xent_quant.progress import Progress, Silent
+from xent_quant.validation import measures
+from xent_quant.validation.measures import F64, I64, Summary
+from xent_quant.validation.suites import Suite
+
+log = logging.getLogger(__name__)
+
+F32 = NDArray[np.float32]
+SCHEMA = 1
+"""Raise it when the meaning of a cached file changes."""
+LOGITS = 16 * 1024 * 1024
+"""Logits held at a time: [rows, vocab] with rows · vocab at most this (one row at least), in a few float64 copies."""
+STREAMED_LOGITS = 4 * LOGITS
+"""The same for one pass over the head, which is read from disk anew for each."""
+LAYER_POSITIONS = 48
+"""Positions of a suite at which the residual stream is compared."""
+
+
+@dataclass(frozen=True)
+class SuiteTokens:
+    """A suite in the model's tokens: `windows` [n, context] as the model sees them, `targets` [n, per window] as scored.
+
+    `ids` is the whole text, with a BOS before it if `has_bos`; `n_bytes` the UTF-8 bytes that the scored tokens spell.
+    """
+
+    name: str
+    text: str
+    ids: list[int]
+    windows: I64
+    targets: I64
+    n_bytes: int
+    has_bos: bool
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The checkpoint on one suite: `nll` [n, per window], `summary` over the flattened n · per window positions, and
+    `layers` [num_layers, positions, hidden] float32, the residual stream of the first window (see `layer_positions`)."""
+
+    nll: F64
+    summary: Summary
+    layers: F32
+
+
+def layer_positions(context: int) -> list[int]:
+    """Where in a first window the residual stream is kept: evenly over the scored half."""
+    positions, _ = measures.scored(context)
+    count = min(LAYER_POSITIONS, positions.stop - positions.start)
+    return [int(p) for p in np.linspace(positions.start, positions.stop - 1, count)]
+
+
+def tokenize(checkpoint: Checkpoint, suites: Sequence[Suite], context: int, max_tokens: int | None) -> list[SuiteTokens]:
+    """Every suite in the tokens of the checkpoint's own tokenizer; a BOS is put where its tokenizer_config asks for one.
+
+    Raises CheckpointError for a missing or damaged tokenizer, ValidationError for ids beyond the vocabulary or a suite shorter
+    than one window.
+    """
+    path, model = checkpoint.path / "tokenizer.json", checkpoint.architecture
+    tokenizer = load_tokenizer(checkpoint.path)
+    settings = read_json(checkpoint.path / "tokenizer_config.json") if path.with_name("tokenizer_config.json").is_file() else {}
+    bos = model.bos_token_id if settings.get("add_bos_token") else None
+    found = []
+    for suite in suites:
+        encoding = tokenizer.encode(suite.text, add_special_tokens=False)
+        ids, ends = list(encoding.ids), [end for _, end in encoding.offsets]
+        if bos is not None:
+            ids, ends = [bos, *ids], [0, *ends]
+        if max(ids) >= model.vocab_size:
+            raise ValidationError(f"{path}: token id {max(ids)} is beyond vocab_size {model.vocab_size}; it is another model's")
+        try:
+            windows = measures.windows(ids[:max_tokens], context, bos)
+        except ValidationError as error:
+            raise ValidationError(f"suite {suite.name}: {error}") from None
+        _, target = measures.scored(context)
+        plain = np.array(ids[: windows.size]).reshape(windows.shape)
+        width = np.concatenate([[0], np.cumsum([len(char.encode()) for char in suite.text])])  # bytes before each character
+        end_bytes = width[np.array(ends[: windows.size])].reshape(windows.shape)
+        n_bytes = int((end_bytes[:, -1] - end_bytes[:, target.start - 1]).sum())
+        found.append(SuiteTokens(suite.name, suite.text, ids, windows, plain[:, target], n_bytes, bos is not None))
+    return found
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash that changes with the weights: config and tokenizer whole; of each weight file its name, size, time of change and
+    64 blocks of 4 KiB. Reading 51 GB whole would take longer than many a validation."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        path = checkpoint.path / name
+        digest.update(path.read_bytes() if path.is_file() else b"-")
+    for file in sorted({location.file for location in checkpoint.locations.values()}):
+        facts = file.stat()
+        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}".encode())
+        with file.open("rb") as stream:
+            for part in range(64):
+                stream.seek(facts.st_size * part // 64)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
+
+
+def _key(model: str, suite: SuiteTokens) -> str:
+    settings = (SCHEMA, measures.TOP_K, measures.TAIL_SAMPLES, LAYER_POSITIONS, suite.windows.shape)
+    return hashlib.sha256(f"{model} {settings}".encode() + suite.windows.tobytes() + suite.targets.tobytes()).hexdigest()[:20]
+
+
+def _load(path: Path) -> Reference | None:
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            parts = [file[name] for name in ("ids", "log_p", "tail", "sample_ids", "sample_log_p")]
+            return Reference(file["nll"], Summary(*parts), file["layers"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s: not readable (%s), computed anew", path, error)
+        return None
+
+
+def _save(path: Path, reference: Reference) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    try:
+        np.savez(temporary, nll=reference.nll, layers=reference.layers, **vars(reference.summary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A streamed run: final hidden states of the scored positions [n_windows · per window, hidden], and the residual
+    streams [num_layers, positions, hidden] of each window that was asked for."""
+
+    model: StreamingModel
+    hidden: torch.Tensor
+    layers: list[F32]
+
+    def logits(self, progress: Progress) -> Iterator[F32]:
+        """Logits of the scored positions in order, [rows, vocab] float32 with at most STREAMED_LOGITS values."""
+        rows = max(1, STREAMED_LOGITS // self.model.architecture.vocab_size)
+        for part in torch.split(self.hidden, rows):
+            yield self.model.logits(part).numpy()
+            progress.advance(len(part))
+
+
+def stream(
+    model: StreamingModel, windows: I64, firsts: Sequence[int], progress: Progress, observer: Observer | None = None
+) -> Streamed:
+    """Run `windows` [n, context]; `firsts` are the windows whose residual streams are kept."""
+    context = windows.shape[1]
+    where, index = torch.tensor(layer_positions(context)), torch.tensor(list(firsts), dtype=torch.long)
+    kept: list[F32] = []
+    positions, _ = measures.scored(context)
+
+    def keep(layer: int, x: torch.Tensor) -> None:
+        kept.append(x[index][:, where].float().numpy())
+
+    hidden = model.hidden_states(torch.from_numpy(windows), observer, progress, keep)
+    flat = hidden[:, positions].flatten(0, 1).contiguous()
+    return Streamed(model, flat, list(np.stack(kept, axis=1)))
+
+
+def pieces(blocks: Iterator[F32]) -> Iterator[tuple[slice, F64]]:
+    """Blocks of logits as log-probabilities of at most LOGITS values, with the positions they are of."""
+    done = 0
+    for block in blocks:
+        rows = max(1, LOGITS // block.shape[1])
+        for start in range(0, len(block), rows):
+            part = block[start : start + rows]
+            yield slice(done, done + len(part)), measures.log_softmax(part)
+            done += len(part)
+
+
+def references(
+    checkpoint: Checkpoint,
+    suites: Sequence[SuiteTokens],
+    cache: Path,
+    progress: Progress | None = None,
+    note: Callable[[str], None] = log.info,
+) -> list[Reference]:
+    """What the checkpoint says of each suite: from `cache` where it was computed before, else computed in one streamed run of
+    all that are missing, and kept there."""
+    report = progress or Silent()
+    model = fingerprint(checkpoint)
+    paths = [cache / f"reference-{suite.name}-{_key(model, suite)}.npz" for suite in suites]
+    found = [_load(path) for path in paths]
+    missing = [index for index, reference in enumerate(found) if reference is None]
+    if missing:
+        note(f"reference of {', '.join(suites[index].name for index in missing)} is computed")
+        windows = np.concatenate([suites[index].windows for index in missing])
+        counts = [len(suites[index].windows) for index in missing]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        run = stream(StreamingModel(checkpoint), windows, starts, report)
+        targets = np.concatenate([suites[index].targets for index in missing]).ravel()
+        nll = np.empty(len(targets))
+        offsets = np.concatenate([measures.draw_offsets(suites[index].targets.size) for index in missing])
+        parts: list[Summary] = []
+        report.start("Scoring the reference", len(targets), "tokens")
+        for where, log_p in pieces(run.logits(report)):
+            nll[where] = measures.nll(log_p, targets[where])
+            parts.append(measures.summarise(log_p, offsets=offsets[where]))
+        report.finish()
+        whole = Summary.joined(parts)
+        per_window = suites[0].targets.shape[1]
+        for start, count, layers, index in zip(starts, counts, run.layers, missing, strict=True):
+            own = slice(start * per_window, (start + count) * per_window)
+            reference = Reference(nll[own].reshape(count, per_window), whole[own], layers)
+            _save(paths[index], reference)
+            found[index] = reference
+    return [reference for reference in found if reference is not None]

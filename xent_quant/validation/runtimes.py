@@ -1,0 +1,67 @@
+"""Which runtime judges a file, and how it is opened. Each is imported only where it is used."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from xent_quant.errors import ValidationError
+from xent_quant.validation.scoring import Runtime
+
+Kind = Literal["gguf", "onnx", "bitsandbytes", "checkpoint"]
+RuntimeName = Literal["auto", "llama.cpp", "onnxruntime", "transformers", "torch"]
+NATIVE: dict[Kind, RuntimeName] = {
+    "gguf": "llama.cpp",
+    "onnx": "onnxruntime",
+    "bitsandbytes": "transformers",
+    "checkpoint": "torch",
+}
+"""Kind of export to the runtime that people use; `torch` is the exact path, which every kind has."""
+
+
+def kind_of(path: Path) -> Kind:
+    """What an exported path is, from its name and files. Raises ValidationError."""
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return "gguf"
+        raise ValidationError(f"{path}: not a .gguf file; give one, or an exported folder")
+    if not path.is_dir():
+        raise ValidationError(f"{path}: no such file or folder")
+    if (path / "model.onnx").is_file():
+        if not (path / "model.onnx.data").is_file():
+            raise ValidationError(f"{path / 'model.onnx.data'}: missing, model.onnx keeps its weights there; export it again")
+        return "onnx"
+    config = path / "config.json"
+    if not config.is_file():
+        raise ValidationError(f"{path}: neither model.onnx nor config.json in it; give the folder of one export")
+    try:
+        quantised = "quantization_config" in json.loads(config.read_text("utf-8"))
+    except ValueError as error:
+        raise ValidationError(f"{config}: not valid JSON ({error}); export it again") from error
+    return "bitsandbytes" if quantised else "checkpoint"
+
+
+def choose(kind: Kind, wanted: RuntimeName) -> RuntimeName:
+    """The runtime for a kind of export. Raises ValidationError for one that cannot run it."""
+    if wanted == "auto":
+        return NATIVE[kind]
+    if wanted not in (NATIVE[kind], "torch"):
+        raise ValidationError(f"--runtime {wanted}: does not run {kind} exports; use {NATIVE[kind]} or torch")
+    return wanted
+
+
+@contextmanager
+def opened(runtime: RuntimeName, path: Path, context: int, threads: int) -> Iterator[Runtime]:
+    """The loaded model. Raises ValidationError where the runtime is missing, naming the pip line, or refuses the file."""
+    if runtime == "llama.cpp":
+        from xent_quant.validation.llama_cpp import LlamaCpp
+
+        with LlamaCpp(path, context, threads, exact=False) as model:
+            yield model
+    elif runtime == "onnxruntime":
+        from xent_quant.validation.onnx_runtime import OnnxModel
+
+        yield OnnxModel(path, threads=threads)
+    else:
+        raise ValidationError(f"--runtime {runtime}: cannot be opened here")

@@ -1,0 +1,96 @@
+"""One run of the quantised model over all suites, compared position by position with the reference."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xent_quant.errors import ValidationError
+from xent_quant.progress import Progress
+from xent_quant.validation import measures
+from xent_quant.validation.measures import F64, I64, Summary
+from xent_quant.validation.reference import F32, SuiteTokens, pieces
+
+
+class Runtime(Protocol):
+    """A loaded model in a runtime that people use."""
+
+    name: str
+    version: str
+    vocab_size: int
+
+    def tokenize(self, text: str) -> list[int]:
+        """The runtime's own token ids of a text, without special tokens."""
+
+    def logits(self, ids: list[int]) -> F32:
+        """[len(ids), vocab] float32 of one fresh context."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one suite, all [n_windows, per window]: negative log-likelihood and KL divergence in nats, same likeliest token."""
+
+    nll: F64
+    kl: F64
+    agree: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class CrossCheck:
+    """The runtime against the exact path on the first window of every suite: mean KL(exact ‖ runtime) and mean difference of
+    the negative log-likelihoods, nats per token."""
+
+    kl: float
+    nll_difference: float
+    tokens: int
+
+
+def run(runtime: Runtime, windows: I64, progress: Progress) -> Iterator[F32]:
+    """Logits of the scored positions, window by window. Raises ValidationError where they are NaN."""
+    positions, _ = measures.scored(windows.shape[1])
+    for index, window in enumerate(windows):
+        block = runtime.logits(window.tolist())[positions]
+        if not np.isfinite(block).all():
+            raise ValidationError(f"{runtime.name} computes NaN or infinite logits (window {index}); the export is broken")
+        yield block
+        progress.advance(len(block))
+
+
+@dataclass
+class Comparison:
+    """Everything that one run yields, flat over all suites' scored positions."""
+
+    nll: F64
+    kl: F64
+    agree: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, blocks: Iterator[F32], targets: I64, reference: Summary) -> "Comparison":
+        """Consume logits in order: targets [n], reference over the same n positions."""
+        n = len(targets)
+        result = cls(np.empty(n), np.empty(n), np.empty(n, bool))
+        for where, log_q in pieces(blocks):
+            result.nll[where] = measures.nll(log_q, targets[where])
+            result.kl[where] = measures.kl_from_summary(reference[where], log_q)
+            result.agree[where] = measures.top1_agreement(reference[where], log_q)
+        return result
+
+    def split(self, suites: Sequence[SuiteTokens]) -> list[Scores]:
+        found, start = [], 0
+        for suite in suites:
+            rows, shape = slice(start, start + suite.targets.size), suite.targets.shape
+            found.append(Scores(self.nll[rows].reshape(shape), self.kl[rows].reshape(shape), self.agree[rows].reshape(shape)))
+            start += suite.targets.size
+        return found
+
+
+def agreement(ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """Share of the reference's tokens that the runtime's tokenizer yields too, in order."""
+    if list(ours) == list(theirs):
+        return 1.0
+    from difflib import SequenceMatcher
+
+    same = sum(block.size for block in SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks())
+    return same / max(len(ours), len(theirs))

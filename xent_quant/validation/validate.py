@@ -1,0 +1,343 @@
+"""Is an exported model within tolerance of its checkpoint? The engine: it knows interfaces, and draws and prints nothing."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import exp, log, sqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.errors import ValidationError
+from xent_quant.model.streaming import Step, StreamingModel
+from xent_quant.progress import Progress, Silent
+from xent_quant.validation import gates, measures, runtimes
+from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
+from xent_quant.validation.measures import Estimate, Summary
+from xent_quant.validation.reference import Reference, Streamed, SuiteTokens, pieces, references, stream, tokenize
+from xent_quant.validation.report import KL_EDGES, Finding, Report, SuiteResult, Suspicion
+from xent_quant.validation.scoring import Comparison, CrossCheck, Scores, agreement, run
+from xent_quant.validation.suites import GROUPS, Suite
+from xent_quant.validation.weights import TypedSource, compare_all
+
+TOKENIZER_AGREEMENT = 0.99
+"""Below this share of common token ids the runtime reads another text than the reference."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export opened from headers: its weights, the name of its mix where it has one, and the bytes of its weight files."""
+
+    kind: runtimes.Kind
+    source: TypedSource
+    mix: str | None
+    nbytes: int
+
+
+class _Checkpoint:
+    """A float checkpoint as an export, for judging a fine-tune or a conversion."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.architecture, self.read = checkpoint, checkpoint.architecture, checkpoint.read
+
+    def type(self, name: str) -> str:
+        return self.checkpoint.infos[name].dtype
+
+    def padding(self, name: str) -> float:
+        return 0.0
+
+
+def open_export(path: Path, reference: Architecture) -> Exported:
+    """Headers of an export, checked against the reference. Raises ValidationError naming the file, key or tensor."""
+    kind = runtimes.kind_of(path)
+    if kind == "gguf":
+        import gguf
+
+        file = GGUFFile(path)
+        number = file.metadata.get("general.file_type")
+        known = {int(item): item.name.removeprefix("MOSTLY_") for item in gguf.LlamaFileType}
+        return Exported(kind, GGUFSource(file, reference), known.get(number) if isinstance(number, int) else None, file.nbytes)
+    source: TypedSource
+    if kind == "onnx":
+        from xent_quant.validation.onnx_source import OnnxSource
+
+        source = OnnxSource(path)
+    elif kind == "checkpoint":
+        source = _Checkpoint(Checkpoint.open(path))
+    else:
+        raise ValidationError(f"{path}: bitsandbytes exports cannot be validated yet")
+    _check_same(path, source.architecture, reference)
+    nbytes = sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".data", ".onnx", ".bin"))
+    return Exported(kind, source, None, nbytes)
+
+
+def _check_same(path: Path, found: Architecture, wanted: Architecture) -> None:
+    for key, value in vars(wanted).items():
+        if key not in ("tie_word_embeddings", "max_position_embeddings") and getattr(found, key) != value:
+            raise ValidationError(f"{path}: {key} is {getattr(found, key)}, the reference's is {value}; it is another model")
+
+
+def validate(
+    exported: Path,
+    reference: Checkpoint,
+    suites: Sequence[Suite],
+    *,
+    cache: Path,
+    context: int = 512,
+    max_tokens: int | None = None,
+    tolerance: str | None = None,
+    runtime: runtimes.RuntimeName = "auto",
+    threads: int | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Report:
+    """Compare an export with its checkpoint; see the package's modules for what each part means.
+
+    The exact path (the exported bytes, dequantised and streamed through our forward) runs over the first window of every suite,
+    as a check on the runtime and for per-layer errors; with runtime "torch" over everything. Holds a few times
+    windows · context · hidden float32, one expert or slice of the head, LOGITS logits, and whatever the runtime holds. Raises
+    ValidationError in one line for what cannot be compared.
+    """
+    started = time.perf_counter()
+    report = progress or Silent()
+    if not suites:
+        raise ValidationError("no suite was given")
+    threads = threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    opened = open_export(exported, reference.architecture)
+    used = runtimes.choose(opened.kind, runtime)
+    texts = tokenize(reference, suites, context, max_tokens)
+    n_weights = reference.n_weights
+    weight_bits = 8 * opened.nbytes / n_weights
+    default = gates.tier(opened.mix, weight_bits)
+    bounds = gates.parse(tolerance, default) if tolerance else default
+
+    known = references(reference, texts, cache, report)
+    tensors = tuple(compare_all(reference, opened.source, report))
+    everything = used == "torch"
+    exact = _exact(opened.source, texts, everything, report)
+    if everything:
+        total = sum(text.targets.size for text in texts)
+        report.start("Scoring the export", total, "tokens")
+        joined = Summary.joined([item.summary for item in known])
+        scores = Comparison.of(exact.run.logits(report), _targets(texts), joined).split(texts)
+        report.finish()
+        agreed, check, version = [1.0] * len(texts), None, str(torch.__version__)
+    else:
+        scores, agreed, check, version = _in_runtime(used, exported, texts, known, exact, context, threads, report)
+
+    cross: gates.Verdict = "within"
+    if check and (check.kl > gates.CROSS_KL or abs(check.nll_difference) > gates.CROSS_NLL):
+        cross = "out"
+    suspects = [Suspicion(tensor, reason) for tensor in tensors if (reason := gates.suspicious(tensor))]
+    suspects.sort(key=lambda suspect: -gates.severity(suspect.tensor))
+    results = [_result(*item, bounds) for item in zip(texts, known, scores, agreed, strict=True)]
+    why = "as --tolerance says" if tolerance else f"by its mix, {opened.mix}" if opened.mix else "by its bits per weight"
+    notes = [
+        f"Tier {bounds.name}, {why}: perplexity ratio ≤ {bounds.ppl:g}, KL divergence ≤ {bounds.kld:g}, "
+        f"top-1 agreement ≥ {bounds.top1:g}, every suite on its own."
+    ]
+    notes.append(
+        f"Windows of {context} tokens apart, second half scored, as llama-perplexity does; errors are over windows; "
+        f"within or out by {gates.ERRORS:.0f} standard errors, else undecided."
+    )
+    if len(texts[0].windows) < 2:
+        notes.append("One window is too few for a standard error: verdicts on text are undecided.")
+    return Report(
+        exported=str(exported),
+        reference=str(reference.path),
+        kind=opened.kind if opened.mix is None else f"{opened.kind} {opened.mix}",
+        runtime=used,
+        runtime_version=version,
+        tier=bounds,
+        context=context,
+        suites=tuple(results),
+        averages=tuple(_averages(results, bounds)),
+        tensors=tensors,
+        suspicions=tuple(suspects),
+        cross_check=check,
+        cross_verdict=cross,
+        layer_errors=_layer_errors(exact.run, known),
+        coverage=exact.coverage,
+        nbytes=opened.nbytes,
+        reference_bytes=reference.nbytes,
+        n_weights=n_weights,
+        seconds=time.perf_counter() - started,
+        command=command,
+        versions=_versions(),
+        notes=tuple(notes),
+    )
+
+
+def _targets(texts: Sequence[SuiteTokens]) -> measures.I64:
+    return np.concatenate([text.targets.ravel() for text in texts])
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """The exact path's run; of a partial one, which covers first windows only, what the runtime must agree with."""
+
+    run: Streamed
+    coverage: tuple[tuple[int, ...], ...]
+    nll: measures.F64
+    summary: Summary | None
+
+
+def _exact(source: TypedSource, texts: Sequence[SuiteTokens], everything: bool, progress: Progress) -> _Exact:
+    model = source.architecture
+    counts = np.zeros((model.num_layers, max(model.num_experts, 1)), np.int64)
+
+    def count(step: Step) -> None:
+        name = step.weights[0]
+        if ".experts." in name and "gate_proj" in name:
+            parts = name.split(".")
+            counts[int(parts[2]), int(parts[5])] += len(step.inputs)
+
+    chosen = [text.windows if everything else text.windows[:1] for text in texts]
+    firsts = np.cumsum([0, *map(len, chosen)])[:-1].tolist()
+    done = stream(StreamingModel(source), np.concatenate(chosen), firsts, progress, count)
+    coverage = tuple(tuple(int(n) for n in row) for row in counts) if model.num_experts else ()
+    if everything:
+        return _Exact(done, coverage, np.empty(0), None)
+    targets = np.concatenate([text.targets[:1].ravel() for text in texts])
+    nll, parts = np.empty(len(targets)), []
+    offsets = measures.draw_offsets(len(targets))
+    for where, log_q in pieces(done.logits(Silent())):
+        nll[where] = measures.nll(log_q, targets[where])
+        parts.append(measures.summarise(log_q, offsets=offsets[where]))
+    return _Exact(done, coverage, nll, Summary.joined(parts))
+
+
+def _in_runtime(
+    used: runtimes.RuntimeName,
+    path: Path,
+    texts: Sequence[SuiteTokens],
+    known: Sequence[Reference],
+    exact: _Exact,
+    context: int,
+    threads: int,
+    progress: Progress,
+) -> tuple[list[Scores], list[float], CrossCheck, str]:
+    """Score every suite in the runtime, its first window against the exact path too."""
+    scores, agreed, first_kl, first_nll = [], [], [], []
+    with runtimes.opened(used, path, context, threads) as model:
+        vocab = exact.run.model.architecture.vocab_size
+        if model.vocab_size != vocab:
+            raise ValidationError(
+                f"{path}: {model.vocab_size} tokens in its vocabulary, the reference has {vocab}: another model"
+            )
+        for text in texts:
+            bos = text.ids[: text.has_bos]
+            same = agreement(text.ids, [*bos, *model.tokenize(text.text)])
+            if same < TOKENIZER_AGREEMENT:
+                raise ValidationError(
+                    f"{path}: its tokenizer agrees with the reference's on {same:.1%} of the tokens of {text.name}; "
+                    "they do not match, export it again from this checkpoint"
+                )
+            agreed.append(same)
+        progress.start(f"Running {model.name}", sum(text.targets.size for text in texts), "tokens")
+        per_window = texts[0].targets.shape[1]
+        for index, (text, reference) in enumerate(zip(texts, known, strict=True)):
+            rows = slice(index * per_window, (index + 1) * per_window)
+            parts = []
+            for number, block in enumerate(run(model, text.windows, progress)):
+                targets = text.targets[number]
+                here = slice(number * per_window, (number + 1) * per_window)
+                parts.append(Comparison.of(iter([block]), targets, reference.summary[here]))
+                if not number and exact.summary:
+                    twin = Comparison.of(iter([block]), targets, exact.summary[rows])
+                    first_kl.append(twin.kl)
+                    first_nll.append(twin.nll - exact.nll[rows])
+            scores.append(Scores(*(np.stack([getattr(part, key) for part in parts]) for key in ("nll", "kl", "agree"))))
+        progress.finish()
+        kl, difference = np.concatenate(first_kl), np.concatenate(first_nll)
+        check = CrossCheck(float(kl.mean()), float(difference.mean()), len(kl))
+        return scores, agreed, check, model.version
+
+
+def _result(text: SuiteTokens, reference: Reference, scores: Scores, agreed: float, bounds: gates.Tier) -> SuiteResult:
+    flat = scores.kl.ravel()
+    ratio, kl = measures.perplexity_ratio(scores.nll, reference.nll), measures.window_mean(scores.kl)
+    top1 = measures.window_mean(scores.agree)
+    nll = measures.token_mean(scores.nll.ravel())
+    return SuiteResult(
+        name=text.name,
+        tokens=text.targets.size,
+        windows=len(text.windows),
+        perplexity=Estimate(exp(nll.value), exp(nll.value) * nll.error),
+        reference_perplexity=measures.perplexity(reference.nll),
+        nll=nll.value,
+        bits_per_byte=measures.bits_per_byte(scores.nll, text.n_bytes),
+        reference_bits_per_byte=measures.bits_per_byte(reference.nll, text.n_bytes),
+        ratio=Finding(ratio, bounds.ppl, gates.judge(ratio, bounds.ppl)),
+        kl=Finding(kl, bounds.kld, gates.judge(kl, bounds.kld)),
+        kl_99=float(np.quantile(flat, 0.99)),
+        kl_max=float(flat.max()),
+        top1=Finding(top1, bounds.top1, gates.judge(top1, bounds.top1, at_most=False)),
+        tokenizer=agreed,
+        kl_histogram=tuple(int(n) for n in np.histogram(flat, [-np.inf, *KL_EDGES, np.inf])[0]),
+    )
+
+
+def _averages(results: Sequence[SuiteResult], bounds: gates.Tier) -> list[SuiteResult]:
+    """Means over suites, each suite counting alike; perplexities are averaged as mean log-likelihoods."""
+    found = []
+    groups = {name: [r for r in results if r.name.startswith(beginnings)] for name, beginnings in GROUPS.items()}
+    for name, members in {**groups, "all suites": list(results)}.items():
+        if len(members) < 2:
+            continue
+
+        def mean(values: Callable[[SuiteResult], float], of: Sequence[SuiteResult] = members) -> float:
+            return sum(map(values, of)) / len(of)
+
+        def together(values: Callable[[SuiteResult], Estimate], of: Sequence[SuiteResult] = members) -> Estimate:
+            items = [values(result) for result in of]
+            return Estimate(sum(i.value for i in items) / len(items), sqrt(sum(i.error**2 for i in items)) / len(items))
+
+        d = together(lambda r: Estimate(log(r.ratio.value.value), r.ratio.value.error / r.ratio.value.value))
+        nll = together(lambda r: Estimate(r.nll, r.perplexity.error / r.perplexity.value))
+        ratio = Estimate(exp(d.value), exp(d.value) * d.error)
+        kl, top1 = together(lambda r: r.kl.value), together(lambda r: r.top1.value)
+        found.append(
+            SuiteResult(
+                name=name,
+                tokens=sum(r.tokens for r in members),
+                windows=sum(r.windows for r in members),
+                perplexity=Estimate(exp(nll.value), exp(nll.value) * nll.error),
+                reference_perplexity=exp(mean(lambda r: log(r.reference_perplexity))),
+                nll=nll.value,
+                bits_per_byte=mean(lambda r: r.bits_per_byte),
+                reference_bits_per_byte=mean(lambda r: r.reference_bits_per_byte),
+                ratio=Finding(ratio, bounds.ppl, gates.judge(ratio, bounds.ppl)),
+                kl=Finding(kl, bounds.kld, gates.judge(kl, bounds.kld)),
+                kl_99=mean(lambda r: r.kl_99),
+                kl_max=max(r.kl_max for r in members),
+                top1=Finding(top1, bounds.top1, gates.judge(top1, bounds.top1, at_most=False)),
+                tokenizer=mean(lambda r: r.tokenizer),
+                kl_histogram=tuple(sum(column) for column in zip(*(r.kl_histogram for r in members), strict=True)),
+            )
+        )
+    return found
+
+
+def _layer_errors(done: Streamed, known: Sequence[Reference]) -> tuple[float, ...]:
+    """Relative error of the residual stream behind each layer, over all suites' kept positions."""
+    differences = sum(((a - b.layers) ** 2).sum(axis=(1, 2)) for a, b in zip(done.layers, known, strict=True))
+    norms = sum((b.layers**2).sum(axis=(1, 2)) for b in known)
+    return tuple(float(value) for value in np.sqrt(differences / norms))
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("xent-quant", "numpy", "torch", "gguf", "xllamacpp", "onnxruntime", "bitsandbytes", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
