@@ -1,0 +1,158 @@
+"""GPTQ against the paper's loop, its invariants, and what it is for: less output error on inputs that it has not seen."""
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from tests.reference import gptq as reference
+from xent_quant import formats
+from xent_quant.formats._codes import CodedFormat
+from xent_quant.formats.int_group import IntGroup
+from xent_quant.methods import METHODS, gptq
+from xent_quant.methods.gptq import GPTQ, Curvature, Rows
+from xent_quant.methods.search import Search
+from xent_quant.tensors import InputStatistics
+
+RANDOM = np.random.default_rng(0)
+COLUMNS = 512
+MIXING = RANDOM.standard_normal((COLUMNS, COLUMNS)) * np.geomspace(1, 0.02, COLUMNS)[:, None]
+INPUTS = (RANDOM.standard_normal((3000, COLUMNS)) @ MIXING).astype(np.float32)
+WEIGHTS = (RANDOM.standard_normal((24, COLUMNS)) * 0.02).astype(np.float32)
+FAMILIES = ["Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K"]
+
+
+def statistics(columns: int = COLUMNS) -> InputStatistics:
+    seen, unseen = INPUTS[:2500, :columns], INPUTS[2500:, :columns]
+    return InputStatistics(np.square(seen).mean(0), seen.T @ seen / len(seen), len(seen), unseen)
+
+
+def kind_of(name: str) -> CodedFormat:
+    kind = formats.get(name)
+    assert isinstance(kind, CodedFormat)
+    return kind
+
+
+def fed(kind: CodedFormat, columns: int = COLUMNS) -> Rows:
+    known = statistics(columns)
+    assert known.hessian is not None
+    weights = np.ascontiguousarray(WEIGHTS[:, :columns])
+    rows = Rows(weights, kind, Curvature.of(known.hessian), known.importance, "fast", "w")
+    rows.feed()
+    return rows
+
+
+def loss(rows: Rows) -> np.ndarray:
+    errors = rows.errors.astype(np.float64)
+    return ((errors @ rows.curvature.hessian) * errors).sum(1)
+
+
+def wide_grid(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    grid = rows.kind.grid(rows.packed)
+    group = grid.group_size(rows.weights.shape[1])
+    return np.repeat(grid.scale, group, 1), np.repeat(grid.offset, group, 1), grid.levels
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind_of("Q4_0"), kind_of("IQ4_NL"), kind_of("Q4_K"), kind_of("Q2_K"), IntGroup(4, 64, symmetric=False, scale="F16")],
+    ids=lambda kind: kind.name,
+)
+def test_codes_are_those_of_the_papers_loop(kind) -> None:
+    rows = fed(kind, 256)
+    wanted = reference.gptq(rows.weights, rows.curvature.hessian, *wide_grid(rows))
+    assert np.array_equal(kind.codes(rows.packed), wanted)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "IQ4_NL"])
+def test_descent_is_the_best_single_code(name: str) -> None:
+    rows = fed(kind_of(name), 256)
+    wanted = reference.descend(
+        rows.weights, rows.curvature.hessian.astype(np.float64), *wide_grid(rows), rows.kind.codes(rows.packed)
+    )
+    gradient = gptq.product(rows.errors, rows.curvature.hessian)
+    rows._descend(0, 256, gradient, 1)
+    assert np.array_equal(rows.kind.codes(rows.packed), wanted)
+    assert not np.array_equal(wanted, fed(kind_of(name), 256).kind.codes(fed(kind_of(name), 256).packed))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
+def test_lazy_updates_do_not_change_the_answer(monkeypatch, name: str) -> None:
+    whole = fed(kind_of(name))
+    for columns in (32, 128, COLUMNS):
+        monkeypatch.setattr(gptq, "LAZY", columns)
+        again = fed(kind_of(name))
+        assert (again.packed == whole.packed).mean() > 0.999
+        np.testing.assert_allclose(loss(again), loss(whole), rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_step_lowers_the_loss(name: str) -> None:
+    rows = fed(kind_of(name))
+    before = loss(rows)
+    for _ in range(2):
+        rows.sweep(2)
+        np.testing.assert_allclose(rows.errors, rows.weights - rows.kind.dequantize(rows.packed), atol=1e-6)
+        after = loss(rows)
+        assert (after <= before * (1 + 1e-4)).all()
+        assert after.sum() < before.sum()
+        before = after
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [*map(kind_of, FAMILIES), IntGroup(4, 32, symmetric=True, scale="F16"), IntGroup(8, 64, symmetric=False, scale="F16")],
+    ids=lambda kind: kind.name,
+)
+def test_less_error_on_unseen_inputs_than_the_search(kind) -> None:
+    known = statistics()
+    assert known.held_out is not None
+    fresh = (np.random.default_rng(1).standard_normal((2000, COLUMNS)) @ MIXING).astype(np.float32)
+
+    def error(method) -> float:
+        return float(np.square(fresh @ (WEIGHTS - kind.dequantize(method.quantize(WEIGHTS, kind, known, name="w"))).T).sum())
+
+    assert error(GPTQ()) < 0.6 * error(Search())
+
+
+def test_rows_that_the_search_serves_better_keep_it() -> None:
+    """Held-out inputs of another kind than those of the Hessian: feedback for the wrong inputs does harm."""
+    known, kind = statistics(), kind_of("Q4_0")
+    lonely = InputStatistics(known.importance, known.hessian, known.rows, np.eye(COLUMNS, dtype=np.float32)[:200] * 9)
+    chosen = GPTQ().quantize(WEIGHTS, kind, lonely, name="w")
+    searched = Search().quantize(WEIGHTS, kind, lonely, name="w")
+    assert (chosen == searched).all(1).mean() > 0.9
+    errors = [gptq.held_out_error(WEIGHTS - kind.dequantize(packed), lonely) for packed in (chosen, searched)]
+    assert (errors[0] <= errors[1]).all()
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_slices_threads_and_padding_change_no_byte(name: str) -> None:
+    kind, known, method = kind_of(name), statistics(480).padded(512), GPTQ()
+    weights = np.pad(WEIGHTS[:, :480], ((0, 0), (0, 32)))
+    whole = method.quantize(weights, kind, known, name="w")
+    assert not kind.dequantize(whole)[:, 480:].any()
+    threads = numba.get_num_threads(), torch.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        torch.set_num_threads(1)
+        sliced = [GPTQ().quantize(weights[rows], kind, known, name="w") for rows in (slice(0, 7), slice(7, 24))]
+    finally:
+        numba.set_num_threads(threads[0])
+        torch.set_num_threads(threads[1])
+    assert np.array_equal(np.concatenate(sliced), whole)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_poor_statistics_do_no_harm(name: str, method: str) -> None:
+    """One row, no energy at all, none of some columns: finite weights, near the plain ones."""
+    kind = formats.get(name)
+    one = INPUTS[:1]
+    blind = np.where(np.arange(COLUMNS) % 3 == 0, 0, INPUTS[:400])
+    for rows in (one, np.zeros_like(one), blind):
+        known = InputStatistics(np.square(rows).mean(0), rows.T @ rows / len(rows), len(rows), rows)
+        packed = METHODS[method]("fast").quantize(WEIGHTS, kind, known, name="w")
+        values = kind.dequantize(packed)
+        assert np.isfinite(values).all()
+        assert np.square(values - WEIGHTS).sum() < 0.8 * np.square(WEIGHTS).sum()

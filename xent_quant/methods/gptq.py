@@ -1,0 +1,281 @@
+"""GPTQ inside any grid: codes chosen column by column, every column's rounding error passed on to those not yet rounded.
+
+With H = mean x xᵀ (damped) the output error of a row is e H eᵀ, e = w − ŵ. H = U D Uᵀ, U unit upper triangular, turns it
+into Σ_j D_j (e U)_j²: column j rounds w_j + Σ_{i<j} e_i U_ij, and nothing chosen later can mend what is left of it. This is
+GPTQ (Frantar et al., 2022) without the inverse of H: the LDLQ form, equal to it by theorem 6 of QuIP (Chee et al., 2023).
+
+1. `_Rows.feed`: block after block of the type, scales by the weighted search on weights that already make up for all errors
+   before them, then codes with error feedback.
+2. `_Rows.sweep`: every block once more, scales and codes, for the errors of all others, before and after it, kept in those
+   rows where e H eᵀ falls; then rounds of coordinate descent on single codes, which only lower it.
+3. On held-out inputs, every row keeps the better of this and the weighted search.
+
+Rows are independent of each other. Types without a grid, and weights without a Hessian or without held-out rows, are left to
+the weighted search.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numba as nb
+import numpy as np
+from numpy.typing import NDArray
+
+from xent_quant.errors import QuantizationError
+from xent_quant.formats._codes import CodedFormat
+from xent_quant.formats.base import F32, U8, Effort, QuantFormat
+from xent_quant.methods.search import Search
+from xent_quant.tensors import InputStatistics
+
+F64 = NDArray[np.float64]
+
+DAMPING = 0.01
+"""Added to H's diagonal, as a share of its mean."""
+
+LAZY = 256
+"""Columns between two updates of all later columns by one matrix product; those that coordinate descent turns to together."""
+
+EFFORTS: dict[Effort, tuple[int, int]] = {"fast": (0, 0), "normal": (1, 3), "high": (3, 3)}
+"""Sweeps, and rounds of coordinate descent in each."""
+
+
+@nb.njit(parallel=True, cache=True, error_model="numpy")
+def round_columns(weights, targets, factor, scale, offset, levels, uniform, codes, errors):  # type: ignore[no-untyped-def]
+    """Round targets [rows, n] in order of columns, passing errors on by `factor` [n, n] (U of these columns).
+
+    `targets` are `weights` [rows, n] with the errors of all columns before these passed on; final targets are left there.
+    `scale`, `offset` [rows, groups] and `levels` as in Grid; `uniform` tells that levels are consecutive integers. Fills
+    codes [rows, n] u8 and errors [rows, n] f32, weights less what the codes stand for.
+    """
+    rows, columns = targets.shape
+    group = columns // scale.shape[1]
+    top = len(levels) - 1
+    for row in nb.prange(rows):
+        for j in range(columns):
+            s, m, t = scale[row, j // group], offset[row, j // group], targets[row, j]
+            code = 0
+            if s != 0:
+                x = (t - m) / s
+                if uniform:
+                    x = np.rint(x) - levels[0]
+                    code = int(min(max(x, np.float32(0)), np.float32(top)))
+                else:
+                    while code < top and x > (levels[code] + levels[code + 1]) * np.float32(0.5):
+                        code += 1
+            codes[row, j] = code
+            error = weights[row, j] - (s * levels[code] + m)
+            errors[row, j] = error
+            for c in range(j + 1, columns):
+                targets[row, c] += error * factor[j, c]
+
+
+@nb.njit(parallel=True, cache=True, error_model="numpy")
+def descend(weights, gradient, hessian, scale, offset, levels, uniform, codes, errors):  # type: ignore[no-untyped-def]
+    """One round of coordinate descent: every code in turn becomes the best one for the errors of all other columns.
+
+    `gradient` [rows, n] is e H at these columns, `hessian` [n, n] the block of H; all three results are updated in place.
+    """
+    rows, columns = weights.shape
+    group = columns // scale.shape[1]
+    top = len(levels) - 1
+    for row in nb.prange(rows):
+        for j in range(columns):
+            s, m = scale[row, j // group], offset[row, j // group]
+            if s == 0:
+                continue
+            x = (weights[row, j] - errors[row, j] + gradient[row, j] / hessian[j, j] - m) / s
+            code = 0
+            if uniform:
+                x = np.rint(x) - levels[0]
+                code = int(min(max(x, np.float32(0)), np.float32(top)))
+            else:
+                while code < top and x > (levels[code] + levels[code + 1]) * np.float32(0.5):
+                    code += 1
+            if code == codes[row, j]:
+                continue
+            codes[row, j] = code
+            error = weights[row, j] - (s * levels[code] + m)
+            change = error - errors[row, j]
+            errors[row, j] = error
+            for c in range(columns):
+                gradient[row, c] += change * hessian[j, c]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """LAPACK's results depend on the number of threads; ours must not."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def factorise(hessian: F64) -> F32:
+    """U, unit upper triangular, with hessian = U diag(D) Uᵀ; [n, n] float64 to float32, computed in float64."""
+    import torch
+
+    with one_thread():
+        lower = torch.linalg.cholesky(torch.from_numpy(hessian[::-1, ::-1].copy())).numpy()
+    upper = lower[::-1, ::-1]
+    return np.ascontiguousarray(upper / upper.diagonal(), dtype=np.float32)
+
+
+def inverse(hessian: F64) -> F32:
+    """[n, n] float64 to float32."""
+    import torch
+
+    with one_thread():
+        found: F32 = torch.cholesky_inverse(torch.linalg.cholesky(torch.from_numpy(hessian))).float().numpy()
+    return found
+
+
+def product(a: F32, b: F32) -> F32:
+    """a @ b, of the same bits whatever the number of threads."""
+    import torch
+
+    result: F32 = torch.mm(torch.from_numpy(np.ascontiguousarray(a)), torch.from_numpy(np.ascontiguousarray(b))).numpy()
+    return result
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """A damped Hessian [n, n] float32 and its factor U; `source` is the array that it was made from."""
+
+    source: F32
+    hessian: F32
+    factor: F32
+
+    @classmethod
+    def of(cls, hessian: F32) -> "Curvature":
+        wide = hessian.astype(np.float64)
+        wide[np.diag_indices_from(wide)] += DAMPING * wide.diagonal().mean()
+        return cls(hessian, wide.astype(np.float32), factorise(wide))
+
+
+class GPTQ:
+    """See the module. Holds the Curvature of the last Hessian, since gate and up, q, k and v, and slices share theirs."""
+
+    name = "gptq"
+    needs_hessian = True
+
+    def __init__(self, effort: Effort = "normal") -> None:
+        self._effort: Effort = effort
+        self._search = Search(effort)
+        self._curvature: Curvature | None = None
+
+    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+        """See `Method.quantize`. Holds three copies of the weights and two of the Hessian."""
+        searched = self._search.quantize(weights, kind, statistics, name=name)
+        if statistics is None or statistics.hessian is None or statistics.held_out is None or not isinstance(kind, CodedFormat):
+            return searched
+        if self._curvature is None or self._curvature.source is not statistics.hessian:
+            if not np.isfinite(statistics.hessian).all():
+                raise QuantizationError(f"{name}: the Hessian holds NaN or infinities; calibrate again")
+            self._curvature = Curvature.of(statistics.hessian) if statistics.hessian.any() else None
+        if self._curvature is None:
+            return searched
+        weights = np.ascontiguousarray(weights)
+        rows = Rows(weights, kind, self._curvature, statistics.importance, self._effort, name)
+        rows.feed()
+        sweeps, rounds = EFFORTS[self._effort]
+        for _ in range(sweeps):
+            rows.sweep(rounds)
+        worse = held_out_error(rows.errors, statistics) > held_out_error(weights - kind.dequantize(searched), statistics)
+        rows.packed[worse] = searched[worse]
+        return rows.packed
+
+
+def held_out_error(errors: F32, statistics: InputStatistics) -> F32:
+    """Σ (x · e)² over the held-out inputs x, for every row e of [rows, columns]; [rows] float32."""
+    if statistics.held_out is None:
+        raise ValueError("no held-out rows")
+    found: F32 = np.square(product(errors, np.ascontiguousarray(statistics.held_out.T))).sum(axis=1)
+    return found
+
+
+class Rows:
+    """Rows under way: `weights`, `errors` (weights less what the bytes stand for) [rows, columns] and `packed` bytes."""
+
+    def __init__(self, weights: F32, kind: CodedFormat, curvature: Curvature, importance: F32, effort: Effort, name: str) -> None:
+        self.weights, self.kind, self.curvature, self.importance = weights, kind, curvature, importance
+        self.effort: Effort = effort
+        self.name = name
+        self.errors = np.zeros_like(weights)
+        self.packed = np.zeros((len(weights), kind.row_bytes(weights.shape[1])), np.uint8)
+        steps = np.diff(kind.levels)
+        self._uniform = bool((steps == 1).all())
+
+    def _bytes(self, start: int, stop: int) -> slice:
+        return slice(start // self.kind.block_size * self.kind.block_bytes, stop // self.kind.block_size * self.kind.block_bytes)
+
+    def _lumps(self) -> list[tuple[int, int]]:
+        columns, block = self.weights.shape[1], self.kind.block_size
+        size = max(block, LAZY // block * block)
+        return [(start, min(start + size, columns)) for start in range(0, columns, size)]
+
+    def feed(self) -> None:
+        """The first pass."""
+        step, factor = self.kind.block_size, self.curvature.factor
+        for start, stop in self._lumps():
+            targets = self.weights[:, start:stop] + product(self.errors[:, :start], factor[:start, start:stop])
+            for first in range(start, stop, step):
+                last = first + step
+                block = np.ascontiguousarray(targets[:, first - start : last - start])
+                packed = self._search(block, first, last)
+                packed, errors = self._round(self.weights[:, first:last], block, factor[first:last, first:last], packed)
+                self.packed[:, self._bytes(first, last)], self.errors[:, first:last] = packed, errors
+                if last < stop:
+                    targets[:, last - start :] += product(errors, factor[first:last, last:stop])
+
+    def sweep(self, rounds: int) -> None:
+        """The second pass."""
+        step = self.kind.block_size
+        for start, stop in self._lumps():
+            gradient = product(self.errors, self.curvature.hessian[:, start:stop])  # e H at these columns
+            for first in range(start, stop, step):
+                gradient += product(
+                    self._again(first, first + step, gradient[:, first - start : first - start + step]),
+                    self.curvature.hessian[first : first + step, start:stop],
+                )
+            self._descend(start, stop, gradient, rounds)
+
+    def _search(self, targets: F32, first: int, last: int) -> U8:
+        return self.kind.quantize(targets, self.importance[first:last], effort=self.effort, name=self.name)
+
+    def _round(self, weights: F32, targets: F32, factor: F32, packed: U8) -> tuple[U8, F32]:
+        """Codes with error feedback within the grid of `packed`: (bytes, errors)."""
+        grid = self.kind.grid(packed)
+        codes, errors = np.empty(weights.shape, np.uint8), np.empty(weights.shape, np.float32)
+        weights, factor = np.ascontiguousarray(weights), np.ascontiguousarray(factor)
+        round_columns(weights, targets, factor, grid.scale, grid.offset, grid.levels, self._uniform, codes, errors)
+        return self.kind.with_codes(packed, codes), errors
+
+    def _again(self, first: int, last: int, gradient: F32) -> F32:
+        """Quantise columns first…last for the errors of all others; `gradient` is e H there. The change of the errors."""
+        hessian = self.curvature.hessian[first:last, first:last].astype(np.float64)
+        # The least of e H eᵀ over these columns alone lies where their gradient vanishes.
+        targets = self.weights[:, first:last] - self.errors[:, first:last] + product(gradient, inverse(hessian))
+        packed, errors = self._round(targets, targets.copy(), factorise(hessian), self._search(targets, first, last))
+        errors += self.weights[:, first:last] - targets
+        change = errors - self.errors[:, first:last]
+        rise = ((2 * gradient + product(change, hessian.astype(np.float32))) * change).sum(axis=1)
+        better = rise < 0
+        change[~better] = 0
+        self.packed[better, self._bytes(first, last)] = packed[better]
+        self.errors[:, first:last] += change
+        return change
+
+    def _descend(self, start: int, stop: int, gradient: F32, rounds: int) -> None:
+        here = self._bytes(start, stop)
+        packed = np.ascontiguousarray(self.packed[:, here])
+        grid, codes = self.kind.grid(packed), self.kind.codes(packed)
+        weights, errors = np.ascontiguousarray(self.weights[:, start:stop]), np.ascontiguousarray(self.errors[:, start:stop])
+        hessian = np.ascontiguousarray(self.curvature.hessian[start:stop, start:stop])
+        for _ in range(rounds):
+            descend(weights, gradient, hessian, grid.scale, grid.offset, grid.levels, self._uniform, codes, errors)
+        self.packed[:, here], self.errors[:, start:stop] = self.kind.with_codes(packed, codes), errors

@@ -1,0 +1,18 @@
+"""Round to nearest: no statistics and the shortest search; the baseline that other methods must beat."""
+
+from dataclasses import dataclass
+
+from xent_quant.formats.base import F32, U8, QuantFormat
+from xent_quant.tensors import InputStatistics
+
+
+@dataclass(frozen=True)
+class RoundToNearest:
+    """Every column counts the same; a block's scale comes from the few candidates that the type tries at least."""
+
+    name: str = "rtn"
+    needs_hessian: bool = False
+
+    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+        """See `Method.quantize`."""
+        return kind.quantize(weights, effort="fast", name=name)
