@@ -23,9 +23,9 @@ class Q2K(AffineFormat):
     levels = integers(0, 3)
     scale_top = 15
     efforts = Efforts(
-        fast=(plane(3, 1, 4, 0.5, 3), 1),
-        normal=(plane(3, 1.2, 8, 0.5, 3), 2),
-        high=(plane(3, 2, 16, 0.7, 7), 6),
+        fast=(plane(3, 0.9, 4, 0.5, 3), 1),
+        normal=(plane(3, 0.9, 8, 0.5, 3), 2),
+        high=(plane(3, 0.9, 16, 0.5, 7), 6),
     )
 
     def scales(self, blocks: U8) -> tuple[F32, F32]:

@@ -21,7 +21,7 @@ class Q40(SymmetricFormat):
     planes = (Plane(2, 18, bits=4, run=16),)
     levels = integers(-8, 7)
     efforts = Efforts(
-        fast=(ladder((-7.6, -10, 3), (6.6, 9, 3)), 1),
+        fast=(ladder((-7.6, -10, 4), (6.6, 9, 4)), 1),
         normal=(ladder((-7.4, -11, 8), (6.4, 10, 8)), 2),
         high=(ladder((-7, -14, 32), (6, 13, 32)), 6),
     )

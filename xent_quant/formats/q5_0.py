@@ -22,9 +22,9 @@ class Q50(SymmetricFormat):
     planes = (Plane(6, 22, bits=4, run=16), Plane(2, 6, bits=1, run=1))
     levels = integers(-16, 15)
     efforts = Efforts(
-        fast=(ladder((-15.4, -18, 3), (14.4, 17, 3)), 1),
+        fast=(ladder((-15.4, -18, 5), (14.4, 17, 5)), 1),
         normal=(ladder((-15.4, -19, 8), (14.4, 18, 8)), 2),
-        high=(ladder((-15, -22, 32), (14, 21, 32)), 6),
+        high=(ladder((-15, -24, 48), (14, 23, 48)), 6),
     )
 
     def scales(self, blocks: U8) -> tuple[F32, None]:

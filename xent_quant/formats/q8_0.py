@@ -23,7 +23,7 @@ class Q80(SymmetricFormat):
     flip = 0x80  # two's complement
     unused = 1
     efforts = Efforts(
-        fast=(ladder((-127.6, -127.6, 1)), 1),
+        fast=(ladder((-127, -127.6, 2)), 1),
         normal=(ladder((-127, -128, 3)), 1),
         high=(ladder((-126, -134, 32)), 6),
     )
