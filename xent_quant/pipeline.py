@@ -31,6 +31,12 @@ class QuantizeResult:
     notes: tuple[str, ...]
 
     @property
+    def exports(self) -> tuple[Path, ...]:
+        """What to open of each format: a GGUF file (the first shard), a folder of the others."""
+        files = [path for path in self.files if path.suffix == ".gguf"][:1]
+        return (*files, *(path.parent for path in self.files if path.name == "config.json"))
+
+    @property
     def nbytes(self) -> int:
         """Of all files."""
         return sum(path.stat().st_size for path in self.files)
@@ -284,13 +290,15 @@ def validate(
     threads: int | None = None,
     report: str | Path | None = None,
     json: str | Path | None = None,
+    cache: str | Path | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> "Report":
     """Measure an export against its checkpoint on bundled suites and files (`NAME=PATH`); `verdict` of the result says
     whether it is within tolerance.
 
-    Writes report.html and report.json into the folder `report`, and the JSON to `json`, where they are given. Raises the
+    Writes report.html and report.json into the folder `report`, and the JSON to `json`, where they are given. What the
+    reference says is kept in `cache`; by default in `report`, else in ~/.cache/xent-quant. Raises the
     errors of `xent_quant.errors` for what cannot be compared.
     """
     from xent_quant.validation import suites as texts
@@ -303,7 +311,7 @@ def validate(
         Path(exported),
         _open(reference),
         texts.choose(suites, suite_files),
-        cache=(folder or Path.home() / ".cache" / "xent-quant") / "references",
+        cache=Path(cache) if cache else (folder or Path.home() / ".cache" / "xent-quant") / "references",
         context=context,
         max_tokens=max_tokens,
         tolerance=tolerance,

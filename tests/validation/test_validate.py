@@ -384,3 +384,23 @@ def test_suites(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValidationError, match=words):
             suites.choose(names, files)
+
+
+@pytest.mark.parametrize(
+    ("format", "bits", "runtime", "tier"),
+    [
+        ("onnx", 8, "onnxruntime", "8bit"),
+        ("onnx", 4, "onnxruntime", "4bit"),
+        ("bnb", 4, "transformers", "4bit"),
+        ("bnb", 8, "transformers", "8bit"),
+    ],
+)
+def test_folders_in_their_runtimes(
+    mini: Checkpoint, cache: Path, tmp_path: Path, format: str, bits: int, runtime: str, tier: str
+) -> None:
+    xent_quant.quantize(None, formats=[format], bits=bits, output=tmp_path, effort="fast", threads=1)
+    found = run(tmp_path / format, mini, cache)
+    assert (found.runtime, found.tier.name) == (runtime, tier)
+    assert not found.suspicions
+    assert found.cross_verdict == "within", found.cross_check
+    assert all(suite.kl.verdict == "within" for suite in found.suites)

@@ -1,11 +1,17 @@
 """`xent-quant MODEL`: the main command."""
 
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from xent_quant.cli.options import Json, Verbose
+from xent_quant.cli.options import EXIT_OUT_OF_TOLERANCE, Json, Verbose
+
+if TYPE_CHECKING:
+    from xent_quant.validation.report import Report
 
 QUANTISE = Group("What to make", sort_key=1)
 TENSORS = Group("Which type each tensor gets", sort_key=2)
@@ -80,6 +86,14 @@ def quantize(
         bool,
         Parameter(group=WRITING, negative="", help="Print every tensor, its type and bytes, and the VRAM needed; write nothing."),
     ] = False,
+    validate: Annotated[
+        bool,
+        Parameter(
+            group=WRITING,
+            negative="",
+            help="Then measure every export against MODEL on the six suites; reports in OUTPUT/validation; exit 3 if one is out.",
+        ),
+    ] = False,
     json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -120,4 +134,35 @@ def quantize(
             progress=progress,
             **options,
         )
-    show.as_json(result.to_json()) if json else show.result(result)
+    if not json:
+        show.result(result)
+    reports = _validate(result.exports, model, output, threads, json) if validate else []
+    if json:
+        show.as_json(result.to_json() | ({"validation": [report.to_json() for report in reports]} if validate else {}))
+    if any(report.verdict == "out" for report in reports):
+        sys.exit(EXIT_OUT_OF_TOLERANCE)
+
+
+def _validate(exports: Sequence[Path], model: str | None, output: Path, threads: int | None, json: bool) -> "list[Report]":
+    """Reports of the exports; their references are computed once."""
+    from xent_quant import pipeline
+    from xent_quant.cli import show, show_validation
+
+    reports = []
+    for path in exports:
+        folder = output / "validation" / path.stem
+        with show.progress() as progress:
+            report = pipeline.validate(
+                path,
+                model,
+                threads=threads,
+                report=folder,
+                cache=output / "validation" / "references",
+                command=shlex.join(["xent-quant", *sys.argv[1:]]),
+                progress=progress,
+            )
+        if not json:
+            show.out.print()
+            show_validation.report(report, folder)
+        reports.append(report)
+    return reports

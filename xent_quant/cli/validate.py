@@ -7,12 +7,11 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from xent_quant.cli.options import Verbose
+from xent_quant.cli.options import EXIT_OUT_OF_TOLERANCE, Verbose
 
 TEXT = Group("What is scored", sort_key=1)
 JUDGE = Group("How it is judged", sort_key=2)
 RESULT = Group("Results", sort_key=3)
-EXIT_OUT_OF_TOLERANCE = 3
 
 
 def validate(
@@ -66,7 +65,10 @@ def validate(
             help="Folder for report.html, report.json and the reference's results. Default: these alone, in ~/.cache/xent-quant.",
         ),
     ] = None,
-    json: Annotated[Path | None, Parameter(group=RESULT, help="Write the result to this file as JSON; - for stdout.")] = None,
+    json: Annotated[
+        Path | None,
+        Parameter(group=RESULT, allow_leading_hyphen=True, help="Write the result to this file as JSON; - for stdout."),
+    ] = None,
     verbose: Verbose = 0,
 ) -> None:
     """Measure an export against its checkpoint; exit 3 where it is out of tolerance."""

@@ -46,7 +46,7 @@ def choose(kind: Kind, wanted: RuntimeName) -> RuntimeName:
     """The runtime for a kind of export. Raises ValidationError for one that cannot run it."""
     if wanted == "auto":
         return NATIVE[kind]
-    if wanted not in (NATIVE[kind], "torch"):
+    if wanted not in (NATIVE[kind], "torch") and (kind, wanted) != ("checkpoint", "transformers"):
         raise ValidationError(f"--runtime {wanted}: does not run {kind} exports; use {NATIVE[kind]} or torch")
     return wanted
 
@@ -63,5 +63,9 @@ def opened(runtime: RuntimeName, path: Path, context: int, threads: int) -> Iter
         from xent_quant.validation.onnx_runtime import OnnxModel
 
         yield OnnxModel(path, threads=threads)
+    elif runtime == "transformers":
+        from xent_quant.validation.transformers_runtime import TransformersModel
+
+        yield TransformersModel(path, quantised=kind_of(path) == "bitsandbytes")
     else:
-        raise ValidationError(f"--runtime {runtime}: cannot be opened here")
+        raise AssertionError(f"{runtime} is not a runtime to be opened")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.architecture import Architecture, dense_mlp, expert
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ValidationError
 from xent_quant.model.streaming import Step, StreamingModel
@@ -71,10 +71,13 @@ def open_export(path: Path, reference: Architecture) -> Exported:
     elif kind == "checkpoint":
         source = _Checkpoint(Checkpoint.open(path))
     else:
-        raise ValidationError(f"{path}: bitsandbytes exports cannot be validated yet")
+        from xent_quant.validation.bnb_source import BnbSource
+
+        source = BnbSource(path, reference)
     _check_same(path, source.architecture, reference)
     nbytes = sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".data", ".onnx", ".bin"))
-    return Exported(kind, source, None, nbytes)
+    mix = source.type(expert(0, 0, "gate") if reference.num_experts else dense_mlp(0, "gate"))
+    return Exported(kind, source, mix, nbytes)
 
 
 def _check_same(path: Path, found: Architecture, wanted: Architecture) -> None:

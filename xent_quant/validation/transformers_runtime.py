@@ -1,0 +1,47 @@
+"""A folder in stock transformers on the CPU: bitsandbytes exports, and float checkpoints."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xent_quant.checkpoint.tokenizer import load_tokenizer
+from xent_quant.errors import ValidationError
+
+F32 = NDArray[np.float32]
+
+
+class TransformersModel:
+    """A loaded causal model. Raises ValidationError where transformers or bitsandbytes is missing, or refuses it."""
+
+    name = "transformers"
+
+    def __init__(self, folder: Path, *, quantised: bool) -> None:
+        for package in ("transformers", *(("bitsandbytes", "accelerate") if quantised else ())):
+            if importlib.util.find_spec(package) is None:
+                raise ValidationError(f"{package} is not installed: pip install 'xent-quant[bnb]'")
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        self.version: str = transformers.__version__
+        dtype = torch.bfloat16 if quantised else torch.float32
+        try:
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        except Exception as error:  # transformers and bitsandbytes raise what they like
+            first = " ".join(str(error).split())[:300]
+            raise ValidationError(f"{folder}: transformers refuses it: {type(error).__name__}: {first}") from error
+        self._torch = torch
+        self._tokenizer = load_tokenizer(folder)
+        self.vocab_size = int(self._model.config.vocab_size)
+
+    def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def logits(self, ids: list[int]) -> F32:
+        """[len(ids), vocab] float32 of one sequence."""
+        with self._torch.no_grad():
+            found: F32 = self._model(self._torch.tensor([ids])).logits[0].float().numpy()
+        return found
