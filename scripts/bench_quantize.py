@@ -75,7 +75,7 @@ def _arithmetic(x, count):  # type: ignore[no-untyped-def]
 
 def peaks(threads: int) -> tuple[float, float]:
     """float32 operations a second, and bytes a second read and written, over `threads` threads."""
-    count = 1 << 20
+    count = 1 << 18
     arrays = [np.full(10 * WIDTH, 0.5, np.float32) for _ in range(threads)]
     sources = [np.ones(1 << 27 >> 2, np.float32) for _ in range(threads)]
     targets = [np.empty_like(source) for source in sources]
@@ -89,7 +89,7 @@ def peaks(threads: int) -> tuple[float, float]:
 
         compute()
         copy()
-        return threads * 16 * WIDTH * count / best_of(compute), threads * 2 * sources[0].nbytes / best_of(copy)
+        return threads * 16 * WIDTH * count / best_of(compute, 40), threads * 2 * sources[0].nbytes / best_of(copy, 10)
 
 
 def stock_speed(kind: QuantFormat, weights: np.ndarray, importance: np.ndarray, threads: int, repeats: int) -> float:

@@ -5,7 +5,7 @@ import pytest
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ConfigError
-from xent_quant.recipes import BITS, MIXES, Layers, Role, fitting, recipe
+from xent_quant.recipes import BITS, MIXES, OWN, Layers, Role, fitting, recipe
 
 
 def model(layers: int = 28, heads: int = 32, kv_heads: int = 32, experts: int = 64) -> Architecture:
@@ -84,7 +84,7 @@ BY_HAND = {
     ),
     "Q2_K_S": ("Q2_K", "Q6_K", {Role.DOWN: {"Q4_K": {0, 1, 2}}}),
 }
-AVAILABLE = [name for name, mix in MIXES.items() if mix.types <= set(formats.NAMES)]
+AVAILABLE = [name for name, mix in MIXES.items() if name not in OWN and mix.types <= set(formats.NAMES)]
 
 
 def test_every_available_mix_is_written_out_here() -> None:
@@ -170,8 +170,27 @@ def test_file_type_numbers_are_llama_cpp_s() -> None:
     from gguf import LlamaFileType
 
     for name, mix in MIXES.items():
+        if name in OWN:
+            experts = LlamaFileType(mix.number).name.removeprefix("MOSTLY_").removesuffix("_S")
+            assert experts == mix.base.removesuffix("_S"), name
+            continue
         member = "ALL_F32" if name == "F32" else f"MOSTLY_{name}"
         assert LlamaFileType[member] == mix.number, name
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "active"),
+    [("XENT5", "Q5_K", "Q6_K"), ("XENT4", "IQ4_XS", "Q8_0"), ("XENT3", "IQ3_S", "Q8_0"), ("XENT2", "IQ2_S", "Q6_K")],
+)
+def test_own_mixes_tell_what_every_token_uses_from_what_few_do(name: str, experts: str, active: str) -> None:
+    chosen = recipe(type=name)
+    for role, part in ((Role.GATE, "gate"), (Role.UP, "up"), (Role.DOWN, "down")):
+        assert chosen.type_of(f"blk.3.ffn_{part}_exps.weight", role, 3, model()) == experts
+        assert chosen.type_of(f"blk.3.ffn_{part}_shexp.weight", role, 3, model()) == active
+        assert chosen.type_of(f"blk.3.ffn_{part}_exps.weight", role, 3, model(experts=8)) == experts
+    for role in (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_OUTPUT, Role.EMBEDDING, Role.HEAD):
+        assert chosen.type_of("x.weight", role, 3, model()) == active
+    assert chosen.type_of("blk.3.ffn_gate_inp.weight", Role.ROUTER, 3, model()) == "F32"
 
 
 def test_overrides_come_first_and_the_first_wins() -> None:

@@ -68,12 +68,16 @@ class When(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors of this role, in these layers, get `type`. The first rule that holds decides."""
+    """Tensors of this role, in these layers, get `type`. The first rule that holds decides.
+
+    With `shared`, of the MLP's roles only the shared experts' tensors, which every token uses.
+    """
 
     role: Role
     type: str
     layers: Layers = Layers.ALL
     when: When = When.ALWAYS
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,28 @@ MIXES: dict[str, Mix] = {
     ),
     "Q2_K_S": Mix(21, "Q2_K", (Rule(V, "Q4_K", when=When.GROUPED_QUERIES), Rule(DOWN, "Q4_K", Layers.FIRST_EIGHTH))),
 }
-"""Every mix known by name. Those whose types `formats` does not have yet are refused, not approximated."""
+"""Every mix of llama.cpp's known here. Those whose types `formats` does not have yet are refused, not approximated."""
+
+
+def _fine_grained(number: int, experts: str, active: str) -> Mix:
+    """Routed experts, nine tenths of the weights of which a token uses few, in one type; what every token uses in another.
+
+    `number` is llama.cpp's file type that names the experts' type.
+    """
+    always = (Role.EMBEDDING, Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_OUTPUT)
+    rules = [Rule(role, active) for role in always]
+    rules += [Rule(role, active, shared=True) for role in (Role.GATE, Role.UP, Role.DOWN)]
+    return Mix(number, experts, tuple(rules), head=active, eight_experts_output=active)
+
+
+OWN = {
+    "XENT5": _fine_grained(16, "Q5_K", "Q6_K"),
+    "XENT4": _fine_grained(30, "IQ4_XS", "Q8_0"),
+    "XENT3": _fine_grained(26, "IQ3_S", "Q8_0"),
+    "XENT2": _fine_grained(28, "IQ2_S", "Q6_K"),
+}
+"""This project's own mixes for fine-grained mixtures of experts, chosen by measurement: docs/recipes.md."""
+MIXES |= OWN
 
 ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 """Type names that llama-quantize reads as the name of a mix."""
@@ -212,7 +237,12 @@ class Recipe:
             if role is Role.DOWN and self.name == "IQ3_M" and Layers.MORE_BITS.contains(layer, model.num_layers):
                 return "Q4_K"
         for rule in mix.rules:
-            if rule.role is role and rule.layers.contains(layer, model.num_layers) and self._holds(rule.when, model):
+            if (
+                rule.role is role
+                and (not rule.shared or "_shexp." in name)
+                and rule.layers.contains(layer, model.num_layers)
+                and self._holds(rule.when, model)
+            ):
                 return rule.type
         return mix.base
 

@@ -29,7 +29,7 @@ class IQ2S(CodebookFormat):
     unit = np.float32(0.125)
     efforts = Efforts(
         fast=(ladder((36, 46, 3)), 1),
-        normal=(ladder((30, 50, 5)), 2),
+        normal=(ladder((32, 48, 4)), 1),
         high=(ladder((26, 56, 12)), 4),
     )
 

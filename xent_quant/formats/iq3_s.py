@@ -29,7 +29,7 @@ class IQ3S(CodebookFormat):
     unit = np.float32(1)
     efforts = Efforts(
         fast=(ladder((13, 16, 3)), 1),
-        normal=(ladder((12, 17, 6)), 2),
+        normal=(ladder((12.5, 16.5, 4)), 1),
         high=(ladder((11, 20, 16)), 4),
     )
 

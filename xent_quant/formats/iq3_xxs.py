@@ -31,7 +31,7 @@ class IQ3XXS(CodebookFormat):
     even_signs = True
     efforts = Efforts(
         fast=(ladder((52, 64, 3)), 1),
-        normal=(ladder((46, 68, 6)), 2),
+        normal=(ladder((48, 66, 4)), 1),
         high=(ladder((42, 80, 16)), 4),
     )
 

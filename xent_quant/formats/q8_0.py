@@ -24,7 +24,7 @@ class Q80(SymmetricFormat):
     unused = 1
     efforts = Efforts(
         fast=(ladder((-127, -127.6, 2)), 1),
-        normal=(ladder((-127, -128, 3)), 1),
+        normal=(ladder((-127, -127.6, 2)), 1),
         high=(ladder((-126, -134, 32)), 6),
     )
 
