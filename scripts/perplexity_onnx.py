@@ -28,6 +28,7 @@ from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32, U8, QuantFormat
 from xent_quant.formats.int_group import IntGroup
+from xent_quant.methods.gptq import GPTQ
 from xent_quant.methods.interface import Method
 from xent_quant.methods.search import Search
 from xent_quant.model.streaming import StreamingModel
@@ -79,8 +80,10 @@ def variants() -> list[Variant]:
         Variant("INT4, nearest", int4, StockNearest()),
         Variant("INT4, search", int4, Search()),
         Variant("INT4, search, calibrated", int4, Search(), True),
+        Variant("INT4, GPTQ", int4, GPTQ(), True),
         Variant("INT4 asymmetric, nearest", Settings(symmetric=False), StockNearest()),
         Variant("INT4 asymmetric, search, calibrated", Settings(symmetric=False), Search(), True),
+        Variant("INT4 asymmetric, GPTQ", Settings(symmetric=False), GPTQ(), True),
         Variant("INT4, search, calibrated, fp32, level 0", Settings(dtype="fp32", accuracy_level=0), Search(), True),
     ]
 
