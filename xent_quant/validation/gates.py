@@ -40,14 +40,14 @@ TIERS = {
 
 WEIGHTS: dict[int, tuple[float, float]] = {
     16: (0.005, 0.02),
-    8: (0.03, 0.1),
-    6: (0.07, 0.25),
-    5: (0.12, 0.4),
-    4: (0.3, 0.7),
-    3: (0.5, 1.2),
-    2: (0.85, 1.8),
+    8: (0.03, 0.25),
+    6: (0.07, 0.4),
+    5: (0.15, 0.6),
+    4: (0.3, 0.9),
+    3: (0.6, 1.6),
+    2: (0.95, 3.0),
 }
-"""Bits of a tensor's type to the largest relative error of the tensor and of a block of 32 weights. At least 1.6 times what
+"""Bits of a tensor's type to the largest relative error of the tensor and of a block of 32 weights. At least 1.7 times what
 GPTQ does to the miniature, whose weights differ twice as much as after plain rounding (scripts/validation_bounds.py prints
 both); down to 4 bits below what one doubled scale gives. At 3 and 2 bits a single wrong scale may pass, a wrong tensor not."""
 
