@@ -40,7 +40,8 @@ section, header { background: var(--card); border: 1px solid var(--line); border
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 16px; }
 .tile { border-top: 2px solid var(--line); padding-top: 8px; } .tile b { display: block; font-size: 21px; font-weight: 620;
   font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); font-size: 13px; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 18px 26px; } .panels h3 {
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 18px 26px; } .panels.wide {
+  grid-template-columns: minmax(0, 1fr); } .panels h3 {
   font-size: 14px;
   margin: 8px 0 4px; font-weight: 620; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font: 12px system-ui, sans-serif;
@@ -54,7 +55,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; } tr.mean td
 .heat { border-collapse: separate; border-spacing: 2px; width: auto; min-width: 40%; }
 .heat td, .heat th { border: 0; text-align: center; padding: 3px 6px; border-radius: 4px; }
 .heat td:first-child, .heat th:first-child { text-align: right; color: var(--soft); padding-right: 10px; }
-.cells td { padding: 0; width: 14px; min-width: 9px; height: 16px; border-radius: 3px; }
+.cells th { padding: 0; font-weight: 400; } .cells td { padding: 0; width: 14px; min-width: 9px; height: 16px; border-radius:
+  3px; }
 .wrong { border-left: 4px solid var(--bad); padding: 2px 0 2px 12px; margin: 6px 0; } code { font: 13px ui-monospace, Menlo,
   monospace;
   overflow-wrap: anywhere; } pre { background: var(--page); border-radius: 8px; padding: 10px 12px; overflow-x: auto; margin:
@@ -119,11 +121,12 @@ def _head(report: Report, name: str) -> str:
     ]
     drawn = "".join(f'<div class="tile"><b>{value}</b><span>{escape(what)}</span></div>' for value, what in tiles)
     verdict = report.verdict
+    how = "computed from its dequantised weights" if report.runtime == "torch" else f"run by {escape(report.runtime)}"
     return (
         f'<header><div class="verdict {verdict}"><span>{MARKS[verdict]}</span>{SENTENCES[verdict]}</div>'
         f"<h1>{escape(name)}</h1>"
-        f'<p class="soft">{escape(report.kind)} against <code>{escape(report.reference)}</code>, run by '
-        f"{escape(report.runtime)}. Suites: {listed}.</p>"
+        f'<p class="soft">{escape(report.kind)} against <code>{escape(report.reference)}</code>, '
+        f"{how}. Suites: {listed}.</p>"
         f'<div class="tiles">{drawn}</div></header>'
     )
 
@@ -330,16 +333,18 @@ def _layers(report: Report) -> str:
             text = f"{value:.2%}" if small and value is not None else ""
             cells.append(_heat_cell(value, top, text, title))
         rows.append(f"<tr><td>{what}</td>{''.join(cells)}</tr>")
-    head = "<tr><th></th>" + "".join(f"<th>{layer}</th>" for layer in layers) + "</tr>"
+    numbers = (str(layer) if small or layer % 4 == 0 else "" for layer in layers)
+    head = "<tr><th></th>" + "".join(f"<th>{number}</th>" for number in numbers) + "</tr>"
     classes = "heat" if small else "heat cells"
     table = f'<div class="scroll"><table class="{classes}">{head}{"".join(rows)}</table></div>'
     top_error = max(report.layer_errors, default=0.0) or 1.0
     left, step, tall = 44, max(14, min(60, 900 // max(len(layers), 1))), 110
+    roomy = step >= 44
     bars = []
     for layer, error in enumerate(report.layer_errors):
         x, height = left + layer * step, tall * error / top_error
-        value_label = _label(x + step / 2, tall + 11 - height, f"{error:.1%}") if step >= 30 else ""
-        number = _label(x + step / 2, tall + 32, str(layer), soft=True) if step >= 30 or layer % 4 == 0 else ""
+        value_label = _label(x + step / 2, tall + 11 - height, f"{error:.1%}") if roomy or error == top_error else ""
+        number = _label(x + step / 2, tall + 32, str(layer), soft=True) if roomy or layer % 4 == 0 else ""
         bar = _rect(x + 2, tall + 16 - height, step - 4, max(height, 0.5))
         bars.append(f"<g><title>behind layer {layer}: {error:.3%}</title>{bar}{value_label}{number}</g>")
     wide = left + step * len(layers) + 10
@@ -349,7 +354,8 @@ def _layers(report: Report) -> str:
         f'<line x1="{left}" x2="{wide}" y1="{tall + 16}" y2="{tall + 16}" stroke="var(--line)"/>{"".join(bars)}</svg>'
     )
     body = (
-        f'<div class="panels"><div><h3>Relative error of the weights, by projection and layer</h3>{table}</div>'
+        f'<div class="panels{"" if small else " wide"}"><div><h3>Relative error of the weights, by projection and layer</h3>'
+        f"{table}</div>"
         f"<div><h3>Relative error of the residual stream behind each layer</h3>{svg}</div></div>"
     )
     return _section(
