@@ -180,7 +180,7 @@ def test_file_type_numbers_are_llama_cpp_s() -> None:
 
 @pytest.mark.parametrize(
     ("name", "experts", "active"),
-    [("XENT5", "Q5_K", "Q6_K"), ("XENT4", "IQ4_XS", "Q8_0"), ("XENT3", "IQ3_S", "Q8_0"), ("XENT2", "IQ2_S", "Q6_K")],
+    [("XENT5", "Q5_K", "Q8_0"), ("XENT4", "IQ4_XS", "Q8_0"), ("XENT3", "IQ3_S", "Q8_0"), ("XENT2", "IQ2_S", "Q6_K")],
 )
 def test_own_mixes_tell_what_every_token_uses_from_what_few_do(name: str, experts: str, active: str) -> None:
     chosen = recipe(type=name)

@@ -181,7 +181,7 @@ def _fine_grained(number: int, experts: str, active: str) -> Mix:
 
 
 OWN = {
-    "XENT5": _fine_grained(16, "Q5_K", "Q6_K"),
+    "XENT5": _fine_grained(16, "Q5_K", "Q8_0"),
     "XENT4": _fine_grained(30, "IQ4_XS", "Q8_0"),
     "XENT3": _fine_grained(26, "IQ3_S", "Q8_0"),
     "XENT2": _fine_grained(28, "IQ2_S", "Q6_K"),
