@@ -119,7 +119,7 @@ def validate(
     n_weights = reference.n_weights
     weight_bits = 8 * opened.nbytes / n_weights
     default = gates.tier(opened.mix, weight_bits)
-    bounds = gates.parse(tolerance, default) if tolerance else default
+    bounds = default if tolerance is None else gates.parse(tolerance, default)
 
     known = references(reference, texts, cache, report)
     tensors = tuple(compare_all(reference, opened.source, report))
