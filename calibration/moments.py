@@ -52,10 +52,12 @@ class Moments:
             return
         wide = inputs.float()
         self.rows += len(wide)
-        self.squares += wide.square().sum(0, dtype=torch.float64).cpu()
-        if self.hessian:
-            product = wide.T @ wide
-            self.products = product if self.products is None else self.products.add_(product)
+        if not self.hessian:
+            self.squares += wide.square().sum(0).double().cpu()
+            return
+        product = wide.T @ wide
+        self.squares += product.diagonal().double().cpu()
+        self.products = product if self.products is None else self.products.add_(product)
 
     def statistics(self, layer: "Moments | None" = None) -> InputStatistics | None:
         """Means over the rows, made up to `fewest_rows` with the mean of `layer`; None where neither has any row.
