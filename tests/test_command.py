@@ -15,6 +15,10 @@ from safetensors.numpy import load_file, save_file
 COMMAND = [sys.executable, "-m", "xent_quant.cli.main"]
 
 
+PLAIN = ("--method", "rtn")
+"""Without calibration, which has its own tests."""
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
 
@@ -28,15 +32,15 @@ def fails(result: subprocess.CompletedProcess[str], *words: str) -> None:
 
 def test_quantises_and_reports_json(checkpoint, tmp_path: Path) -> None:
     folder, out = checkpoint(), tmp_path / "out"
-    result = run(folder, "--type", "Q8_0", "--output", out, "--json")
+    result = run(folder, *PLAIN, "--type", "Q8_0", "--output", out, "--json")
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
     assert {Path(file).name for file in facts["files"]} == {"model-Q8_0.gguf", "README.md", "Modelfile"}
     assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "README.md", "model-Q8_0.gguf"]
     described = json.loads(run("inspect", out / "model-Q8_0.gguf", "--json").stdout)
     assert described["general.architecture"] == "bailingmoe"
-    fails(run(folder, "--type", "Q8_0", "--output", out), "exists already", "--force")
-    assert run(folder, "--type", "Q8_0", "--output", out, "--force").returncode == 0
+    fails(run(folder, *PLAIN, "--type", "Q8_0", "--output", out), "exists already", "--force")
+    assert run(folder, *PLAIN, "--type", "Q8_0", "--output", out, "--force").returncode == 0
 
 
 def test_dry_run_writes_nothing(checkpoint, tmp_path: Path) -> None:
@@ -69,7 +73,7 @@ def test_usage_errors_exit_2() -> None:
 def test_damaged_checkpoints_fail_in_one_line(checkpoint, tmp_path: Path, damage, words: list[str]) -> None:
     folder, out = checkpoint(), tmp_path / "out"
     damage(folder)
-    fails(run(folder, "--output", out, "--type", "Q8_0"), *words)
+    fails(run(folder, *PLAIN, "--output", out, "--type", "Q8_0"), *words)
     assert not out.exists() or not list(out.iterdir())
 
 
@@ -92,15 +96,21 @@ def test_wrong_paths_and_options_fail_in_one_line(checkpoint, tmp_path: Path) ->
     fails(run(folder, "--tensor-type", "oops"), "REGEX=TYPE")
     fails(run(folder, "--threads", 0), "--threads")
     fails(run(folder, "--split-size", "lots"), "--split-size")
+    fails(run(folder, "--tokens", "many"), "--tokens")
+    fails(run(folder, "--calib", tmp_path / "no.txt"), "no.txt", "preset")
+    fails(run(folder, "--seqlen", 100_000), "--seqlen", "512")
+    fails(run(folder, "--calib-mix", "fun=1"), "--calib-mix", "fiction")
+    fails(run(folder, "--method", "gptq", "--imatrix", "x.gguf"), "--method gptq", "--imatrix")
+    fails(run(folder, "--calib", "webcc", "--imatrix", "x.gguf"), "--calib")
     fails(run(folder, "--imatrix", folder / "config.json"), "imatrix")
     (tmp_path / "file").write_text("x")
-    fails(run(folder, "--output", tmp_path / "file", "--type", "Q8_0"), "file")
+    fails(run(folder, *PLAIN, "--output", tmp_path / "file", "--type", "Q8_0"), "file")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path: Path, how: signal.Signals) -> None:
     folder, out = checkpoint(num_experts=32, num_hidden_layers=6, intermediate_size=480), tmp_path / "out"
-    arguments = [*COMMAND, str(folder), "--type", "Q8_0", "--effort", "high", "--output", str(out)]
+    arguments = [*COMMAND, str(folder), *PLAIN, "--type", "Q8_0", "--output", str(out)]
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and not list(out.glob(".*.part")):
@@ -110,4 +120,4 @@ def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path
     assert not [path for path in out.glob("*") if not path.name.startswith(".")]
     if how is not signal.SIGKILL:
         assert not list(out.glob(".*"))
-    assert run(folder, "--type", "Q8_0", "--output", out).returncode == 0
+    assert run(folder, *PLAIN, "--type", "Q8_0", "--output", out).returncode == 0

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 from xent_quant.model.import_hook import register_with_transformers
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "describe", "plan", "quantize", "register_with_transformers", "validate"]
+__all__ = ["__version__", "calibrate", "describe", "plan", "quantize", "register_with_transformers", "validate"]
 
 if TYPE_CHECKING:
-    from xent_quant.pipeline import describe, plan, quantize, validate
+    from xent_quant.pipeline import calibrate, describe, plan, quantize, validate
 
 
 register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("describe", "plan", "quantize", "validate"):
+    if name in ("calibrate", "describe", "plan", "quantize", "validate"):
         from xent_quant import pipeline
 
         return getattr(pipeline, name)

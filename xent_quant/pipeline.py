@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xent_quant.errors import CheckpointError, ConfigError, UnsupportedError
+from xent_quant.errors import CheckpointError, ConfigError, ExportError, UnsupportedError
 from xent_quant.progress import Progress
 
 if TYPE_CHECKING:
+    from calibration.coverage import Coverage
     from calibration.imatrix import Imatrix
+    from calibration.session import Session, Settings
     from exporters.interface import Exporter, PlanSummary
     from xent_quant.checkpoint.reader import Checkpoint
     from xent_quant.formats.base import Effort
@@ -29,6 +31,7 @@ class QuantizeResult:
     seconds: float
     threads: int
     notes: tuple[str, ...]
+    coverage: "Coverage | None" = None
 
     @property
     def exports(self) -> tuple[Path, ...]:
@@ -50,6 +53,27 @@ class QuantizeResult:
             "threads": self.threads,
             "notes": list(self.notes),
             "plans": [plan.to_json() for plan in self.plans],
+            "coverage": self.coverage.to_json() if self.coverage else None,
+        }
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """A file of statistics, and what it rests on."""
+
+    file: Path
+    tokens: int
+    seconds: float
+    coverage: "Coverage"
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "file": str(self.file),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+            "coverage": self.coverage.to_json(),
         }
 
 
@@ -58,6 +82,10 @@ def _open(model: str | Path | None) -> "Checkpoint":
     from xent_quant.checkpoint.reader import Checkpoint
 
     return Checkpoint.open(hub.resolve(model))
+
+
+Keys = dict[str, str | int] | None
+"""What a file says of the statistics that it was made with; None where there were none."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,7 @@ def plan(
     type: str | None = None,
     tensor_types: Sequence[str] = (),
     imatrix: str | Path | None = None,
+    method: str = "auto",
     pad: str = "auto",
     onnx_dtype: str = "fp16",
     block_size: int = 64,
@@ -116,7 +145,9 @@ def plan(
         active_bits=active_bits,
         bnb_type=bnb_type,
     )
-    return tuple(exporter.summary for exporter in _exporters(checkpoint, target, Search(), _read_imatrix(imatrix, checkpoint)))
+    _read_imatrix(imatrix, checkpoint)
+    keys: dict[str, str | int] | None = None if _method(method, imatrix) == "rtn" else {}
+    return tuple(exporter.summary for exporter in _exporters(checkpoint, target, Search(), keys))
 
 
 def quantize(
@@ -129,6 +160,8 @@ def quantize(
     type: str | None = None,
     tensor_types: Sequence[str] = (),
     imatrix: str | Path | None = None,
+    method: str = "auto",
+    calibration: "Settings | None" = None,
     pad: str = "auto",
     split_size: int | None = None,
     allow_tokenizer_mismatch: bool = False,
@@ -145,12 +178,13 @@ def quantize(
 ) -> QuantizeResult:
     """Quantise a checkpoint and write it in each of `formats` under `output`, from one pass over its weights.
 
-    `model` is a folder, a Hub id, or None for the bundled miniature; `split_size` is in bytes. Holds one expert, or
-    one slice of a tensor, at a time. Raises the errors of `xent_quant.errors`; nothing that looks finished is left
-    after one.
+    `model` is a folder, a Hub id, or None for the bundled miniature; `split_size` is in bytes. Statistics come from the file
+    `imatrix`, or from a pass over the text of `calibration` that runs along; `method` is one of METHODS or "auto". Holds one
+    expert, or one slice of a tensor, at a time, and the hidden states of the text. Raises the errors of
+    `xent_quant.errors`; nothing that looks finished is left after one.
     """
     from exporters.stream import export
-    from xent_quant.methods.search import Search
+    from xent_quant.methods import METHODS
 
     started = time.perf_counter()
     used = _set_threads(threads)
@@ -173,48 +207,113 @@ def quantize(
         active_bits=active_bits,
         bnb_type=bnb_type,
     )
-    statistics = _read_imatrix(imatrix, checkpoint)
-    exporters = _exporters(checkpoint, target, Search(effort), statistics)
-    done = export(checkpoint, exporters, statistics, progress)
+    chosen = _method(method, imatrix)
+    if imatrix is not None and calibration is not None and calibration.calib:
+        raise ConfigError("--imatrix and --calib: statistics come from a file or from text, not from both")
+    matrix = _read_imatrix(imatrix, checkpoint)
+    session = None
+    if matrix is None and chosen != "rtn" and _uses_statistics(target):
+        session = _session(checkpoint, calibration)
+    keys = matrix.keys() if matrix else session.keys(chosen) if session else None
+    way = METHODS[chosen](effort)
+    exporters = _exporters(checkpoint, target, way, keys)
+    running = session.running(way.needs_hessian, progress) if session else None
+    done = export(checkpoint, exporters, matrix or running, progress)
+    notes = tuple(note for exported in done for note in exported.notes)
     return QuantizeResult(
         files=tuple(file for exported in done for file in exported.files),
         plans=tuple(exporter.summary for exporter in exporters),
         source_bytes=checkpoint.nbytes,
         seconds=time.perf_counter() - started,
         threads=used,
-        notes=tuple(note for exported in done for note in exported.notes),
+        notes=(*notes, *running.coverage.notes()) if running else notes,
+        coverage=running.coverage if running else None,
     )
 
 
-def _exporters(checkpoint: "Checkpoint", target: Target, method: "Method", statistics: "Imatrix | None") -> list["Exporter"]:
+def calibrate(
+    model: str | Path | None = None,
+    *,
+    output: str | Path,
+    calibration: "Settings | None" = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> CalibrateResult:
+    """Run the text of `calibration` through a checkpoint and write an importance matrix to the file `output`.
+
+    Holds the hidden states of the text and one expert. Raises the errors of `xent_quant.errors`.
+    """
+    from exporters.atomic import staged
+
+    started = time.perf_counter()
+    checkpoint, file = _open(model), Path(output)
+    if file.exists() and not force:
+        raise ExportError(f"{file}: exists already; add --force to replace it, or choose another --output")
+    matrix, coverage = _session(checkpoint, calibration).imatrix(progress)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with staged([file]) as temporary:
+            matrix.write(temporary[0])
+    except OSError as error:
+        raise ExportError(f"{error.filename or file}: {error.strerror or error}; nothing was written") from error
+    seconds = time.perf_counter() - started
+    return CalibrateResult(file, matrix.chunk_count * matrix.chunk_size, seconds, coverage, coverage.notes())
+
+
+def _session(checkpoint: "Checkpoint", calibration: "Settings | None") -> "Session":
+    from calibration.session import Session, Settings
+
+    return Session(checkpoint, calibration or Settings())
+
+
+def _method(name: str, imatrix: str | Path | None) -> str:
+    """The name in METHODS that `name` means. Raises ConfigError for what does not go with a file of statistics."""
+    from xent_quant.methods import AUTO_WITH_FILE, AUTO_WITH_TEXT, METHODS
+
+    if name == "auto":
+        return AUTO_WITH_TEXT if imatrix is None else AUTO_WITH_FILE
+    if name not in METHODS:
+        raise ConfigError(f"--method {name}: there are auto, {', '.join(METHODS)}")
+    if imatrix is not None and name != AUTO_WITH_FILE:
+        raise ConfigError(f"--method {name}: does not use an importance matrix; drop --imatrix, or use --method {AUTO_WITH_FILE}")
+    return name
+
+
+def _uses_statistics(target: Target) -> bool:
+    """Whether a Method quantises anything: neither floats nor bitsandbytes' types are its business."""
+    whole = (target.type.upper() in ("F32", "F16", "BF16") if target.type else target.bits == 16) and not target.tensor_types
+    return not whole and any(kind != "bnb" for kind in target.formats)
+
+
+def _exporters(checkpoint: "Checkpoint", target: Target, method: "Method", keys: Keys) -> list["Exporter"]:
     """One exporter for each format, in the order asked for. Raises ConfigError for an unknown one."""
     unknown = set(target.formats) - EXPORTERS.keys()
     if unknown or not target.formats:
         raise ConfigError(f"--format: {', '.join(sorted(unknown)) or 'none given'}; there is {', '.join(EXPORTERS)}")
     named = replace(target, name=target.name or checkpoint.path.resolve().name)
-    return [EXPORTERS[kind](checkpoint, named, method, statistics) for kind in dict.fromkeys(target.formats)]
+    return [EXPORTERS[kind](checkpoint, named, method, keys) for kind in dict.fromkeys(target.formats)]
 
 
-def _gguf(checkpoint: "Checkpoint", target: Target, method: "Method", statistics: "Imatrix | None") -> "Exporter":
+def _gguf(checkpoint: "Checkpoint", target: Target, method: "Method", keys: Keys) -> "Exporter":
     from exporters.gguf.export import GGUFExporter
     from exporters.gguf.plan import plan
     from xent_quant.recipes import recipe
 
-    chosen = recipe(bits=target.bits, type=target.type, tensor_types=target.tensor_types, imatrix=statistics is not None)
+    chosen = recipe(bits=target.bits, type=target.type, tensor_types=target.tensor_types, imatrix=keys is not None)
     return GGUFExporter(
         checkpoint,
         plan(checkpoint.architecture, chosen, pad=target.pad),
         target.output,
         target.name or "",
         method,
-        imatrix_keys=statistics.keys() if statistics else {},
+        imatrix_keys=keys or {},
         split_size=target.split_size,
         force=target.force,
         allow_tokenizer_mismatch=target.allow_tokenizer_mismatch,
     )
 
 
-def _onnx(checkpoint: "Checkpoint", target: Target, method: "Method", statistics: "Imatrix | None") -> "Exporter":
+def _onnx(checkpoint: "Checkpoint", target: Target, method: "Method", keys: Keys) -> "Exporter":
     try:
         from exporters.onnx.export import ONNXExporter
     except ModuleNotFoundError as error:
@@ -235,7 +334,7 @@ def _onnx(checkpoint: "Checkpoint", target: Target, method: "Method", statistics
     return ONNXExporter(checkpoint, planned, target.output, target.name or "", method, force=target.force)
 
 
-def _bnb(checkpoint: "Checkpoint", target: Target, method: "Method", statistics: "Imatrix | None") -> "Exporter":
+def _bnb(checkpoint: "Checkpoint", target: Target, method: "Method", keys: Keys) -> "Exporter":
     from exporters.bitsandbytes.export import BnbExporter
     from exporters.bitsandbytes.plan import plan
 
@@ -248,7 +347,7 @@ def _bnb(checkpoint: "Checkpoint", target: Target, method: "Method", statistics:
     return BnbExporter(checkpoint, planned, target.output, target.name or "", split_size=target.split_size, force=target.force)
 
 
-EXPORTERS: dict[str, Callable[["Checkpoint", Target, "Method", "Imatrix | None"], "Exporter"]] = {
+EXPORTERS: dict[str, Callable[["Checkpoint", Target, "Method", Keys], "Exporter"]] = {
     "gguf": _gguf,
     "onnx": _onnx,
     "bnb": _bnb,

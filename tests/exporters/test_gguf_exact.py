@@ -69,7 +69,7 @@ def test_token_ids_equal_hugging_face(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"])
 def test_every_mix_generates(tmp_path: Path, kind: str) -> None:
-    done = xent_quant.quantize(None, type=kind, output=tmp_path, effort="fast")
+    done = xent_quant.quantize(None, method="rtn", type=kind, output=tmp_path, effort="fast")
     with LlamaCpp(done.files[0], context=64) as llama:
         text = llama.detokenize(llama.generate(llama.tokenize("The old lamp"), 8))
     assert text.strip()
@@ -84,7 +84,7 @@ def test_every_type_computes_what_its_weights_say(checkpoint, tmp_path: Path, ki
     router would turn a small difference into a large one."""
     folder = checkpoint(num_experts=0, num_hidden_layers=1, intermediate_size=256)
     types = ["(ffn_(gate|up|down)|attn_(q|k|v|output)).weight=" + kind]
-    blocks = xent_quant.quantize(folder, type="F32", tensor_types=types, output=tmp_path / "blocks").files[0]
+    blocks = xent_quant.quantize(folder, method="rtn", type="F32", tensor_types=types, output=tmp_path / "blocks").files[0]
     file = folder / "model.safetensors"
     weights = {
         name: formats.get(kind).dequantize(formats.get(kind).quantize(value)) if "_proj" in name else value
@@ -99,7 +99,7 @@ def test_every_type_computes_what_its_weights_say(checkpoint, tmp_path: Path, ki
 
 
 def test_splits_load(checkpoint, tmp_path: Path) -> None:
-    done = xent_quant.quantize(checkpoint(), type="Q8_0", output=tmp_path / "out", split_size=500_000)
+    done = xent_quant.quantize(checkpoint(), method="rtn", type="Q8_0", output=tmp_path / "out", split_size=500_000)
     shards = [path for path in done.files if path.suffix == ".gguf"]
     assert len(shards) > 2
     with LlamaCpp(shards[0]) as llama:
@@ -108,5 +108,7 @@ def test_splits_load(checkpoint, tmp_path: Path) -> None:
 
 def test_same_bytes_at_any_thread_count(checkpoint, tmp_path: Path) -> None:
     folder = checkpoint()
-    one, two = (xent_quant.quantize(folder, output=tmp_path / str(n), threads=n).files[0].read_bytes() for n in (1, 2))
+    one, two = (
+        xent_quant.quantize(folder, method="rtn", output=tmp_path / str(n), threads=n).files[0].read_bytes() for n in (1, 2)
+    )
     assert one == two

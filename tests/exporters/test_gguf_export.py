@@ -251,7 +251,7 @@ def test_full_disk_leaves_nothing(checkpoint, tmp_path: Path) -> None:
     script = (
         "import resource, sys\nfrom pathlib import Path\nimport xent_quant\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))\n"
-        "xent_quant.quantize(Path(sys.argv[1]), type='Q8_0', output=sys.argv[2])\n"
+        "xent_quant.quantize(Path(sys.argv[1]), method='rtn', type='Q8_0', output=sys.argv[2])\n"
     )
     result = subprocess.run([sys.executable, "-c", script, str(folder), str(out)], capture_output=True, text=True)
     assert result.returncode

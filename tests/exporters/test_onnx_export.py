@@ -133,10 +133,10 @@ def test_slices_change_no_byte_and_bound_the_memory(checkpoint, tmp_path: Path, 
 
 def test_both_formats_from_one_pass(checkpoint, tmp_path: Path) -> None:
     source = checkpoint()
-    done = xent_quant.quantize(source, formats=["gguf", "onnx"], output=tmp_path / "both", effort="fast", threads=1)
+    done = xent_quant.quantize(source, method="rtn", formats=["gguf", "onnx"], output=tmp_path / "both", effort="fast", threads=1)
     assert {"model-Q4_K_M.gguf", "model.onnx.data"} <= {path.name for path in done.files}
     assert [summary.format for summary in done.plans] == ["gguf", "onnx"]
-    alone = xent_quant.quantize(source, formats=["onnx"], output=tmp_path / "one", effort="fast", threads=2)
+    alone = xent_quant.quantize(source, method="rtn", formats=["onnx"], output=tmp_path / "one", effort="fast", threads=2)
     assert all(path.is_file() for path in alone.files)
     assert contents(tmp_path / "both" / "onnx") == contents(tmp_path / "one" / "onnx")
 
@@ -158,7 +158,7 @@ def test_both_formats_from_one_pass(checkpoint, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_is_refused_by_the_options_name(checkpoint, tmp_path: Path, changes, options, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        xent_quant.quantize(checkpoint(**changes), formats=["onnx"], output=tmp_path, **options)
+        xent_quant.quantize(checkpoint(**changes), method="rtn", formats=["onnx"], output=tmp_path, **options)
     assert not (tmp_path / "onnx").exists()
 
 
@@ -173,7 +173,7 @@ def test_a_missing_package_is_named(checkpoint, monkeypatch) -> None:
 
 def test_inspect_describes_the_folder(checkpoint, tmp_path: Path) -> None:
     source = checkpoint()
-    done = xent_quant.quantize(source, formats=["onnx"], output=tmp_path, effort="fast", block_size=32)
+    done = xent_quant.quantize(source, method="rtn", formats=["onnx"], output=tmp_path, effort="fast", block_size=32)
     facts = xent_quant.describe(tmp_path / "onnx")
     assert facts["kind"] == "onnx"
     assert facts["parameters"] == done.plans[0].n_weights == sum(w.size for w in load_file(source / "model.safetensors").values())
@@ -219,7 +219,7 @@ def test_full_disk_leaves_nothing(checkpoint, tmp_path: Path) -> None:
     script = (
         "import resource, sys\nfrom pathlib import Path\nimport xent_quant\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))\n"
-        "xent_quant.quantize(Path(sys.argv[1]), formats=['onnx'], output=sys.argv[2])\n"
+        "xent_quant.quantize(Path(sys.argv[1]), method='rtn', formats=['onnx'], output=sys.argv[2])\n"
     )
     command = [sys.executable, "-c", script, str(checkpoint()), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -231,8 +231,9 @@ def test_full_disk_leaves_nothing(checkpoint, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path: Path, how: signal.Signals) -> None:
     source, out = checkpoint(num_experts=24, num_hidden_layers=3, intermediate_size=480), tmp_path / "out"
-    command = [sys.executable, "-m", "xent_quant.cli.main", str(source), "--format", "onnx", "--output", str(out)]
-    process = subprocess.Popen([*command, "--effort", "high"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    options = ["--format", "onnx", "--method", "rtn", "--output", str(out)]
+    command = [sys.executable, "-m", "xent_quant.cli.main", str(source), *options]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and not list(out.glob(".*/model.onnx")):
         time.sleep(0.002)
@@ -241,7 +242,7 @@ def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path
     assert not list(out.glob("onnx"))
     if how is not signal.SIGKILL:
         assert not list(out.glob(".*"))
-    assert subprocess.run([*command, "--effort", "fast"], capture_output=True).returncode == 0
+    assert subprocess.run(command, capture_output=True).returncode == 0
     assert [path.name for path in out.iterdir()] == ["onnx"]
 
 
@@ -277,7 +278,7 @@ def test_an_older_runtime_is_refused_by_name_and_version(monkeypatch) -> None:
 
 
 def test_the_script_in_the_folder_generates(tmp_path: Path) -> None:
-    done = xent_quant.quantize(None, formats=["onnx"], output=tmp_path, effort="fast")
+    done = xent_quant.quantize(None, method="rtn", formats=["onnx"], output=tmp_path, effort="fast")
     script = next(path for path in done.files if path.name == "run_onnx.py")
     assert len(script.read_text().splitlines()) < 30
     result = subprocess.run([sys.executable, str(script), "夜色渐深，他"], capture_output=True, text=True)

@@ -50,7 +50,7 @@ def agrees_with_llama_cpp(folder: Path, output: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     ours = tokenizer_check.LlamaTokenizer(tokenizer.load(folder, checkpoint.architecture))
     reference = load_tokenizer(folder)
-    done = xent_quant.quantize(folder, type="Q8_0", output=output)
+    done = xent_quant.quantize(folder, method="rtn", type="Q8_0", output=output)
     with LlamaCpp(done.files[0]) as llama:
         for text in tokenizer_check.sample():
             ids = llama.tokenize(text)
@@ -111,10 +111,10 @@ def test_what_llama_cpp_cannot_express_is_refused_or_told(checkpoint, tmp_path: 
     if edit is reordered:  # "ing" is a token that no listed merge of "i" "ng" makes
         edited(folder, lambda value: value["model"]["vocab"].update({"he": 301}))
     with pytest.raises(UnsupportedError, match=words) as caught:
-        xent_quant.quantize(folder, type="Q8_0", output=tmp_path / "out")
+        xent_quant.quantize(folder, method="rtn", type="Q8_0", output=tmp_path / "out")
     assert "--allow-tokenizer-mismatch" in str(caught.value)
     assert not (tmp_path / "out").exists()
-    done = xent_quant.quantize(folder, type="Q8_0", output=tmp_path / "out", allow_tokenizer_mismatch=True)
+    done = xent_quant.quantize(folder, method="rtn", type="Q8_0", output=tmp_path / "out", allow_tokenizer_mismatch=True)
     assert any(words in note for note in done.notes)
 
 

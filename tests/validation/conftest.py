@@ -35,7 +35,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def make(kind: str) -> Path:
         if kind not in made:
-            done = xent_quant.quantize(None, type=kind, output=folder, name="mini", effort="fast", force=True)
+            done = xent_quant.quantize(None, method="rtn", type=kind, output=folder, name="mini", effort="fast", force=True)
             made[kind] = next(path for path in done.files if path.suffix == ".gguf")
         return made[kind]
 

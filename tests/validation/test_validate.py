@@ -197,7 +197,7 @@ def test_damaged_exports_are_out_and_the_tensor_is_named(
 
 def test_unpermuted_q_and_k_are_named(mini: Checkpoint, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_export, "rotary_rows", lambda rows, rows_per_head: rows)
-    file = xent_quant.quantize(None, type="Q8_0", output=tmp_path, effort="fast").files[0]
+    file = xent_quant.quantize(None, method="rtn", type="Q8_0", output=tmp_path, effort="fast").files[0]
     found = run(file, mini, cache)
     assert found.verdict == "out"
     assert "out" in {suite.verdict for suite in found.suites}
@@ -217,7 +217,7 @@ def test_a_runtime_that_computes_something_else_is_out(export: Export, mini: Che
 def test_reference_is_computed_once_for_each_model_and_text(export: Export, tmp_path: Path, monkeypatch: Any) -> None:
     config = {**TINY, "num_hidden_layers": 1}
     folder = write_checkpoint(tmp_path / "model", config, random_weights(config))
-    file = xent_quant.quantize(folder, type="Q8_0", output=tmp_path / "out", effort="fast").files[0]
+    file = xent_quant.quantize(folder, method="rtn", type="Q8_0", output=tmp_path / "out", effort="fast").files[0]
     own, cache = Suite("own", "the king in the night sing. " * 60), tmp_path / "cache"
     computed: list[int] = []
     original = reference.stream
@@ -397,7 +397,7 @@ def test_suites(tmp_path: Path) -> None:
 def test_folders_in_their_runtimes(
     mini: Checkpoint, cache: Path, tmp_path: Path, format: str, bits: int, runtime: str, tier: str
 ) -> None:
-    xent_quant.quantize(None, formats=[format], bits=bits, output=tmp_path, effort="fast", threads=1)
+    xent_quant.quantize(None, method="rtn", formats=[format], bits=bits, output=tmp_path, effort="fast", threads=1)
     found = run(tmp_path / format, mini, cache)
     assert (found.runtime, found.tier.name) == (runtime, tier)
     assert not found.suspicions

@@ -10,6 +10,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError
 
 from xent_quant import __version__
+from xent_quant.cli.calibrate import calibrate
 from xent_quant.cli.inspect import inspect
 from xent_quant.cli.quantize import quantize
 from xent_quant.cli.validate import validate
@@ -25,6 +26,7 @@ app = App(
     version_flags=["--version"],
 )
 app.default(quantize)
+app.command(calibrate)
 app.command(inspect)
 app.command(validate)
 

@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from xent_quant.cli.options import EXIT_OUT_OF_TOLERANCE, Json, Verbose
+from xent_quant.cli.options import (
+    CALIBRATION,
+    EXIT_OUT_OF_TOLERANCE,
+    Calib,
+    CalibMix,
+    Device,
+    Json,
+    Seed,
+    SeqLen,
+    TextField,
+    Tokens,
+    Verbose,
+    parse_tokens,
+)
 
 if TYPE_CHECKING:
     from xent_quant.validation.report import Report
@@ -37,8 +50,24 @@ def quantize(
         Literal["nf4", "fp4"], Parameter(group=QUANTISE, help="bitsandbytes' type for 4 bits (--format bnb).")
     ] = "nf4",
     imatrix: Annotated[
-        Path | None, Parameter(group=QUANTISE, help="Importance matrix (llama-imatrix's GGUF format), used per expert.")
+        Path | None,
+        Parameter(group=CALIBRATION, help="Importance matrix (llama-imatrix's GGUF format) to use instead of text."),
     ] = None,
+    method: Annotated[
+        Literal["auto", "rtn", "imatrix", "gptq"],
+        Parameter(
+            group=CALIBRATION,
+            help="How codes are chosen: rtn without statistics, imatrix by importance of columns, gptq with error feedback. "
+            "auto: gptq; imatrix with --imatrix.",
+        ),
+    ] = "auto",
+    calib: Calib = [],  # noqa: B006
+    calib_mix: CalibMix = None,
+    text_field: TextField = "text",
+    tokens: Tokens = "128k",
+    seqlen: SeqLen = 512,
+    seed: Seed = 0,
+    device: Device = "auto",
     effort: Annotated[
         Literal["fast", "normal", "high"], Parameter(group=QUANTISE, help="How long to search for scales and codes.")
     ] = "normal",
@@ -106,6 +135,7 @@ def quantize(
         "type": type,
         "tensor_types": tensor_type,
         "imatrix": imatrix,
+        "method": method,
         "pad": pad,
         "onnx_dtype": onnx_dtype,
         "block_size": block_size,
@@ -120,6 +150,8 @@ def quantize(
         plans = pipeline.plan(model, formats=format, **options)
         show.as_json([plan.to_json() for plan in plans]) if json else show.plans(plans)
         return
+    from calibration.session import Settings  # torch: seconds that --dry-run can do without
+
     with show.progress() as progress:
         result = pipeline.quantize(
             model,
@@ -131,6 +163,7 @@ def quantize(
             split_size=show.parse_size(split_size) if split_size else None,
             threads=threads,
             force=force,
+            calibration=Settings(calib, calib_mix, text_field, parse_tokens(tokens), seqlen, seed, device),
             progress=progress,
             **options,
         )

@@ -15,8 +15,9 @@ from rich.text import Text
 from xent_quant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from calibration.coverage import Coverage
     from exporters.interface import PlanSummary
-    from xent_quant.pipeline import QuantizeResult
+    from xent_quant.pipeline import CalibrateResult, QuantizeResult
 
 out = Console()
 err = Console(stderr=True)
@@ -151,10 +152,35 @@ def result(done: "QuantizeResult") -> None:
         f"({human_count(weights / max(done.seconds, 1e-9))} weights/s, {done.threads} threads)",
         highlight=False,
     )
+    if done.coverage:
+        coverage(done.coverage)
     for line in done.notes:
         out.print(line, highlight=False)
     for path in done.files:
         out.print(f"  {path}", highlight=False, soft_wrap=True)
+
+
+def coverage(found: "Coverage") -> None:
+    """Experts by the calibration tokens that they saw, per layer."""
+    rows = found.rows()
+    if not rows:
+        return
+    table = new_table(
+        ">layer", ">fewest", ">median", ">most", ">never", f">below {found.floor}", title="Calibration tokens per expert"
+    )
+    for row in rows:
+        table.add_row(*(f"{value:,.0f}" for value in (row.layer, row.least, row.middle, row.most, row.never, row.rare)))
+    out.print(table)
+
+
+def calibrated(done: "CalibrateResult") -> None:
+    coverage(done.coverage)
+    out.print(
+        f"{done.tokens:,} tokens in {done.seconds:.1f} s ({done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s)", highlight=False
+    )
+    for line in done.notes:
+        out.print(line, highlight=False)
+    out.print(f"  {done.file}", highlight=False, soft_wrap=True)
 
 
 def description(facts: dict[str, Any]) -> None:

@@ -13,3 +13,6 @@ METHODS: dict[str, Callable[[Effort], Method]] = {
     "imatrix": Search,
     "gptq": GPTQ,
 }
+
+AUTO_WITH_TEXT, AUTO_WITH_FILE = "gptq", "imatrix"
+"""What `auto` is: GPTQ, which keeps the search in rows where held-out inputs favour it, but a file has no Hessians."""

@@ -1,0 +1,115 @@
+"""From a person's options to a pass that is ready to run: text, model, and enough windows for every expert."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration import text
+from calibration.collect import collect
+from calibration.coverage import Coverage
+from calibration.imatrix import Imatrix
+from calibration.moments import FEWEST_ROWS, fewest_rows
+from calibration.running import RunningCalibration
+from calibration.text import CalibrationText
+from xent_quant.checkpoint import architecture as names
+from xent_quant.checkpoint.llama_names import llama_name
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.checkpoint.tokenizer import load_tokenizer
+from xent_quant.errors import ConfigError
+from xent_quant.model.streaming import Step, StreamingModel
+from xent_quant.progress import Progress
+
+SPARE = 3
+"""Times `tokens` that are drawn beyond them, at most, to reach rare experts."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to calibrate on; fields are the command's options. Nothing named in `calib` is the preset entertainment."""
+
+    calib: Sequence[str] = ()
+    calib_mix: str | None = None
+    text_field: str = "text"
+    tokens: int = 128_000
+    seqlen: int = 512
+    seed: int = 0
+    device: str = "auto"
+
+
+class Session:
+    """A checkpoint with its calibration text. Raises CalibrationError and ConfigError, before any weight is read."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        if settings.tokens < 1 or settings.seqlen < 2:
+            raise ConfigError("--tokens and --seqlen must be at least 1 and 2")
+        longest = checkpoint.architecture.max_position_embeddings
+        if settings.seqlen > longest:
+            raise ConfigError(f"--seqlen {settings.seqlen}: the model's context is {longest}")
+        self.checkpoint, self.settings = checkpoint, settings
+        tokenizer = load_tokenizer(checkpoint.path)
+        self.text: CalibrationText = text.load(
+            text.sources(settings.calib, settings.calib_mix, text.is_chinese(tokenizer)),
+            tokenizer,
+            tokens=settings.tokens,
+            length=settings.seqlen,
+            seed=settings.seed,
+            bos=checkpoint.architecture.bos_token_id,
+            text_field=settings.text_field,
+            spare=SPARE * settings.tokens if checkpoint.architecture.num_experts else 0,
+        )
+        device = _device(settings.device)
+        # bfloat16 is as fast as float32 or slower on CPUs without matrix units for it, and half as fine.
+        self.model = StreamingModel(checkpoint, torch.bfloat16 if device == "cuda" else torch.float32, device)
+
+    def windows(self, fewest: int, progress: Progress | None = None) -> Tensor:
+        """Token ids [n, seqlen]: the text's windows, and, while an expert is chosen by fewer than `fewest` of their tokens, more
+        of its spare ones. Where there are none to draw from, nothing is run for it."""
+        chosen = torch.from_numpy(self.text.windows).to(self.model.device)
+        spare = torch.from_numpy(self.text.spare).to(self.model.device)
+        if not len(spare):
+            return chosen
+        coverage = Coverage(self.checkpoint.architecture.num_layers, self.checkpoint.architecture.num_experts, fewest)
+
+        def observe(step: Step) -> None:
+            if step.gates is not None and step.weights[0].endswith(".gate_proj.weight"):
+                coverage.count(step.weights[0], len(step.inputs))
+
+        self.model.hidden_states(chosen, observe, progress)
+        while coverage.least < fewest and len(spare):
+            more, spare = spare[: len(self.text.windows)], spare[len(self.text.windows) :]
+            self.model.hidden_states(more, observe, progress)
+            chosen = torch.cat([chosen, more])
+        return chosen
+
+    def running(self, hessian: bool, progress: Progress | None = None) -> RunningCalibration:
+        """Statistics for a walk over the checkpoint."""
+        architecture = self.checkpoint.architecture
+        fewest = fewest_rows(max(architecture.hidden_size, architecture.intermediate_size), hessian)
+        return RunningCalibration(self.model, self.windows(fewest, progress), hessian=hessian)
+
+    def imatrix(self, progress: Progress | None = None) -> tuple[Imatrix, Coverage]:
+        """Statistics for a file."""
+        return collect(self.model, self.windows(FEWEST_ROWS, progress), self.text.names, progress)
+
+    def keys(self, method: str) -> dict[str, str | int]:
+        """What a GGUF file says of the statistics that it was made with."""
+        measured = {
+            llama_name(name)[0]
+            for name, shape in self.checkpoint.architecture.tensors().items()
+            if len(shape) == 2 and name != names.EMBEDDING and not name.endswith(".router.weight")
+        }
+        return {
+            "quantize.imatrix.file": f"xent-quant --method {method}",
+            "quantize.imatrix.dataset": ", ".join(self.text.names),
+            "quantize.imatrix.entries_count": len(measured),
+            "quantize.imatrix.chunks_count": len(self.text.windows),
+        }
+
+
+def _device(name: str) -> str:
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
+        raise ConfigError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    return ("cuda" if cuda else "cpu") if name == "auto" else name

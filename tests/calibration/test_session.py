@@ -1,0 +1,148 @@
+"""The whole way: text to statistics to files, by the library and by the real command."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+import xent_quant
+from calibration.collect import collect
+from calibration.imatrix import Imatrix
+from calibration.session import Session, Settings
+from tests.calibration.test_running import rows_seen
+from tests.test_command import COMMAND, run
+from xent_quant import formats
+from xent_quant.checkpoint.llama_names import llama_name
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.errors import CalibrationError
+from xent_quant.methods import METHODS
+from xent_quant.model.streaming import StreamingModel
+
+SMALL = Settings(calib=("fiction-en",), tokens=600, seqlen=40)
+WINDOWS = np.random.default_rng(0).integers(4, 300, (4, 10))
+
+
+def test_imatrix_holds_raw_sums_and_counts_under_llama_names(checkpoint, tmp_path: Path) -> None:
+    folder = checkpoint()
+    matrix, coverage = collect(StreamingModel(Checkpoint.open(folder)), torch.from_numpy(WINDOWS), ["a", "b"])
+    matrix.write(tmp_path / "m.gguf")
+    read = Imatrix.read(tmp_path / "m.gguf")
+    read.check(Checkpoint.open(folder).architecture)
+    assert (read.datasets, read.chunk_count, read.chunk_size) == (("a", "b"), 4, 10)
+    seen = rows_seen(folder, WINDOWS)
+    for name, rows in seen.items():
+        tensor, expert = llama_name(name)
+        np.testing.assert_allclose(read.entries[tensor].sums[expert], np.square(rows).sum(0), rtol=1e-4)
+        assert read.entries[tensor].counts[expert] == len(rows)
+    assert read.entries.keys() == {llama_name(name)[0] for name in seen}
+    assert sum(map(sum, coverage.tokens)) == WINDOWS.size * 2 * 2
+    names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors]
+    assert names == [f"{name}.{kind}" for name in sorted(read.entries) for kind in ("in_sum2", "counts")]
+    assert "blk.1.ffn_down_exps.weight.in_sum2" in names
+
+
+def test_the_command_calibrates_and_uses_the_file(checkpoint, tmp_path: Path) -> None:
+    folder, file, out = checkpoint(), tmp_path / "stats" / "m.gguf", tmp_path / "out"
+    text = tmp_path / "chats.jsonl"
+    text.write_text("\n".join(json.dumps({"body": f"the night is long, number {index}, and the rain"}) for index in range(80)))
+    common = ["--calib", text, "--text-field", "body", "--tokens", "1k", "--seqlen", 50]
+    made = run("calibrate", folder, "--output", file, *common, "--json")
+    assert made.returncode == 0, made.stderr
+    facts = json.loads(made.stdout)
+    assert facts["tokens"] >= 1000
+    assert len(facts["coverage"]["layers"]) == 2
+    assert run("calibrate", folder, "--output", file, *common).returncode == 1
+    used = run(folder, "--type", "Q4_K_M", "--imatrix", file, "--output", out, "--json")
+    assert used.returncode == 0, used.stderr
+    keys = {key: field.contents() for key, field in gguf.GGUFReader(out / "model-Q4_K_M.gguf").fields.items()}
+    assert keys["quantize.imatrix.file"] == "m.gguf"
+    assert keys["quantize.imatrix.entries_count"] == len(Imatrix.read(file).entries)
+    table = run(folder, "--type", "Q4_K_M", "--method", "imatrix", *common, "--output", out, "--force")
+    assert table.returncode == 0, table.stderr
+    assert "Calibration tokens per expert" in table.stdout
+
+
+def test_same_seed_same_bytes(checkpoint, tmp_path: Path) -> None:
+    folder = checkpoint()
+
+    def made(where: str, seed: int = 0, threads: int = 2) -> bytes:
+        settings = Settings(calib=("fiction-en",), tokens=600, seqlen=40, seed=seed)
+        done = xent_quant.quantize(folder, type="Q4_0", output=tmp_path / where, calibration=settings, threads=threads)
+        return done.files[0].read_bytes()
+
+    one = made("a")
+    assert made("b", threads=1) == one
+    assert made("c", seed=1) != one
+
+
+BLOCK_TYPES = [name for name in formats.NAMES if formats.get(name).block_size > 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds"),
+    [
+        ("imatrix", ["Q4_K"]),
+        ("gptq", ["Q4_K", "IQ4_NL"]),
+        *(pytest.param(m, BLOCK_TYPES, marks=pytest.mark.slow) for m in METHODS),
+    ],
+)
+def test_experts_without_tokens_quantise(checkpoint, tmp_path: Path, method: str, kinds: list[str]) -> None:
+    """64 experts, few tokens: some see none, some one; nothing is NaN, and what was done is told."""
+    folder = checkpoint(num_experts=64, moe_top_k=1, num_hidden_layers=1, intermediate_size=256)
+    settings = Settings(calib=("fiction-en",), tokens=120, seqlen=40)
+    for index, kind in enumerate(kinds):
+        done = xent_quant.quantize(
+            folder,
+            type="F32",
+            tensor_types=[f"_(exps|shexp)={kind}", "token_embd=F32"],
+            output=tmp_path / str(index),
+            method=method,
+            calibration=settings,
+            effort="fast",
+        )
+        for tensor in gguf.GGUFReader(done.files[0]).tensors:
+            assert np.isfinite(gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)).all()
+        if method != "rtn":
+            assert done.coverage is not None
+            assert done.coverage.rows()[0].never > 0
+            assert any(1 in counts for counts in done.coverage.tokens)
+            assert any("saw none" in note for note in done.notes)
+
+
+def test_more_text_is_drawn_for_rare_experts(checkpoint) -> None:
+    folder = checkpoint(num_experts=32, moe_top_k=1)
+    session = Session(Checkpoint.open(folder), SMALL)
+    assert len(session.text.spare) > len(session.text.windows)
+    assert len(session.windows(0)) == len(session.text.windows)
+    assert len(session.windows(10**6)) == len(session.text.windows) + len(session.text.spare)
+
+
+def test_nan_activations_name_layer_and_expert(checkpoint, monkeypatch) -> None:
+    source = Checkpoint.open(checkpoint())
+    session = Session(source, SMALL)
+    plain = source.read
+
+    class Loud:
+        architecture = source.architecture
+
+        def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+            return plain(name, start, stop) * (np.float32(1e38) if "layers.1.mlp.experts.3.up" in name else 1)
+
+    session.model.source = Loud()
+    with pytest.raises(CalibrationError, match="layer 1, expert 3"):
+        session.running(hessian=True).get("lm_head.weight")
+
+
+def test_statistics_of_another_model_are_refused(checkpoint, tmp_path: Path) -> None:
+    matrix, _ = collect(StreamingModel(Checkpoint.open(checkpoint())), torch.from_numpy(WINDOWS))
+    matrix.write(tmp_path / "m.gguf")
+    other = subprocess.run(
+        [*COMMAND, "--imatrix", str(tmp_path / "m.gguf"), "--output", str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert other.returncode == 1
+    assert "m.gguf" in other.stderr
+    assert "the model needs" in other.stderr
