@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from exporters.atomic import staged_folder
 from exporters.bitsandbytes import folder
 from exporters.bitsandbytes.kinds import bitsandbytes_functional
 from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor, shards
 from exporters.bitsandbytes.shard import Shard
+from exporters.folder import exported_folder
 from exporters.hub_files import json_bytes
 from exporters.interface import Exported, PlanSummary
-from xent_quant.checkpoint.reader import Checkpoint, check_free_space
-from xent_quant.errors import ExportError
+from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32
 from xent_quant.tensors import InputStatistics
 
@@ -59,25 +58,15 @@ class BnbExporter:
 
     @contextmanager
     def open(self) -> Iterator["BnbSink"]:
-        """See `Exporter.open`. Raises ExportError where the output exists without `force`, cannot be written or does not
-        fit; after any error the folder is as it was before."""
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            if self.target.exists() and not self.force:
-                raise ExportError(f"{self.target}: exists already; add --force to replace it, or choose another --output")
-            check_free_space(self.target.parent, self.plan.nbytes + sum(map(len, self.files.values())))
-            with staged_folder(self.target) as temporary:
-                for name, data in self.files.items():
-                    (temporary / name).write_bytes(data)
-                sink = BnbSink(self, temporary)
-                try:
-                    yield sink
-                finally:
-                    sink.close()
-                if not sink.finished:
-                    raise AssertionError("an export was left without finish()")
-        except OSError as error:
-            raise ExportError(f"{error.filename or self.target}: {error.strerror or error}; nothing was written") from error
+        """See `Exporter.open` and `exported_folder`."""
+        with exported_folder(self.target, self.files, self.plan.nbytes, force=self.force) as temporary:
+            sink = BnbSink(self, temporary)
+            try:
+                yield sink
+            finally:
+                sink.close()
+            if not sink.finished:
+                raise AssertionError("an export was left without finish()")
 
 
 class BnbSink:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from exporters.atomic import staged_folder, write_at
+from exporters.atomic import write_at
+from exporters.folder import exported_folder
 from exporters.interface import Exported, PlanSummary
 from exporters.onnx import card, config
 from exporters.onnx.graph import DATA_FILE, build
 from exporters.onnx.plan import FLOATS, ONNXPlan, Part, Piece, Weight
 from xent_quant import formats
-from xent_quant.checkpoint.reader import Checkpoint, check_free_space
-from xent_quant.errors import ExportError
+from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32, U8
 from xent_quant.formats.int_group import IntGroup
 from xent_quant.methods.interface import Method
@@ -48,25 +48,15 @@ class ONNXExporter:
 
     @contextmanager
     def open(self) -> Iterator["ONNXSink"]:
-        """See `Exporter.open`. Raises ExportError where the output exists without `force`, cannot be written or does not
-        fit; after any error the folder is as it was before."""
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            if self.target.exists() and not self.force:
-                raise ExportError(f"{self.target}: exists already; add --force to replace it, or choose another --output")
-            check_free_space(self.target.parent, self.plan.data_bytes)
-            with staged_folder(self.target) as folder:
-                for name, data in self.files.items():
-                    (folder / name).write_bytes(data)
-                (folder / "model.onnx").write_bytes(build(self.plan).SerializeToString(deterministic=True))
-                with (folder / DATA_FILE).open("w+b") as stream:
-                    stream.truncate(self.plan.data_bytes)
-                    sink = ONNXSink(self, stream.fileno())
-                    yield sink
-                if not sink.finished:
-                    raise AssertionError("an export was left without finish()")
-        except OSError as error:
-            raise ExportError(f"{error.filename or self.target}: {error.strerror or error}; nothing was written") from error
+        """See `Exporter.open` and `exported_folder`."""
+        with exported_folder(self.target, self.files, self.plan.data_bytes, force=self.force) as folder:
+            (folder / "model.onnx").write_bytes(build(self.plan).SerializeToString(deterministic=True))
+            with (folder / DATA_FILE).open("w+b") as stream:
+                stream.truncate(self.plan.data_bytes)
+                sink = ONNXSink(self, stream.fileno())
+                yield sink
+            if not sink.finished:
+                raise AssertionError("an export was left without finish()")
 
 
 class ONNXSink:
