@@ -1,7 +1,8 @@
 """From a person's options to a pass that is ready to run: text, model, and enough windows for every expert."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from xent_quant.checkpoint.tokenizer import load_tokenizer
 from xent_quant.errors import ConfigError
 from xent_quant.model.streaming import Step, StreamingModel
 from xent_quant.progress import Progress
+from xent_quant.tensors import InputStatistics
 
 SPARE = 3
 """Times `tokens` that are drawn beyond them, at most, to reach rare experts."""
@@ -83,8 +85,11 @@ class Session:
             chosen = torch.cat([chosen, more])
         return chosen
 
-    def running(self, hessian: bool, progress: Progress | None = None) -> RunningCalibration:
+    def running(self, hessian: bool, progress: Progress | None = None) -> "LazyCalibration":
         """Statistics for a walk over the checkpoint."""
+        return LazyCalibration(lambda: self._run(hessian, progress))
+
+    def _run(self, hessian: bool, progress: Progress | None) -> RunningCalibration:
         architecture = self.checkpoint.architecture
         fewest = fewest_rows(max(architecture.hidden_size, architecture.intermediate_size), hessian)
         return RunningCalibration(self.model, self.windows(fewest, progress), hessian=hessian)
@@ -106,6 +111,26 @@ class Session:
             "quantize.imatrix.entries_count": len(measured),
             "quantize.imatrix.chunks_count": len(self.text.windows),
         }
+
+
+class LazyCalibration:
+    """A StatisticsSource that begins when it is first asked: after every exporter has checked its target, since looking for
+    rare experts takes a pass over the whole model."""
+
+    def __init__(self, begin: Callable[[], RunningCalibration]) -> None:
+        self._begin = begin
+
+    @cached_property
+    def _running(self) -> RunningCalibration:
+        return self._begin()
+
+    def get(self, name: str) -> InputStatistics | None:
+        """See `StatisticsSource`."""
+        return self._running.get(name)
+
+    @property
+    def coverage(self) -> Coverage:
+        return self._running.coverage
 
 
 def _device(name: str) -> str:

@@ -22,6 +22,10 @@ def export(
     report = progress or Silent()
     with ExitStack() as stack:
         sinks = [stack.enter_context(exporter.open()) for exporter in exporters]
+        if statistics:
+            statistics.get(
+                next(iter(checkpoint.infos))
+            )  # a calibration pass begins here: targets are checked, no bar is drawn yet
         report.start("Quantising", checkpoint.n_weights)
         stack.callback(report.finish)
         for name in checkpoint.infos:

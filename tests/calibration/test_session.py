@@ -86,7 +86,7 @@ BLOCK_TYPES = [name for name in formats.NAMES if formats.get(name).block_size > 
     ("method", "kinds"),
     [
         ("imatrix", ["Q4_K"]),
-        ("gptq", ["Q4_K", "IQ4_NL"]),
+        ("gptq", ["Q4_K"]),
         *(pytest.param(m, BLOCK_TYPES, marks=pytest.mark.slow) for m in METHODS),
     ],
 )
