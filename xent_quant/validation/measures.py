@@ -121,7 +121,7 @@ def summarise(log_p: F64, top_k: int = TOP_K, samples: int = TAIL_SAMPLES, offse
     rest = np.exp(log_p)
     np.put_along_axis(rest, ids, 0.0, 1)
     cumulated = rest.cumsum(axis=1)
-    tail = cumulated[:, -1]
+    tail = cumulated[:, -1].copy()  # a view would keep [n, V] alive for as long as the summary
     # Systematic draws: one random offset per position, then equal steps through the tail's mass in order of token id.
     offsets = draw_offsets(n) if offsets is None else offsets
     steps = (np.arange(samples) + offsets[:, None]) / max(samples, 1)  # [n, m]
