@@ -75,13 +75,14 @@ def test_padding_changes_nothing(checkpoint, side, attention) -> None:
 
 @pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 4, 2]], ids=["whole", "token by token", "chunks"])
-def test_cached_equals_uncached(checkpoint, cache, chunks) -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # transformers' names for it before and since 5.24
+def test_cached_equals_uncached(checkpoint, cache, chunks, name) -> None:
     model = load(checkpoint(num_key_value_heads=2, hidden_size=64, intermediate_size=32))
     past = DynamicCache(config=model.config) if cache is DynamicCache else StaticCache(model.config, max_cache_len=16)
     parts = []
     for part in torch.tensor([IDS]).split(chunks, 1):
         with torch.no_grad():
-            parts.append(model(part, past_key_values=past).logits[0])
+            parts.append(model(part, **{name: past}).logits[0])
     assert np.abs(torch.cat(parts).numpy() - logits(model, IDS, use_cache=False)).max() < 1e-9
 
 

@@ -17,7 +17,7 @@ class XverseConfig(PretrainedConfig):
     """
 
     model_type = "xverse"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' own convention)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (transformers' own convention)
 
     def __init__(
         self,

@@ -26,6 +26,9 @@ from .configuration_xverse import XverseConfig
 MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 """transformers 4.57 says input_embeds and wants cache_position, 5 says inputs_embeds and has no cache_position."""
 
+CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the KV cache of a model's output: `cache` since 5.24. Models here take either name."""
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 for a float64 model."""
@@ -103,7 +106,7 @@ class XverseAttention(nn.Module):
         x: Tensor,
         tables: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         cache_position: Tensor,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -113,8 +116,8 @@ class XverseAttention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, *tables), rotate(key, *tables)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
         name = self.config._attn_implementation
         attend = eager_attention if name in ("eager", None) else ALL_ATTENTION_FUNCTIONS[name]
         mixed, probabilities = attend(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs)
@@ -201,7 +204,7 @@ class XversePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["XverseDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -242,6 +245,7 @@ class XverseModel(XversePreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Token ids or embeddings to hidden states; arguments as in every transformers decoder."""
@@ -253,12 +257,13 @@ class XverseModel(XversePreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         recomputing = self.gradient_checkpointing and self.training
-        if past_key_values is None and wanted(use_cache, "use_cache") and not recomputing:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if cache is None and wanted(use_cache, "use_cache") and not recomputing:
+            cache = DynamicCache(config=self.config)
 
         cache_position = kwargs.pop("cache_position", None)
         if cache_position is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             cache_position = torch.arange(x.shape[1], device=x.device) + seen
         if position_ids is None:
             position_ids = cache_position[None]
@@ -268,7 +273,7 @@ class XverseModel(XversePreTrainedModel):
             "input_embeds": x,
             "attention_mask": attention_mask,
             "cache_position": cache_position,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "position_ids": position_ids,
         }
         mask = create_causal_mask(**{key: value for key, value in mask_arguments.items() if key in MASK_PARAMETERS})
@@ -283,7 +288,7 @@ class XverseModel(XversePreTrainedModel):
                 x,
                 tables=tables,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 cache_position=cache_position,
                 position_ids=position_ids,
                 **kwargs,
@@ -293,10 +298,10 @@ class XverseModel(XversePreTrainedModel):
         x = self.norm(x)
         return MoeModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
             hidden_states=None if states is None else (*states, x),
             attentions=attentions,
             router_logits=router_logits,
+            **{CACHE: cache},
         )
 
 
@@ -323,6 +328,7 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Logits [B, L, vocab] (of the last `logits_to_keep` tokens, if given) and, with `labels` [B, L], the mean
@@ -331,7 +337,7 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -347,10 +353,10 @@ class XverseForCausalLM(XversePreTrainedModel, GenerationMixin):
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
