@@ -376,6 +376,15 @@ def _read_imatrix(path: str | Path | None, checkpoint: "Checkpoint") -> "Imatrix
     return statistics
 
 
+def require_runtimes(formats: Sequence[str], bits: int) -> None:
+    """Raise, before the work of an export, where a runtime that `validate` would judge it in is not installed."""
+    from xent_quant.validation import runtimes
+
+    kinds: dict[str, runtimes.Kind] = {"gguf": "gguf", "onnx": "onnx", "bnb": "bitsandbytes" if bits < 16 else "checkpoint"}
+    for kind in (kinds[name] for name in formats if name in kinds):
+        runtimes.require(kind, runtimes.NATIVE[kind])
+
+
 def validate(
     exported: str | Path,
     reference: str | Path | None = None,

@@ -2,16 +2,22 @@
 
 import json
 import shutil
+import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.test_command import fails, run
+from tests.test_command import run
 from tests.validation.test_validate import _zero_expert
 from xent_quant.checkpoint.hub import miniature
+from xent_quant.cli.main import main
+from xent_quant.validation import suites
+from xent_quant.validation.suites import Suite, bundled
 
+Command = Callable[..., tuple[int, str, str]]
 QUICK = ("--max-tokens", 1024, "--threads", 1, "--suite", "XfictionEN")
 
 
@@ -45,17 +51,127 @@ def test_json_goes_to_stdout_alone(export: Callable[[str], Path], tmp_path: Path
     assert json.loads(result.stdout)["verdict"] == "within"
 
 
-def test_errors_are_one_line(export: Callable[[str], Path], tmp_path: Path) -> None:
-    file = export("Q8_0")
-    fails(validate(tmp_path / "none.gguf"), "none.gguf", "no such file")
-    fails(validate(file, "--suite", "Xpoetry"), "Xpoetry", "XwebccZH")
-    fails(validate(file, "--max-tokens", 9, "--report", tmp_path), "fewer than one window")
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """command(arguments) is exit status, stdout and stderr of the command, in this process, where imports can be blocked."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            main(list(map(str, arguments)))
+        except SystemExit as end:
+            status = int(end.code or 0)
+        else:
+            status = 0
+        return status, *capsys.readouterr()
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
+def _refused(found: tuple[int, str, str], *words: str) -> None:
+    status, _, said = found
+    assert status == 1, said
+    assert len(said.strip().splitlines()) == 1, said
+    for word in words:
+        assert word in said
+
+
+def test_errors_are_one_line(command: Command, export: Callable[[str], Path], tmp_path: Path) -> None:
+    file, options = export("Q8_0"), ("--reference", miniature(), "--report", tmp_path)
+    _refused(command("validate", tmp_path / "none.gguf", *options), "none.gguf", "no such file")
+    _refused(command("validate", file, *options, "--suite", "Xpoetry"), "Xpoetry", "XwebccZH")
+    _refused(command("validate", file, *options, "--max-tokens", 9), "fewer than one window")
+    (tmp_path / "empty.txt").touch()
+    _refused(command("validate", file, *options, "--suite-file", f"mine={tmp_path / 'empty.txt'}"), "suite mine is empty")
+
+
+def _gguf(folder: Path) -> Path:
+    file = folder / "model.gguf"
+    file.touch()
+    return file
+
+
+def _onnx(folder: Path) -> Path:
+    for name in ("model.onnx", "model.onnx.data"):
+        (folder / name).touch()
+    return folder
+
+
+def _bnb(folder: Path) -> Path:
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "package", "extra", "other_way"),
+    [
+        (_gguf, "xllamacpp", "llama", True),
+        (_onnx, "onnx", "onnx", False),
+        (_onnx, "onnxruntime", "onnx", True),
+        (_bnb, "bitsandbytes", "bnb", True),
+        (_bnb, "accelerate", "bnb", True),
+    ],
+)
+def test_a_runtime_that_is_not_installed_is_one_line_before_anything_is_read(
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make: Callable[[Path], Path],
+    package: str,
+    extra: str,
+    other_way: bool,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    found = command("validate", make(tmp_path), "--reference", miniature(), "--report", tmp_path / "report")
+    _refused(found, package, f"pip install 'xent-quant[{extra}]'")
+    assert ("--runtime torch" in found[2]) == other_way
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("format", "package", "extra"),
+    [("gguf", "xllamacpp", "llama"), ("onnx", "onnxruntime", "onnx"), ("bnb", "accelerate", "bnb")],
+)
+def test_a_missing_runtime_is_told_before_the_export_that_it_was_to_judge(
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    format: str,
+    package: str,
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    found = command(miniature(), "--format", format, "--output", tmp_path / "out", "--validate")
+    _refused(found, package, f"pip install 'xent-quant[{extra}]'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_text_is_undecided_and_exits_0(command: Command, export: Callable[[str], Path], tmp_path: Path) -> None:
+    options = ("--max-tokens", 512, "--threads", 1, "--suite", "XfictionEN", "--reference", miniature())
+    status, printed, _ = command("validate", export("Q8_0"), *options, "--report", tmp_path)
+    assert status == 0
+    assert printed.startswith("undecided: too little text to tell")
+    assert "One window is too few" in printed
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "undecided"
+
+
+def test_export_and_validate_in_one_command(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the beginning of one suite; all six are a slow test."""
+    beginning = Suite("beginning", bundled("XfictionEN").text[:6000])
+    monkeypatch.setattr(suites, "choose", lambda names, files: [beginning])
+    options = ("--bits", 8, "--format", "gguf", "--method", "rtn", "--effort", "fast", "--threads", 1)
+    status, printed, _ = command(miniature(), *options, "--output", tmp_path, "--validate", "--json")
+    (report,) = json.loads(printed)["validation"]
+    assert (status, report["verdict"]) == (0, "within")
+    assert [suite["name"] for suite in report["suites"]] == ["beginning"]
+    assert (tmp_path / "validation" / "xent-mini-Q8_0" / "report.html").is_file()
 
 
 @pytest.mark.slow
-def test_export_and_validate_in_one_command(tmp_path: Path) -> None:
-    result = run("--type", "Q8_0", "--effort", "fast", "--output", tmp_path, "--validate", "--json", "--threads", 2)
+def test_the_miniature_is_exported_with_defaults_and_validated(tmp_path: Path) -> None:
+    result = run(miniature(), "--bits", 4, "--format", "gguf", "--output", tmp_path, "--validate", "--json")
     assert result.returncode == 0, result.stderr
     (report,) = json.loads(result.stdout)["validation"]
     assert report["verdict"] == "within"
-    assert (tmp_path / "validation" / "xent-mini-Q8_0" / "report.html").is_file()
+    assert (tmp_path / "validation" / "xent-mini-Q4_K_M" / "report.html").is_file()

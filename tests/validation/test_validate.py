@@ -350,18 +350,6 @@ def test_another_tokenizer_is_refused(export: Export, mini: Checkpoint, tmp_path
         run(export("Q8_0"), Checkpoint.open(folder), tmp_path, suites=[bundled("XfictionEN")], max_tokens=1024)
 
 
-def test_a_missing_runtime_names_its_pip_line(export: Export, mini: Checkpoint, cache: Path, monkeypatch: Any) -> None:
-    import importlib.util
-
-    from xent_quant.validation import llama_cpp
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    llama_cpp.library.cache_clear()
-    with pytest.raises(ValidationError, match="pip install"):
-        run(export("Q8_0"), mini, cache)
-    llama_cpp.library.cache_clear()
-
-
 def test_suites(tmp_path: Path) -> None:
     for name in suites.NAMES:
         suite = bundled(name)

@@ -150,6 +150,8 @@ def quantize(
         plans = pipeline.plan(model, formats=format, **options)
         show.as_json([plan.to_json() for plan in plans]) if json else show.plans(plans)
         return
+    if validate:
+        pipeline.require_runtimes(format, bits)
     from calibration.session import Settings  # torch: seconds that --dry-run can do without
 
     with show.progress() as progress:

@@ -62,7 +62,7 @@ def validate(
         Path | None,
         Parameter(
             group=RESULT,
-            help="Folder for report.html, report.json and the reference's results. Default: these alone, in ~/.cache/xent-quant.",
+            help="Folder for report.html, report.json and the reference's results, which by default go to ~/.cache/xent-quant.",
         ),
     ] = None,
     json: Annotated[
@@ -71,7 +71,7 @@ def validate(
     ] = None,
     verbose: Verbose = 0,
 ) -> None:
-    """Measure an export against its checkpoint; exit 3 where it is out of tolerance."""
+    """Measure an export against its checkpoint; exit 0 within tolerance or undecided (too little text), 3 out of it."""
     from xent_quant import pipeline
     from xent_quant.cli import show, show_validation
 

@@ -1,13 +1,16 @@
 """Which runtime judges a file, and how it is opened. Each is imported only where it is used."""
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from xent_quant.errors import ValidationError
-from xent_quant.validation.scoring import Runtime
+
+if TYPE_CHECKING:
+    from xent_quant.validation.scoring import Runtime
 
 Kind = Literal["gguf", "onnx", "bitsandbytes", "checkpoint"]
 RuntimeName = Literal["auto", "llama.cpp", "onnxruntime", "transformers", "torch"]
@@ -18,6 +21,16 @@ NATIVE: dict[Kind, RuntimeName] = {
     "checkpoint": "torch",
 }
 """Kind of export to the runtime that people use; `torch` is the exact path, which every kind has."""
+
+READER: dict[Kind, tuple[str, ...]] = {"onnx": ("onnx",)}
+PACKAGES: dict[Kind, tuple[str, ...]] = {
+    "gguf": ("xllamacpp",),
+    "onnx": ("onnxruntime",),
+    "bitsandbytes": ("transformers", "bitsandbytes", "accelerate"),
+}
+"""What reading a kind of export takes besides this project's own dependencies, and what running it takes."""
+EXTRAS: dict[Kind, str] = {"gguf": "llama", "onnx": "onnx", "bitsandbytes": "bnb"}
+"""The extra of this project that installs both."""
 
 
 def kind_of(path: Path) -> Kind:
@@ -51,9 +64,31 @@ def choose(kind: Kind, wanted: RuntimeName) -> RuntimeName:
     return wanted
 
 
+def require(kind: Kind, runtime: RuntimeName) -> None:
+    """Raise ValidationError or UnsupportedError, naming the pip line, where a package is missing or of a version that will not
+    do. To be called before the work that would be lost."""
+    for package in READER.get(kind, ()):
+        if importlib.util.find_spec(package) is None:
+            raise ValidationError(f"{package} is not installed: pip install 'xent-quant[{EXTRAS[kind]}]'")
+    if runtime == "torch":
+        return
+    for package in PACKAGES.get(kind, ()):
+        if importlib.util.find_spec(package) is None:
+            line = f"pip install 'xent-quant[{EXTRAS[kind]}]'"
+            raise ValidationError(f"{package}, which {runtime} needs, is not installed: {line}; or use --runtime torch")
+    if runtime == "llama.cpp":
+        from xent_quant.validation.llama_cpp import library
+
+        library()
+    elif runtime == "onnxruntime":
+        from xent_quant.validation.onnx_runtime import require_runtime
+
+        require_runtime()
+
+
 @contextmanager
-def opened(runtime: RuntimeName, path: Path, context: int, threads: int) -> Iterator[Runtime]:
-    """The loaded model. Raises ValidationError where the runtime is missing, naming the pip line, or refuses the file."""
+def opened(runtime: RuntimeName, path: Path, context: int, threads: int) -> "Iterator[Runtime]":
+    """The loaded model; see `require` for what must be installed. Raises ValidationError where the runtime refuses the file."""
     if runtime == "llama.cpp":
         from xent_quant.validation.llama_cpp import LlamaCpp
 

@@ -1,6 +1,5 @@
 """A folder in stock transformers on the CPU: bitsandbytes exports, and float checkpoints."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,11 @@ F32 = NDArray[np.float32]
 
 
 class TransformersModel:
-    """A loaded causal model. Raises ValidationError where transformers or bitsandbytes is missing, or refuses it."""
+    """A loaded causal model. Raises ValidationError where transformers refuses it."""
 
     name = "transformers"
 
     def __init__(self, folder: Path, *, quantised: bool) -> None:
-        for package in ("transformers", *(("bitsandbytes", "accelerate") if quantised else ())):
-            if importlib.util.find_spec(package) is None:
-                raise ValidationError(f"{package} is not installed: pip install 'xent-quant[bnb]'")
         import torch
         import transformers
 

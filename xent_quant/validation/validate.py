@@ -53,9 +53,8 @@ class _Checkpoint:
         return 0.0
 
 
-def open_export(path: Path, reference: Architecture) -> Exported:
+def open_export(path: Path, kind: runtimes.Kind, reference: Architecture) -> Exported:
     """Headers of an export, checked against the reference. Raises ValidationError naming the file, key or tensor."""
-    kind = runtimes.kind_of(path)
     if kind == "gguf":
         import gguf
 
@@ -113,8 +112,10 @@ def validate(
         raise ValidationError("no suite was given")
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    opened = open_export(exported, reference.architecture)
-    used = runtimes.choose(opened.kind, runtime)
+    kind = runtimes.kind_of(exported)
+    used = runtimes.choose(kind, runtime)
+    runtimes.require(kind, used)
+    opened = open_export(exported, kind, reference.architecture)
     texts = tokenize(reference, suites, context, max_tokens)
     n_weights = reference.n_weights
     weight_bits = 8 * opened.nbytes / n_weights
