@@ -3,6 +3,9 @@
 Layout (llama.cpp tools/imatrix): `general.type` = "imatrix", `imatrix.datasets`, `imatrix.chunk_count`,
 `imatrix.chunk_size`; per weight tensor `<name>.in_sum2` [n_expert, n_column] raw sums of x², and `<name>.counts`
 [n_expert, 1] rows seen. Dense tensors have one matrix. Tensor names are llama.cpp's.
+
+Ours hold for experts `<name>.in_sum2_gated` and `<name>.gate_sum2` as well: sums of (g·x)² and of g² [n_expert, 1], g being the
+gate that scales the expert's output for that row. llama.cpp reads past tensors of other suffixes than its two.
 """
 
 from collections.abc import Mapping
@@ -19,6 +22,7 @@ from xent_quant.errors import CalibrationError
 from xent_quant.tensors import InputStatistics
 
 F32 = NDArray[np.float32]
+GATED, GATES = ".in_sum2_gated", ".gate_sum2"
 
 PRIOR_ROWS = 64.0
 """An expert's statistics count as its own rows plus this many rows of its tensor's average over experts, so an expert
@@ -30,10 +34,13 @@ COLUMN_FLOOR = 1e-4
 
 @dataclass(frozen=True)
 class Entry:
-    """Statistics of one weight tensor: `sums` [n_experts, n_columns] float32 Σx², `counts` [n_experts] float32 rows."""
+    """Statistics of one weight tensor: `sums` [n_experts, n_columns] float32 Σx², `counts` [n_experts] float32 rows; `gated`
+    Σ(g·x)² and `gates` Σg² of the same shapes, None outside experts and where a file lacks them."""
 
     sums: F32
     counts: F32
+    gated: F32 | None = None
+    gates: F32 | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,15 @@ class Imatrix:
             base = name.removesuffix(".in_sum2")
             if base + ".counts" not in tensors:
                 raise CalibrationError(f"{path}: {base}: sums without counts; the file is incomplete, calibrate again")
-            matrix, counts = sums.reshape(-1, sums.shape[-1]), tensors[base + ".counts"].reshape(-1)
-            if len(counts) != len(matrix):
-                raise CalibrationError(f"{path}: {base}: {len(matrix)} matrices but {len(counts)} counts; calibrate again")
-            if not (np.isfinite(matrix).all() and np.isfinite(counts).all() and (matrix >= 0).all() and (counts >= 0).all()):
-                raise CalibrationError(f"{path}: {base}: negative or non-finite statistics; calibrate again")
-            entries[base] = Entry(matrix, counts)
+            found = [sums.reshape(-1, sums.shape[-1]), tensors[base + ".counts"].reshape(-1)]
+            if base + GATED in tensors and base + GATES in tensors:
+                found += [tensors[base + GATED].reshape(-1, sums.shape[-1]), tensors[base + GATES].reshape(-1)]
+            for part in found:
+                if len(part) != len(found[0]):
+                    raise CalibrationError(f"{path}: {base}: {len(found[0])} matrices but {len(part)} counts; calibrate again")
+                if not (np.isfinite(part).all() and (part >= 0).all()):
+                    raise CalibrationError(f"{path}: {base}: negative or non-finite statistics; calibrate again")
+            entries[base] = Entry(*found)
         if not entries:
             raise CalibrationError(f"{path}: holds no statistics; calibrate again")
         datasets, chunks, size = value("imatrix.datasets"), value("imatrix.chunk_count"), value("imatrix.chunk_size")
@@ -105,6 +115,9 @@ class Imatrix:
             dense = len(entry.sums) == 1
             writer.add_tensor(name + ".in_sum2", entry.sums[0] if dense else entry.sums)
             writer.add_tensor(name + ".counts", entry.counts if dense else entry.counts[:, None])
+            if entry.gated is not None and entry.gates is not None:
+                writer.add_tensor(name + GATED, entry.gated)
+                writer.add_tensor(name + GATES, entry.gates[:, None])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -30,11 +30,13 @@ def fewest_rows(columns: int, hessian: bool) -> int:
 
 @dataclass
 class Moments:
-    """Σx² per column (`squares` [in] float64) and, if `hessian`, Σx xᵀ (`products` [in, in] float32) over `rows` rows."""
+    """Σ w x² per column (`squares` [in] float64) and, if `hessian`, Σ w x xᵀ (`products` [in, in] float32) over `rows` rows of
+    weights w, which add up to `weight`."""
 
     columns: int
     hessian: bool
     rows: int = 0
+    weight: float = 0.0
     squares: Tensor = field(init=False)
     products: Tensor | None = field(init=False, default=None)
     held_out: list[Tensor] = field(init=False, default_factory=list)
@@ -42,16 +44,20 @@ class Moments:
     def __post_init__(self) -> None:
         self.squares = torch.zeros(self.columns, dtype=torch.float64)
 
-    def add(self, inputs: Tensor, held_out: Tensor | None = None) -> None:
-        """Rows [n, in] of any float type; those of the mask `held_out` [n] are kept as they are instead."""
+    def add(self, inputs: Tensor, held_out: Tensor | None = None, gates: Tensor | None = None) -> None:
+        """Rows [n, in] of any float type; those of the mask `held_out` [n] are kept as they are instead. A row's weight is the
+        square of its gate, [n], or 1."""
+        wide = inputs.float()
+        if gates is not None:
+            wide = wide * gates[:, None].float()
         if held_out is not None and held_out.any():
             room = HELD_OUT_ROWS - sum(len(kept) for kept in self.held_out)
-            self.held_out.append(inputs[held_out][: max(0, room)].float().cpu())
-            inputs = inputs[~held_out]
-        if not len(inputs):
+            self.held_out.append(wide[held_out][: max(0, room)].cpu())
+            wide, gates = wide[~held_out], None if gates is None else gates[~held_out]
+        if not len(wide):
             return
-        wide = inputs.float()
         self.rows += len(wide)
+        self.weight += len(wide) if gates is None else float(gates.double().square().sum())
         if not self.hessian:
             self.squares += wide.square().sum(0).double().cpu()
             return
@@ -72,7 +78,8 @@ class Moments:
         total = self.rows + missing
         if not total:
             return None
-        squares = self.squares.clone()
+        own = self.rows / self.weight if self.weight else 0.0
+        squares = self.squares * own
         if missing and layer is not None:
             squares += layer.squares * (missing / layer.rows)
         importance = (squares / total).numpy()
@@ -81,7 +88,7 @@ class Moments:
         if self.hessian:
             mean = torch.zeros(self.columns, self.columns)
             if self.products is not None:
-                mean += self.products.cpu() / total
+                mean += self.products.cpu() * (own / total)
             if missing and layer is not None and layer.products is not None:
                 mean += layer.products.cpu() * (missing / layer.rows / total)
             hessian = mean.numpy()

@@ -23,12 +23,15 @@ class RunningCalibration:
     """A StatisticsSource over token ids `windows` [n_windows, length]; see `StreamingModel.steps` for what the pass holds.
 
     Beside that it holds the statistics of one layer's attention and shared MLP and of one expert. With `hessian`, one
-    window in HELD_OUT_SHARE feeds `InputStatistics.held_out` alone. `coverage` is complete when the walk is.
+    window in HELD_OUT_SHARE feeds `InputStatistics.held_out` alone. With `gated`, an expert's inputs weigh as much as the square
+    of the gate that scales its output. `coverage` is complete when the walk is.
     """
 
-    def __init__(self, model: StreamingModel, windows: Tensor, *, hessian: bool, progress: Progress | None = None) -> None:
+    def __init__(
+        self, model: StreamingModel, windows: Tensor, *, hessian: bool, gated: bool = False, progress: Progress | None = None
+    ) -> None:
         architecture = model.architecture
-        self._hessian = hessian
+        self._hessian, self._gated = hessian, gated
         self._order = {name: index for index, name in enumerate(architecture.tensors())}
         if architecture.tie_word_embeddings:  # the head's inputs come last; the embedding, asked first, has no statistics
             self._order.pop(names.EMBEDDING)
@@ -60,7 +63,7 @@ class RunningCalibration:
 
     def _take(self, step: Step) -> None:
         moments = self._open.setdefault(step.weights, Moments(step.inputs.shape[1], self._hessian))
-        moments.add(step.inputs, self._held_out[step.tokens // self._length])
+        moments.add(step.inputs, self._held_out[step.tokens // self._length], step.gates if self._gated else None)
         if not step.last:
             return
         del self._open[step.weights]

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Prints what every type loses on text that calibration never saw: ours against stock ggml, same layout, same bytes.
 
-    scripts/bench_quality.py --corpus CORPUS [--types Q4_K_M Q2_K] [--methods imatrix gptq] [--tokens 200000]
+    scripts/bench_quality.py --corpus CORPUS [--types Q4_K_M Q2_K] [--methods stock gptq] [--tokens 200000]
 
 Both sides calibrate the miniature on CORPUS/calib/*.jsonl (or, without --corpus, on the bundled text) and are judged on
 CORPUS/valid/*.jsonl (or the bundled suites). "stock" is ggml_quantize_chunk with the plain per-expert importance matrix of
 that text, as llama-quantize has it: none for the embedding and the head. Dequantised weights run in our own exact forward:
 the figures hold for the weights, apart from any runtime's rounding of activations. KL divergence is
-KL(bf16 checkpoint ‖ quantised) in nats per token over the second half of each window; ± is the standard error over windows.
+KL(bf16 checkpoint ‖ quantised) in nats per token over the second half of each window; ± is the standard error over windows;
+the last column is the ratio to the first of --methods in the same windows.
 """
 
 import argparse
@@ -91,7 +92,8 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="folder with calib/*.jsonl and valid/*.jsonl; default: the bundled texts")
     parser.add_argument("--model", type=Path, default=miniature())
     parser.add_argument("--types", nargs="+", default=TYPES)
-    parser.add_argument("--methods", nargs="+", default=["imatrix", "gptq"], choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=["stock", "imatrix", "gptq"], choices=["stock", *METHODS])
+    parser.add_argument("--rows", nargs="+", default=["plain"], choices=["plain", "gated"], help="gated: weighed by gate squared")
     parser.add_argument("--effort", default="normal", choices=["fast", "normal", "high"])
     parser.add_argument("--tokens", type=int, default=200_000, help="calibration tokens")
     parser.add_argument("--judge-tokens", type=int, default=8192, help="tokens of each suite")
@@ -115,8 +117,10 @@ def main() -> None:
     windows, judged = torch.from_numpy(text.windows), torch.from_numpy(np.concatenate(unseen))
     model = StreamingModel(checkpoint)
     started = time.perf_counter()
-    running = RunningCalibration(model, windows, hessian=True)
-    known = {name: running.get(name) for name in checkpoint.infos}
+    known: dict[str, dict[str, InputStatistics | None]] = {}
+    for weighting in options.rows:
+        running = RunningCalibration(model, windows, hessian=True, gated=weighting == "gated")
+        known[weighting] = {name: running.get(name) for name in checkpoint.infos}
     plain, _ = collect(model, windows)
     least = running.coverage.least
     print(
@@ -134,24 +138,31 @@ def main() -> None:
             parts = pool.map(lambda part: quantize_chunk(kind.ggml_type, row_bytes, part, importance), np.array_split(weights, 2))
             return np.concatenate(list(parts))
 
-    def ours(name: str) -> Quantize:
+    def ours(name: str, weighting: str) -> Quantize:
         method = METHODS[name](options.effort)
 
         def quantize(tensor: PlannedTensor, source: str, weights: np.ndarray) -> np.ndarray:
-            statistics: InputStatistics | None = known[source]
+            statistics = known[weighting][source]
             statistics = statistics and statistics.padded(tensor.columns)
             return method.quantize(weights, formats.get(tensor.type), statistics, name=source)
 
         return quantize
 
+    sides: dict[str, Quantize] = {}
+    for method in options.methods:
+        if method == "stock":
+            sides[method] = stock
+            continue
+        for weighting in options.rows:
+            sides[method if weighting == "plain" else f"{method}, {weighting}"] = ours(method, weighting)
     base = judge(model, model, judged)
     print(f"bf16: perplexity {measures.perplexity(base['nll']):.4f}\n")
-    titles = ("perplexity ratio", "mean KL divergence", "top-1 agreement", "KL / stock")
-    print(f"{'type':8} {'side':8} {'bits/w':>6} {'s':>5} {titles[0]:>20} {titles[1]:>22} {titles[2]:>17} {titles[3]:>15}")
+    titles = ("perplexity ratio", "mean KL divergence", "top-1 agreement", f"KL / {next(iter(sides))}")
+    print(f"{'type':8} {'side':14} {'bits/w':>6} {'s':>5} {titles[0]:>20} {titles[1]:>22} {titles[2]:>17} {titles[3]:>15}")
     for name in options.types:
         planned = plan(checkpoint.architecture, recipes.recipe(type=name, imatrix=True))
-        theirs: np.ndarray | None = None
-        for side, quantize in {"stock": stock, **{method: ours(method) for method in options.methods}}.items():
+        first: np.ndarray | None = None
+        for side, quantize in sides.items():
             started = time.perf_counter()
 
             weights = quantized(checkpoint, planned.tensors, quantize)
@@ -162,13 +173,13 @@ def main() -> None:
             result = judge(model, StreamingModel(weights), judged)
             ratio = measures.perplexity_ratio(result["nll"], base["nll"])
             kl, agree = measures.window_mean(result["kl"]), measures.window_mean(result["agree"])
-            theirs = result["kl"] if theirs is None else theirs
-            against = result["kl"].mean() / theirs.mean()
+            first = result["kl"] if first is None else first
+            against = result["kl"].mean() / first.mean()
             # Standard error of a ratio of means over the same windows (delta method).
-            rest = (result["kl"] - against * theirs).mean(1)
-            error = rest.std(ddof=1) / np.sqrt(len(rest)) / theirs.mean()
+            rest = (result["kl"] - against * first).mean(1)
+            error = rest.std(ddof=1) / np.sqrt(len(rest)) / first.mean()
             print(
-                f"{name:8} {side:8} {planned.bits_per_weight:6.2f} {seconds:5.0f} {ratio.value:10.5f} ± {ratio.error:.5f} "
+                f"{name:8} {side:14} {planned.bits_per_weight:6.2f} {seconds:5.0f} {ratio.value:10.5f} ± {ratio.error:.5f} "
                 f"{kl.value:11.6f} ± {kl.error:.6f} {agree.value:8.4f} ± {agree.error:.4f} {against:7.3f} ± {error:.3f}",
                 flush=True,
             )

@@ -18,16 +18,22 @@ RANDOM = np.random.default_rng(0)
 WINDOWS = RANDOM.integers(4, 300, (5, 12))
 
 
-def rows_seen(folder, windows: np.ndarray) -> dict[str, np.ndarray]:
+def rows_and_gates(folder, windows: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     seen: dict[str, list[np.ndarray]] = {}
+    gates: dict[str, list[float]] = {}
     weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     for window in windows:
-        forward(weights, config, window.tolist(), seen)
-    return {name: np.array(rows) for name, rows in seen.items()}
+        forward(weights, config, window.tolist(), seen, gates)
+    return {name: np.array(rows) for name, rows in seen.items()}, {name: np.array(rows) for name, rows in gates.items()}
 
 
-def running(folder, hessian: bool, dtype: torch.dtype = torch.float32) -> RunningCalibration:
-    return RunningCalibration(StreamingModel(Checkpoint.open(folder), dtype), torch.from_numpy(WINDOWS), hessian=hessian)
+def rows_seen(folder, windows: np.ndarray) -> dict[str, np.ndarray]:
+    return rows_and_gates(folder, windows)[0]
+
+
+def running(folder, hessian: bool, gated: bool = False) -> RunningCalibration:
+    model = StreamingModel(Checkpoint.open(folder))
+    return RunningCalibration(model, torch.from_numpy(WINDOWS), hessian=hessian, gated=gated)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"num_experts": None}, {"num_shared_experts": 0}, {"tie_word_embeddings": True}])
@@ -57,6 +63,26 @@ def test_equals_a_pass_that_keeps_all_rows(checkpoint, monkeypatch, overrides, h
             assert np.abs(found.hessian - product)[off].max() < 1e-5 * np.abs(product).max()
             if name in apart:
                 np.testing.assert_allclose(found.held_out, apart[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("hessian", [False, True])
+def test_gated_rows_weigh_the_square_of_their_gate(checkpoint, monkeypatch, hessian) -> None:
+    monkeypatch.setattr("calibration.moments.FEWEST_ROWS", 1)
+    monkeypatch.setattr("calibration.moments.FEWEST_ROWS_PER_COLUMN", 0)
+    folder = checkpoint()
+    rows, gates = rows_and_gates(folder, WINDOWS[:-1] if hessian else WINDOWS)
+    source = running(folder, hessian, gated=True)
+    for name in Checkpoint.open(folder).infos:
+        found = source.get(name)
+        if found is None or name not in rows:
+            continue
+        weights = gates.get(name, np.ones(len(rows[name]))) ** 2
+        mean = weights @ np.square(rows[name]) / weights.sum()
+        np.testing.assert_allclose(found.importance, np.maximum(mean, COLUMN_FLOOR * mean.mean()), rtol=5e-4)
+        if found.hessian is not None:
+            product = (rows[name].T * weights) @ rows[name] / weights.sum()
+            off = ~np.eye(len(product), dtype=bool)
+            assert np.abs(found.hessian - product)[off].max() < 1e-5 * np.abs(product).max()
 
 
 @pytest.mark.parametrize("hessian", [False, True])

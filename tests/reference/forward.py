@@ -10,9 +10,14 @@ import numpy as np
 
 
 def forward(
-    weights: dict[str, np.ndarray], config: dict[str, Any], ids: list[int], seen: dict[str, list[np.ndarray]] | None = None
+    weights: dict[str, np.ndarray],
+    config: dict[str, Any],
+    ids: list[int],
+    seen: dict[str, list[np.ndarray]] | None = None,
+    gates: dict[str, list[float]] | None = None,
 ) -> np.ndarray:
-    """Logits [len(ids), vocab] float64. `seen` collects the input rows of every weight."""
+    """Logits [len(ids), vocab] float64. `seen` collects the input rows of every weight, `gates` the gate of each row of the
+    experts' weights."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     size = hidden // heads
@@ -76,6 +81,9 @@ def forward(
             chosen = np.argsort(-probabilities, kind="stable")[: config["moe_top_k"]]
             total = probabilities[chosen].sum() if config.get("norm_topk_prob", True) else 1.0
             for e in chosen:
+                for name in ("gate", "up", "down"):
+                    if gates is not None:
+                        gates.setdefault(f"{base}mlp.experts.{e}.{name}_proj.weight", []).append(probabilities[e] / total)
                 x[t] += probabilities[e] / total * mlp(normed[t], f"{base}mlp.experts.{e}.")
             if config["num_shared_experts"]:
                 x[t] += mlp(normed[t], base + "mlp.shared_experts.")
