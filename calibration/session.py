@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from xent_quant.tensors import InputStatistics
 
 SPARE = 3
 """Times `tokens` that are drawn beyond them, at most, to reach rare experts."""
+
+PROBE = 8
+"""One window in so many tells how rare the rarest expert is."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,12 @@ class Session:
         self.model = StreamingModel(checkpoint, torch.bfloat16 if device == "cuda" else torch.float32, device)
 
     def windows(self, fewest: int, progress: Progress | None = None) -> Tensor:
-        """Token ids [n, seqlen]: the text's windows, and, while an expert is chosen by fewer than `fewest` of their tokens, more
-        of its spare ones. Where there are none to draw from, nothing is run for it."""
+        """Token ids [n, seqlen]: the text's windows, and as many spare ones as it takes until every expert is chosen by `fewest`
+        tokens, or all. How often an expert is chosen is judged by one window in PROBE. With none to draw from, nothing
+        is run for it."""
         chosen = torch.from_numpy(self.text.windows).to(self.model.device)
         spare = torch.from_numpy(self.text.spare).to(self.model.device)
-        if not len(spare):
+        if not (fewest and len(spare)):
             return chosen
         coverage = Coverage(self.checkpoint.architecture.num_layers, self.checkpoint.architecture.num_experts, fewest)
 
@@ -78,12 +83,12 @@ class Session:
             if step.gates is not None and step.weights[0].endswith(".gate_proj.weight"):
                 coverage.count(step.weights[0], len(step.inputs))
 
-        self.model.hidden_states(chosen, observe, progress)
-        while coverage.least < fewest and len(spare):
-            more, spare = spare[: len(self.text.windows)], spare[len(self.text.windows) :]
-            self.model.hidden_states(more, observe, progress)
-            chosen = torch.cat([chosen, more])
-        return chosen
+        probe = chosen[::PROBE]
+        self.model.hidden_states(probe, observe, progress)
+        # One standard error below what was counted, since the rarest of many experts is more often under- than overrated.
+        sure = coverage.least - coverage.least**0.5
+        needed = ceil(fewest * len(probe) / sure) if sure > 0 else len(chosen) + len(spare)
+        return torch.cat([chosen, spare[: max(0, needed - len(chosen))]])
 
     def running(self, hessian: bool, progress: Progress | None = None) -> "LazyCalibration":
         """Statistics for a walk over the checkpoint."""
@@ -98,7 +103,7 @@ class Session:
         """Statistics for a file."""
         return collect(self.model, self.windows(FEWEST_ROWS, progress), self.text.names, progress)
 
-    def keys(self, method: str) -> dict[str, str | int]:
+    def keys(self) -> dict[str, str | int]:
         """What a GGUF file says of the statistics that it was made with."""
         measured = {
             llama_name(name)[0]
@@ -106,7 +111,6 @@ class Session:
             if len(shape) == 2 and name != names.EMBEDDING and not name.endswith(".router.weight")
         }
         return {
-            "quantize.imatrix.file": f"xent-quant --method {method}",
             "quantize.imatrix.dataset": ", ".join(self.text.names),
             "quantize.imatrix.entries_count": len(measured),
             "quantize.imatrix.chunks_count": len(self.text.windows),

@@ -129,8 +129,6 @@ def plan(
     bnb_type: str = "nf4",
 ) -> tuple["PlanSummary", ...]:
     """What `quantize` would write with the same options, one summary for each format, from headers alone."""
-    from xent_quant.methods.search import Search
-
     checkpoint = _open(model)
     target = Target(
         formats=formats,
@@ -146,8 +144,9 @@ def plan(
         bnb_type=bnb_type,
     )
     _read_imatrix(imatrix, checkpoint)
-    keys: dict[str, str | int] | None = None if _method(method, imatrix) == "rtn" else {}
-    return tuple(exporter.summary for exporter in _exporters(checkpoint, target, Search(), keys))
+    chosen = _method(method, imatrix)
+    keys: Keys = None if chosen == "rtn" else {}
+    return tuple(exporter.summary for exporter in _exporters(checkpoint, target, _Methods(chosen, "fast"), keys))
 
 
 def quantize(
@@ -184,7 +183,6 @@ def quantize(
     `xent_quant.errors`; nothing that looks finished is left after one.
     """
     from exporters.stream import export
-    from xent_quant.methods import METHODS
 
     started = time.perf_counter()
     used = _set_threads(threads)
@@ -214,10 +212,10 @@ def quantize(
     session = None
     if matrix is None and chosen != "rtn" and _uses_statistics(target):
         session = _session(checkpoint, calibration)
-    keys = matrix.keys() if matrix else session.keys(chosen) if session else None
-    way = METHODS[chosen](effort)
-    exporters = _exporters(checkpoint, target, way, keys)
-    running = session.running(way.needs_hessian, progress) if session else None
+    keys = matrix.keys() if matrix else session.keys() if session else None
+    methods = _Methods(chosen, effort)
+    exporters = _exporters(checkpoint, target, methods, keys)
+    running = session.running(methods.need_hessian, progress) if session else None
     done = export(checkpoint, exporters, matrix or running, progress)
     notes = tuple(note for exported in done for note in exported.notes)
     return QuantizeResult(
@@ -267,16 +265,38 @@ def _session(checkpoint: "Checkpoint", calibration: "Settings | None") -> "Sessi
 
 
 def _method(name: str, imatrix: str | Path | None) -> str:
-    """The name in METHODS that `name` means. Raises ConfigError for what does not go with a file of statistics."""
-    from xent_quant.methods import AUTO_WITH_FILE, AUTO_WITH_TEXT, METHODS
+    """`name`, or the one method that goes with a file of statistics. Raises ConfigError for another, or an unknown one."""
+    from xent_quant.methods import METHODS, WITH_FILE
 
-    if name == "auto":
-        return AUTO_WITH_TEXT if imatrix is None else AUTO_WITH_FILE
-    if name not in METHODS:
+    if name != "auto" and name not in METHODS:
         raise ConfigError(f"--method {name}: there are auto, {', '.join(METHODS)}")
-    if imatrix is not None and name != AUTO_WITH_FILE:
-        raise ConfigError(f"--method {name}: does not use an importance matrix; drop --imatrix, or use --method {AUTO_WITH_FILE}")
-    return name
+    if imatrix is None:
+        return name
+    if name not in ("auto", WITH_FILE):
+        raise ConfigError(f"--method {name}: does not use an importance matrix; drop --imatrix, or use --method {WITH_FILE}")
+    return WITH_FILE
+
+
+class _Methods:
+    """The method of a name, for "auto" that of an export's type; each made once, since a method keeps what weights share."""
+
+    def __init__(self, name: str, effort: "Effort") -> None:
+        self._name, self._effort = name, effort
+        self._made: dict[str, Method] = {}
+
+    def for_type(self, bulk: str) -> "Method":
+        """The method for an export most of whose weights are of the type `bulk`."""
+        from xent_quant.methods import METHODS, auto
+
+        name = auto(bulk) if self._name == "auto" else self._name
+        if name not in self._made:
+            self._made[name] = METHODS[name](self._effort)
+        return self._made[name]
+
+    @property
+    def need_hessian(self) -> bool:
+        """Whether any of those in use does."""
+        return any(method.needs_hessian for method in self._made.values())
 
 
 def _uses_statistics(target: Target) -> bool:
@@ -285,35 +305,39 @@ def _uses_statistics(target: Target) -> bool:
     return not whole and any(kind != "bnb" for kind in target.formats)
 
 
-def _exporters(checkpoint: "Checkpoint", target: Target, method: "Method", keys: Keys) -> list["Exporter"]:
+def _exporters(checkpoint: "Checkpoint", target: Target, methods: _Methods, keys: Keys) -> list["Exporter"]:
     """One exporter for each format, in the order asked for. Raises ConfigError for an unknown one."""
     unknown = set(target.formats) - EXPORTERS.keys()
     if unknown or not target.formats:
         raise ConfigError(f"--format: {', '.join(sorted(unknown)) or 'none given'}; there is {', '.join(EXPORTERS)}")
     named = replace(target, name=target.name or checkpoint.path.resolve().name)
-    return [EXPORTERS[kind](checkpoint, named, method, keys) for kind in dict.fromkeys(target.formats)]
+    return [EXPORTERS[kind](checkpoint, named, methods, keys) for kind in dict.fromkeys(target.formats)]
 
 
-def _gguf(checkpoint: "Checkpoint", target: Target, method: "Method", keys: Keys) -> "Exporter":
+def _gguf(checkpoint: "Checkpoint", target: Target, methods: _Methods, keys: Keys) -> "Exporter":
     from exporters.gguf.export import GGUFExporter
     from exporters.gguf.plan import plan
+    from exporters.interface import type_totals
     from xent_quant.recipes import recipe
 
     chosen = recipe(bits=target.bits, type=target.type, tensor_types=target.tensor_types, imatrix=keys is not None)
+    planned = plan(checkpoint.architecture, chosen, pad=target.pad)
+    totals = type_totals([(tensor.type, tensor.n_weights, tensor.nbytes) for tensor in planned.tensors])
+    method = methods.for_type(max(totals, key=lambda row: row.weights).type)
     return GGUFExporter(
         checkpoint,
-        plan(checkpoint.architecture, chosen, pad=target.pad),
+        planned,
         target.output,
         target.name or "",
         method,
-        imatrix_keys=keys or {},
+        imatrix_keys=keys and {"quantize.imatrix.file": f"xent-quant --method {method.name}", **keys},
         split_size=target.split_size,
         force=target.force,
         allow_tokenizer_mismatch=target.allow_tokenizer_mismatch,
     )
 
 
-def _onnx(checkpoint: "Checkpoint", target: Target, method: "Method", keys: Keys) -> "Exporter":
+def _onnx(checkpoint: "Checkpoint", target: Target, methods: _Methods, keys: Keys) -> "Exporter":
     try:
         from exporters.onnx.export import ONNXExporter
     except ModuleNotFoundError as error:
@@ -331,10 +355,11 @@ def _onnx(checkpoint: "Checkpoint", target: Target, method: "Method", keys: Keys
         active_bits=target.active_bits,
     )
     planned = plan(checkpoint.architecture, settings)
+    method = methods.for_type(f"INT{target.bits}")
     return ONNXExporter(checkpoint, planned, target.output, target.name or "", method, force=target.force)
 
 
-def _bnb(checkpoint: "Checkpoint", target: Target, method: "Method", keys: Keys) -> "Exporter":
+def _bnb(checkpoint: "Checkpoint", target: Target, methods: _Methods, keys: Keys) -> "Exporter":
     from exporters.bitsandbytes.export import BnbExporter
     from exporters.bitsandbytes.plan import plan
 
@@ -347,7 +372,7 @@ def _bnb(checkpoint: "Checkpoint", target: Target, method: "Method", keys: Keys)
     return BnbExporter(checkpoint, planned, target.output, target.name or "", split_size=target.split_size, force=target.force)
 
 
-EXPORTERS: dict[str, Callable[["Checkpoint", Target, "Method", Keys], "Exporter"]] = {
+EXPORTERS: dict[str, Callable[["Checkpoint", Target, _Methods, Keys], "Exporter"]] = {
     "gguf": _gguf,
     "onnx": _onnx,
     "bnb": _bnb,

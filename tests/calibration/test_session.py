@@ -13,7 +13,7 @@ import xent_quant
 from calibration.collect import collect
 from calibration.imatrix import Imatrix
 from calibration.session import Session, Settings
-from tests.calibration.test_running import rows_seen
+from tests.calibration.test_running import rows_and_gates
 from tests.test_command import COMMAND, run
 from xent_quant import formats
 from xent_quant.checkpoint.llama_names import llama_name
@@ -33,15 +33,24 @@ def test_imatrix_holds_raw_sums_and_counts_under_llama_names(checkpoint, tmp_pat
     read = Imatrix.read(tmp_path / "m.gguf")
     read.check(Checkpoint.open(folder).architecture)
     assert (read.datasets, read.chunk_count, read.chunk_size) == (("a", "b"), 4, 10)
-    seen = rows_seen(folder, WINDOWS)
+    seen, gates = rows_and_gates(folder, WINDOWS)
     for name, rows in seen.items():
         tensor, expert = llama_name(name)
+        entry = read.entries[tensor]
+        assert (entry.gated is not None) == ("_exps" in tensor)
+        if entry.gated is not None and entry.gates is not None:
+            np.testing.assert_allclose(entry.gated[expert], np.square(gates[name][:, None] * rows).sum(0), rtol=1e-3)
+            np.testing.assert_allclose(entry.gates[expert], np.square(gates[name]).sum(), rtol=1e-4)
         np.testing.assert_allclose(read.entries[tensor].sums[expert], np.square(rows).sum(0), rtol=1e-4)
         assert read.entries[tensor].counts[expert] == len(rows)
     assert read.entries.keys() == {llama_name(name)[0] for name in seen}
     assert sum(map(sum, coverage.tokens)) == WINDOWS.size * 2 * 2
     names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors]
-    assert names == [f"{name}.{kind}" for name in sorted(read.entries) for kind in ("in_sum2", "counts")]
+    stock = [name for name in names if name.endswith((".in_sum2", ".counts"))]
+    assert stock == [f"{name}.{kind}" for name in sorted(read.entries) for kind in ("in_sum2", "counts")]
+    assert set(names) - set(stock) == {
+        f"{name}.{kind}" for name in read.entries if "_exps" in name for kind in ("in_sum2_gated", "gate_sum2")
+    }
     assert "blk.1.ffn_down_exps.weight.in_sum2" in names
 
 
@@ -77,6 +86,15 @@ def test_same_seed_same_bytes(checkpoint, tmp_path: Path) -> None:
     one = made("a")
     assert made("b", threads=1) == one
     assert made("c", seed=1) != one
+
+
+@pytest.mark.parametrize(("kind", "method"), [("Q2_K", "imatrix"), ("Q4_0", "gptq")])
+def test_auto_is_what_measured_best_for_the_type(checkpoint, tmp_path: Path, kind: str, method: str) -> None:
+    settings = Settings(calib=("fiction-en",), tokens=200, seqlen=40)
+    done = xent_quant.quantize(checkpoint(), type=kind, output=tmp_path / "out", calibration=settings, effort="fast")
+    fields = gguf.GGUFReader(done.files[0]).fields
+    assert fields["quantize.imatrix.file"].contents() == f"xent-quant --method {method}"
+    assert fields["quantize.imatrix.dataset"].contents() == "fiction-en"
 
 
 BLOCK_TYPES = [name for name in formats.NAMES if formats.get(name).block_size > 1]

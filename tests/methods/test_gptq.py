@@ -8,8 +8,9 @@ import torch
 from tests.reference import gptq as reference
 from xent_quant import formats
 from xent_quant.formats._codes import CodedFormat
+from xent_quant.formats.base import QuantFormat
 from xent_quant.formats.int_group import IntGroup
-from xent_quant.methods import METHODS, gptq
+from xent_quant.methods import METHODS, SEARCHED, auto, gptq
 from xent_quant.methods.gptq import GPTQ, Curvature, Rows
 from xent_quant.methods.search import Search
 from xent_quant.tensors import InputStatistics
@@ -143,11 +144,16 @@ def test_slices_threads_and_padding_change_no_byte(name: str) -> None:
     assert np.array_equal(np.concatenate(sliced), whole)
 
 
+EVERY_KIND = [
+    *map(formats.get, formats.NAMES),
+    *(IntGroup(bits, 64, symmetric, "F16") for bits in (4, 8) for symmetric in (True, False)),
+]
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", formats.NAMES)
-def test_poor_statistics_do_no_harm(name: str, method: str) -> None:
+@pytest.mark.parametrize("kind", EVERY_KIND, ids=lambda kind: kind.name)
+def test_poor_statistics_do_no_harm(kind: QuantFormat, method: str) -> None:
     """One row, no energy at all, none of some columns: finite weights, near the plain ones."""
-    kind = formats.get(name)
     one = INPUTS[:1]
     blind = np.where(np.arange(COLUMNS) % 3 == 0, 0, INPUTS[:400])
     for rows in (one, np.zeros_like(one), blind):
@@ -156,3 +162,9 @@ def test_poor_statistics_do_no_harm(name: str, method: str) -> None:
         values = kind.dequantize(packed)
         assert np.isfinite(values).all()
         assert np.square(values - WEIGHTS).sum() < 0.8 * np.square(WEIGHTS).sum()
+
+
+def test_auto_keeps_away_from_gptq_where_it_does_not_help() -> None:
+    assert "Q2_K" in SEARCHED
+    assert all(auto(name) == "imatrix" for name in SEARCHED)
+    assert all(auto(name) == "gptq" for name in ("Q3_K", "IQ4_XS", "Q4_K", "Q8_0", "INT4"))

@@ -58,7 +58,7 @@ def quantize(
         Parameter(
             group=CALIBRATION,
             help="How codes are chosen: rtn without statistics, imatrix by importance of columns, gptq with error feedback. "
-            "auto: gptq; imatrix with --imatrix.",
+            "auto: gptq; imatrix for Q2_K, where gptq measured no better, and with --imatrix.",
         ),
     ] = "auto",
     calib: Calib = [],  # noqa: B006
