@@ -27,17 +27,21 @@ def mini() -> Checkpoint:
     return Checkpoint.open(miniature())
 
 
-@pytest.fixture(scope="session")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """export("Q4_K_M") is the miniature's GGUF of that type; not to be changed."""
-    folder = tmp_path_factory.mktemp("exports")
-    made: dict[str, Path] = {}
+QUICK = {"method": "rtn", "effort": "fast"}
 
-    def make(kind: str) -> Path:
-        if kind not in made:
-            done = xent_quant.quantize(None, method="rtn", type=kind, output=folder, name="mini", effort="fast", force=True)
-            made[kind] = next(path for path in done.files if path.suffix == ".gguf")
-        return made[kind]
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """export("Q4_K_M") is the miniature's GGUF of that type, made quickly, or with method and effort of the command line as
+    export("Q4_K_M", defaults=True); not to be changed."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(kind: str, defaults: bool = False) -> Path:
+        if (kind, defaults) not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            done = xent_quant.quantize(None, type=kind, output=folder, name="mini", **({} if defaults else QUICK))
+            made[kind, defaults] = next(path for path in done.files if path.suffix == ".gguf")
+        return made[kind, defaults]
 
     return make
 

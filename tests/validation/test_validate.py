@@ -30,7 +30,7 @@ from xent_quant.validation.report import Report
 from xent_quant.validation.suites import Suite, bundled
 from xent_quant.validation.validate import validate
 
-Export = Callable[[str], Path]
+Export = Callable[..., Path]
 SHORT = {"suites": [bundled("XfictionEN"), bundled("XconversationZH")], "max_tokens": 1024, "threads": 1}
 
 
@@ -41,7 +41,7 @@ def run(file: Path, model: Checkpoint, cache: Path, **options: Any) -> Report:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"])
 def test_all_six_suites_are_within_the_tier(export: Export, mini: Checkpoint, cache: Path, kind: str) -> None:
-    found = run(export(kind), mini, cache, suites=suites.choose(), max_tokens=None)
+    found = run(export(kind, defaults=True), mini, cache, suites=suites.choose(), max_tokens=None)
     assert found.verdict == "within", [(suite.name, suite.ratio, suite.kl, suite.top1) for suite in found.suites]
     assert found.tier.name == f"{kind[1]}bit"
 
@@ -156,10 +156,12 @@ def _swap_gate_and_up(path: Path) -> None:
 
 
 def _double_a_scale(path: Path) -> None:
-    """The scale of one block in the middle of a shared projection: `d` begins a block of Q8_0 and of Q4_K."""
-    offset, nbytes = _tensor(path, "blk.0.ffn_up_shexp.weight")
-    block = 144 if "Q4_K" in path.name else 34
-    at = offset + nbytes // block // 2 * block
+    """The scale of one block in the middle of a shared projection; `d` begins a block, but ends one of Q6_K."""
+    name = "blk.0.ffn_up_shexp.weight"
+    offset, nbytes = _tensor(path, name)
+    kind = next(tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
+    block = gguf.GGML_QUANT_SIZES[kind][1]
+    at = offset + nbytes // block // 2 * block + (208 if kind.name == "Q6_K" else 0)
     with path.open("r+b") as stream:
         stream.seek(at)
         scale = np.frombuffer(stream.read(2), "<f2") * np.float16(2)
@@ -174,20 +176,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param("Q8_0", marks=pytest.mark.slow), "Q4_K_M"])
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_damaged_exports_are_out_and_the_tensor_is_named(
-    export: Export,
-    mini: Checkpoint,
-    cache: Path,
-    tmp_path: Path,
-    kind: str,
-    damage: tuple[Callable[[Path], None], tuple[str, ...]],
-) -> None:
-    change, names = damage
-    file = Path(shutil.copy(export(kind), tmp_path))
-    change(file)
-    found = run(file, mini, cache, runtime="torch", suites=[bundled("XfictionEN")], max_tokens=1024)
+def _check_named(found: Report, names: tuple[str, ...]) -> None:
     assert found.verdict == "out"
     named = [suspicion.tensor.name for suspicion in found.suspicions]
     assert all(any(name in one for one in named) for name in names)
@@ -195,9 +184,47 @@ def test_damaged_exports_are_out_and_the_tensor_is_named(
     assert names[0] in page(found)
 
 
-def test_unpermuted_q_and_k_are_named(mini: Checkpoint, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_exports_are_out_and_the_tensor_is_named(
+    export: Export, mini: Checkpoint, cache: Path, tmp_path: Path, damage: tuple[Callable[[Path], None], tuple[str, ...]]
+) -> None:
+    change, names = damage
+    file = Path(shutil.copy(export("Q4_K_M"), tmp_path))
+    change(file)
+    _check_named(run(file, mini, cache, runtime="torch", suites=[bundled("XfictionEN")], max_tokens=1024), names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damage_is_named_beside_what_calibration_moves(
+    export: Export,
+    mini: Checkpoint,
+    cache: Path,
+    tmp_path: Path,
+    kind: str,
+    damage: tuple[Callable[[Path], None], tuple[str, ...]],
+) -> None:
+    """With method and effort of the command line, in stock llama.cpp: GPTQ moves weights further than rounding does."""
+    change, names = damage
+    file = Path(shutil.copy(export(kind, defaults=True), tmp_path))
+    change(file)
+    _check_named(run(file, mini, cache), names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Q8_0", {"method": "rtn", "effort": "fast"}),
+        pytest.param("Q8_0", {}, marks=pytest.mark.slow),
+        pytest.param("Q4_K_M", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_unpermuted_q_and_k_are_named(
+    mini: Checkpoint, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any]
+) -> None:
     monkeypatch.setattr(gguf_export, "rotary_rows", lambda rows, rows_per_head: rows)
-    file = xent_quant.quantize(None, method="rtn", type="Q8_0", output=tmp_path, effort="fast").files[0]
+    file = xent_quant.quantize(None, type=kind, output=tmp_path, **options).files[0]
     found = run(file, mini, cache)
     assert found.verdict == "out"
     assert "out" in {suite.verdict for suite in found.suites}
@@ -208,7 +235,7 @@ def test_unpermuted_q_and_k_are_named(mini: Checkpoint, cache: Path, tmp_path: P
 def test_a_runtime_that_computes_something_else_is_out(export: Export, mini: Checkpoint, cache: Path, monkeypatch: Any) -> None:
     """The bytes are right, what runs them is not: only the cross-check can tell where to look."""
     honest = LlamaCpp.logits
-    monkeypatch.setattr(LlamaCpp, "logits", lambda self, ids: honest(self, ids) * np.float32(1.2))
+    monkeypatch.setattr(LlamaCpp, "logits", lambda self, ids, first=0: honest(self, ids, first) * np.float32(1.2))
     found = run(export("Q8_0"), mini, cache)
     assert found.cross_verdict == found.verdict == "out"
     assert found.weights_verdict == "within"

@@ -235,8 +235,11 @@ class StreamingModel:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] to [..., vocab]; for few rows, since the result is whole in memory."""
-        return torch.cat([F.linear(hidden, rows) for _, rows in self.head_slices()], -1)
+        """[..., hidden] to [..., vocab]; for few rows, since the result is whole in memory, once."""
+        found = hidden.new_empty(*hidden.shape[:-1], self.architecture.vocab_size)
+        for start, rows in self.head_slices():
+            found[..., start : start + len(rows)] = F.linear(hidden, rows)
+        return found
 
     @torch.no_grad()
     def log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -175,23 +175,24 @@ class LlamaCpp:
         count = self._library.llama_detokenize(self._vocab, (C.c_int32 * len(ids))(*ids), len(ids), buffer, room, False, False)
         return buffer.raw[: max(count, 0)].decode("utf-8", "replace")
 
-    def _decode(self, ids: list[int], start: int) -> F32:
-        """Logits [len(ids), vocab] of tokens at positions start…; earlier ones come from the KV cache."""
+    def _decode(self, ids: list[int], start: int, first: int = 0) -> F32:
+        """Logits [len(ids) − first, vocab] of tokens at positions start + first…; those before `start` come from the KV cache."""
         batch = self._library.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for index, token in enumerate(ids):
             batch.token[index], batch.pos[index] = token, start + index
-            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
+            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, index >= first
         status = self._library.llama_decode(self._context, batch)
         self._library.llama_batch_free(batch)
         if status:
             raise ValidationError(f"llama.cpp could not decode {len(ids)} tokens at position {start} (status {status})")
-        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (len(ids), self.vocab_size)).copy()
+        shape = (len(ids) - first, self.vocab_size)
+        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), shape).copy()
 
-    def logits(self, ids: list[int]) -> F32:
-        """[len(ids), vocab] float32 of a fresh context; at most the context's length."""
+    def logits(self, ids: list[int], first: int = 0) -> F32:
+        """[len(ids) − first, vocab] float32 of a fresh context, from position `first` on; at most the context's length of ids."""
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
-        return self._decode(ids, 0)
+        return self._decode(ids, 0, first)
 
     def generate(self, ids: list[int], count: int) -> list[int]:
         """`count` tokens chosen greedily after `ids`."""
@@ -211,7 +212,7 @@ class LlamaCpp:
             targets = np.array(chunk[half + 1 :])
             if bos is not None:
                 chunk[0] = bos
-            rows = self.logits(chunk)[half : window - 1].astype(np.float64)
+            rows = self.logits(chunk, half)[:-1].astype(np.float64)
             top = rows.max(axis=1)
             normaliser = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
             total += float((normaliser - rows[np.arange(len(targets)), targets]).sum())

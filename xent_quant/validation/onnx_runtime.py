@@ -70,10 +70,10 @@ class OnnxModel:
         logits, *present = self.session.run(None, {"input_ids": ids, "attention_mask": mask, **cache})
         return logits, dict(zip((value.name for value in self._past), present, strict=True))
 
-    def logits(self, ids: list[int]) -> F32:
-        """[len(ids), vocab] float32 of one fresh context."""
+    def logits(self, ids: list[int], first: int = 0) -> F32:
+        """[len(ids) − first, vocab] float32 of one fresh context; the graph computes those before `first` too."""
         logits: F32 = self.run(np.array([ids], np.int64))[0][0]
-        return logits
+        return logits[first:]
 
 
 def generate(folder: Path, ids: list[int], count: int) -> list[int]:

@@ -32,10 +32,12 @@ log = logging.getLogger(__name__)
 F32 = NDArray[np.float32]
 SCHEMA = 1
 """Raise it when the meaning of a cached file changes."""
-LOGITS = 16 * 1024 * 1024
-"""Logits held at a time: [rows, vocab] with rows · vocab at most this (one row at least), in a few float64 copies."""
-STREAMED_LOGITS = 4 * LOGITS
-"""The same for one pass over the head, which is read from disk anew for each."""
+LOGITS = 2 * 1024 * 1024
+"""Logits worked on at a time: [rows, vocab] with rows · vocab at most this (one row at least), in a few float64 copies. Small
+enough for malloc to use the same pages again: larger ones are mapped and zeroed anew each time, which costs as much as the
+arithmetic."""
+STREAMED_LOGITS = 64 * 1024 * 1024
+"""Logits held as float32 for one pass over the head, which is read from disk anew for each."""
 LAYER_POSITIONS = 48
 """Positions of a suite at which the residual stream is compared."""
 

@@ -24,8 +24,8 @@ class Runtime(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """The runtime's own token ids of a text, without special tokens."""
 
-    def logits(self, ids: list[int]) -> F32:
-        """[len(ids), vocab] float32 of one fresh context."""
+    def logits(self, ids: list[int], first: int = 0) -> F32:
+        """[len(ids) − first, vocab] float32 of one fresh context, from position `first` on."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def run(runtime: Runtime, windows: I64, progress: Progress) -> Iterator[F32]:
     """Logits of the scored positions, window by window. Raises ValidationError where they are NaN."""
     positions, _ = measures.scored(windows.shape[1])
     for index, window in enumerate(windows):
-        block = runtime.logits(window.tolist())[positions]
+        block = runtime.logits(window.tolist(), positions.start)[: positions.stop - positions.start]
         if not np.isfinite(block).all():
             raise ValidationError(f"{runtime.name} computes NaN or infinite logits (window {index}); the export is broken")
         yield block

@@ -36,8 +36,9 @@ class TransformersModel:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def logits(self, ids: list[int]) -> F32:
-        """[len(ids), vocab] float32 of one sequence."""
+    def logits(self, ids: list[int], first: int = 0) -> F32:
+        """[len(ids) − first, vocab] float32 of one sequence."""
         with self._torch.no_grad():
-            found: F32 = self._model(self._torch.tensor([ids])).logits[0].float().numpy()
-        return found
+            found = self._model(self._torch.tensor([ids]), use_cache=False, logits_to_keep=len(ids) - first)
+        logits: F32 = found.logits[0].float().numpy()
+        return logits
