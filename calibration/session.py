@@ -1,7 +1,6 @@
 """From a person's options to a pass that is ready to run: text, model, and enough windows for every expert."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 from math import ceil
 
@@ -21,6 +20,7 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
 from xent_quant.errors import ConfigError
 from xent_quant.model.streaming import Step, StreamingModel
+from xent_quant.options import CalibrationOptions
 from xent_quant.progress import Progress
 from xent_quant.tensors import InputStatistics
 
@@ -31,25 +31,10 @@ PROBE = 8
 """One window in so many tells how rare the rarest expert is."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What to calibrate on; fields are the command's options. Nothing named in `calib` is the preset entertainment."""
-
-    calib: Sequence[str] = ()
-    calib_mix: str | None = None
-    text_field: str = "text"
-    tokens: int = 128_000
-    seqlen: int = 512
-    seed: int = 0
-    device: str = "auto"
-
-
 class Session:
     """A checkpoint with its calibration text. Raises CalibrationError and ConfigError, before any weight is read."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        if settings.tokens < 1 or settings.seqlen < 2:
-            raise ConfigError("--tokens and --seqlen must be at least 1 and 2")
+    def __init__(self, checkpoint: Checkpoint, settings: CalibrationOptions) -> None:
         longest = checkpoint.architecture.max_position_embeddings
         if settings.seqlen > longest:
             raise ConfigError(f"--seqlen {settings.seqlen}: the model's context is {longest}")
@@ -58,12 +43,12 @@ class Session:
         self.text: CalibrationText = text.load(
             text.sources(settings.calib, settings.calib_mix, text.is_chinese(tokenizer)),
             tokenizer,
-            tokens=settings.tokens,
+            tokens=settings.n_tokens,
             length=settings.seqlen,
             seed=settings.seed,
             bos=checkpoint.architecture.bos_token_id,
             text_field=settings.text_field,
-            spare=SPARE * settings.tokens if checkpoint.architecture.num_experts else 0,
+            spare=SPARE * settings.n_tokens if checkpoint.architecture.num_experts else 0,
         )
         device = _device(settings.device)
         # bfloat16 is as fast as float32 or slower on CPUs without matrix units for it, and half as fine.

@@ -1,6 +1,6 @@
 """What exporters share. The pipeline walks the checkpoint once and hands every tensor to every exporter's Sink."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,5 +129,6 @@ class Exporter(Protocol):
     @property
     def summary(self) -> PlanSummary: ...
 
-    def open(self) -> AbstractContextManager[Sink]:
-        """Check the target and start writing. Leaving the context without `finish` removes everything written."""
+    def open(self, provenance: Mapping[str, str | int]) -> AbstractContextManager[Sink]:
+        """Check the target and start writing. `provenance` is what a file can say of the statistics that it was made with, as
+        `quantize.imatrix.*` keys of GGUF. Leaving the context without `finish` removes everything written."""

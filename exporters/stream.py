@@ -1,6 +1,6 @@
 """One walk over a checkpoint that feeds any number of exporters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from exporters.interface import Exported, Exporter
@@ -14,14 +14,16 @@ def export(
     exporters: Sequence[Exporter],
     statistics: StatisticsSource | None = None,
     progress: Progress | None = None,
+    provenance: Mapping[str, str | int] | None = None,
 ) -> list[Exported]:
-    """Read every tensor once and hand it to every exporter. All exports appear, or none does.
+    """Read every tensor once and hand it to every exporter; `provenance` is what files say of `statistics`. All exports appear,
+    or none does.
 
     Holds one slice of a tensor, and what the sinks and the statistics hold. Raises what they raise.
     """
     report = progress or Silent()
     with ExitStack() as stack:
-        sinks = [stack.enter_context(exporter.open()) for exporter in exporters]
+        sinks = [stack.enter_context(exporter.open(provenance or {})) for exporter in exporters]
         if statistics:
             statistics.get(
                 next(iter(checkpoint.infos))

@@ -23,13 +23,13 @@ from typing import Any
 
 
 def session(options: argparse.Namespace) -> Any:
-    from calibration.session import Session, Settings
+    from calibration.session import Session
     from xent_quant.checkpoint.hub import resolve
     from xent_quant.checkpoint.reader import Checkpoint
-    from xent_quant.cli.options import parse_tokens
+    from xent_quant.options import CalibrationOptions
 
-    settings = Settings(options.calib, tokens=parse_tokens(options.tokens), seqlen=options.seqlen)
-    return Session(Checkpoint.open(resolve(options.model)), settings)
+    text = CalibrationOptions(calib=options.calib, tokens=options.tokens, seqlen=options.seqlen)
+    return Session(Checkpoint.open(resolve(options.model)), text)
 
 
 def wanted(names: list[str], layers: int | None) -> list[str]:

@@ -46,15 +46,15 @@ CONFIG = {
 }
 SETTINGS = (
     Settings(),
-    Settings(dtype="fp32"),
+    Settings(onnx_dtype="fp32"),
     Settings(symmetric=False),
     Settings(block_size=32),
     Settings(block_size=128),
     Settings(active_bits=4),
     Settings(active_bits=4, accuracy_level=0),
-    Settings(active_bits=4, accuracy_level=0, dtype="fp32"),
+    Settings(active_bits=4, accuracy_level=0, onnx_dtype="fp32"),
     Settings(bits=8),
-    Settings(bits=8, dtype="fp32"),
+    Settings(bits=8, onnx_dtype="fp32"),
 )
 TOKENS = (1, 64)
 
@@ -81,7 +81,7 @@ def write(settings: Settings, output: Path) -> tuple[Path, int]:
     checkpoint = replace(Checkpoint.open(miniature()), architecture=model, config=CONFIG)  # lends tokenizer files
     exporter = ONNXExporter(checkpoint, plan(model, settings), output, "bench", Repeated(), force=True)
     random = np.random.default_rng(0)
-    with exporter.open() as sink:
+    with exporter.open({}) as sink:
         for name, shape in model.tensors().items():
             if len(shape) == 1:
                 sink.put(name, 0, np.ones((1, *shape), np.float32), None)
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--float", action="store_true", help="also the float32 MoE operator (--bits 16)")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="bench-onnx-"))
-    chosen = (*SETTINGS, Settings(bits=16, dtype="fp32")) if arguments.float else SETTINGS
+    chosen = (*SETTINGS, Settings(bits=16, onnx_dtype="fp32")) if arguments.float else SETTINGS
     print(f"{arguments.threads} threads, {arguments.past} cached tokens, fastest of {arguments.repeats}")
     print("| experts | others | zero points | block | computes in | accuracy level | MB | 1 token, ms | 64 tokens, ms a token |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -147,8 +147,8 @@ def main() -> None:
             one, many = layer(path, arguments.threads, arguments.past, arguments.repeats)
             kind = "no" if settings.symmetric else "yes"
             print(
-                f"| {settings.name} | {settings.active.name.split('_')[0]} | {kind} | {settings.block_size} | {settings.dtype} "
-                f"| {settings.accuracy_level} | {nbytes / 1e6:.0f} | {one:.2f} | {many / 64:.2f} |",
+                f"| {settings.name} | {settings.active.name.split('_')[0]} | {kind} | {settings.block_size} "
+                f"| {settings.onnx_dtype} | {settings.accuracy_level} | {nbytes / 1e6:.0f} | {one:.2f} | {many / 64:.2f} |",
                 flush=True,
             )
     finally:

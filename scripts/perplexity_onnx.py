@@ -85,7 +85,7 @@ def variants() -> list[Variant]:
         Variant("INT4 asymmetric, nearest", Settings(symmetric=False), StockNearest()),
         Variant("INT4 asymmetric, search, calibrated", Settings(symmetric=False), Search(), True),
         Variant("INT4 asymmetric, GPTQ", Settings(symmetric=False), GPTQ(), True),
-        Variant("INT4, search, calibrated, fp32, level 0", Settings(dtype="fp32", accuracy_level=0), Search(), True),
+        Variant("INT4, search, calibrated, fp32, level 0", Settings(onnx_dtype="fp32", accuracy_level=0), Search(), True),
     ]
 
 
@@ -131,7 +131,7 @@ def main() -> None:
     _, targets = measures.scored(arguments.context)
     with tempfile.TemporaryDirectory(prefix="perplexity-onnx-") as temporary:
         output = Path(temporary)
-        reference = write(checkpoint, Variant("float32", Settings(bits=16, dtype="fp32"), Search()), torch.empty(0), output)
+        reference = write(checkpoint, Variant("float32", Settings(bits=16, onnx_dtype="fp32"), Search()), torch.empty(0), output)
 
         def cut(text: str, count: int) -> np.ndarray:
             return measures.windows(reference.tokenize(text), arguments.context)[:count]

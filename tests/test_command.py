@@ -6,11 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+
+import xent_quant
+from xent_quant.cli.main import main
+from xent_quant.errors import ConfigError
+from xent_quant.methods import METHODS
+from xent_quant.options import Options, StatisticsOptions
 
 COMMAND = [sys.executable, "-m", "xent_quant.cli.main"]
 
@@ -70,10 +79,10 @@ def test_usage_errors_exit_2() -> None:
         (lambda folder: poison(folder, np.inf), ["experts.4.up_proj.weight", "infinite"]),
     ],
 )
-def test_damaged_checkpoints_fail_in_one_line(checkpoint, tmp_path: Path, damage, words: list[str]) -> None:
+def test_damaged_checkpoints_fail_in_one_line(checkpoint, tmp_path: Path, capsys, damage, words: list[str]) -> None:
     folder, out = checkpoint(), tmp_path / "out"
     damage(folder)
-    fails(run(folder, *PLAIN, "--output", out, "--type", "Q8_0"), *words)
+    told(capsys, [folder, *PLAIN, "--output", out, "--type", "Q8_0"], words)
     assert not out.exists() or not list(out.iterdir())
 
 
@@ -88,23 +97,69 @@ def poison(folder: Path, value: float) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
-def test_wrong_paths_and_options_fail_in_one_line(checkpoint, tmp_path: Path) -> None:
+def told(capsys: pytest.CaptureFixture[str], arguments: Sequence[object], words: Sequence[str]) -> None:
+    """Exit 1 with one line that has the words; in this process, so that it costs no start."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    fails(subprocess.CompletedProcess([], int(str(stopped.value.code)), *capsys.readouterr()), *words)
+
+
+WRONG_NAMES: list[tuple[list[object], list[str]]] = [
+    (["--type", "Q9_X"], ["Q9_X", "Q4_K_M"]),
+    (["--bits", 16], ["--bits 16", "there are"]),
+    (["--bits", 5, "--format", "onnx"], ["--bits 5", "4, 8 or 16"]),
+    (["--bits", 6, "--format", "bnb"], ["--bits 6", "4 and 8"]),
+    (["--block-size", 128, "--format", "onnx", "--active-bits", 4], ["--block-size 128", "320", "--block-size 32 or 64"]),
+    (["--tensor-type", "oops"], ["REGEX=TYPE"]),
+    (["--tensor-type", "ffn_nothing=Q4_K"], ["ffn_nothing", "matches no tensor"]),
+    (["--name", "a/b"], ["--name 'a/b'"]),
+    (["--threads", 0], ["--threads"]),
+    (["--split-size", "lots"], ["--split-size", "4G"]),
+    (["--tokens", "many"], ["--tokens", "500k"]),
+    (["--seqlen", 1], ["--seqlen 1"]),
+    (["--method", "gptq", "--imatrix", "x.gguf"], ["--method gptq", "--imatrix"]),
+    (["--calib", "webcc", "--imatrix", "x.gguf"], ["--calib"]),
+    (["--imatrix", "x.gguf"], ["x.gguf"]),
+]
+
+
+def test_wrong_names_fail_in_one_line(checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint(hidden_size=320)
+    for arguments, words in WRONG_NAMES:
+        told(capsys, [folder, *arguments], words)
+    with pytest.raises(ConfigError, match="--effort slow: choose fast, normal, high"):
+        xent_quant.plan(folder, effort="slow")
+    with pytest.raises(TypeError, match="bitz"):
+        xent_quant.plan(folder, bitz=4)
+    assert get_args(get_type_hints(StatisticsOptions)["method"]) == ("auto", *METHODS)
+    assert {*signature(xent_quant.quantize).parameters} == {"model", "progress", *vars(Options())}
+
+
+def test_wrong_names_are_told_before_torch_is_loaded(checkpoint) -> None:
+    script = """
+import sys
+from xent_quant.cli.main import main
+for arguments in eval(sys.argv[2]):
+    try:
+        main([sys.argv[1], *map(str, arguments)])
+    except SystemExit as stopped:
+        assert stopped.code == 1 and "torch" not in sys.modules, arguments
+"""
+    wrong = repr([arguments for arguments, _ in WRONG_NAMES])
+    done = subprocess.run([sys.executable, "-c", script, checkpoint(hidden_size=320), wrong], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_wrong_paths_and_text_fail_in_one_line(checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkpoint()
-    fails(run(tmp_path / "nowhere"), "no such folder")
-    fails(run(folder, "--type", "Q9_X"), "Q9_X", "Q4_K_M")
-    fails(run(folder, "--bits", 16), "--bits 16", "there are")
-    fails(run(folder, "--tensor-type", "oops"), "REGEX=TYPE")
-    fails(run(folder, "--threads", 0), "--threads")
-    fails(run(folder, "--split-size", "lots"), "--split-size")
-    fails(run(folder, "--tokens", "many"), "--tokens")
-    fails(run(folder, "--calib", tmp_path / "no.txt"), "no.txt", "preset")
-    fails(run(folder, "--seqlen", 100_000), "--seqlen", "512")
-    fails(run(folder, "--calib-mix", "fun=1"), "--calib-mix", "fiction")
-    fails(run(folder, "--method", "gptq", "--imatrix", "x.gguf"), "--method gptq", "--imatrix")
-    fails(run(folder, "--calib", "webcc", "--imatrix", "x.gguf"), "--calib")
-    fails(run(folder, "--imatrix", folder / "config.json"), "imatrix")
+    told(capsys, [tmp_path / "nowhere"], ["no such folder"])
+    told(capsys, [folder / "config.json"], ["config.json", "is a file"])
+    told(capsys, [folder, "--calib", tmp_path / "no.txt"], ["no.txt", "preset"])
+    told(capsys, [folder, "--seqlen", 100_000], ["--seqlen", "512"])
+    told(capsys, [folder, "--calib-mix", "fun=1"], ["--calib-mix", "fiction"])
+    told(capsys, [folder, "--imatrix", folder / "config.json"], ["imatrix"])
     (tmp_path / "file").write_text("x")
-    fails(run(folder, *PLAIN, "--output", tmp_path / "file", "--type", "Q8_0"), "file")
+    told(capsys, [folder, *PLAIN, "--output", tmp_path / "file", "--type", "Q8_0"], ["file"])
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "calibrate", "describe", "plan", "quantize", "register_with_transformers", "validate"]
 
 if TYPE_CHECKING:
-    from xent_quant.pipeline import calibrate, describe, plan, quantize, validate
+    from xent_quant.inspection import describe
+    from xent_quant.pipeline import calibrate, plan, quantize, validate
 
 
 register_with_transformers()
@@ -20,7 +21,7 @@ register_with_transformers()
 
 def __getattr__(name: str) -> Any:
     if name in ("calibrate", "describe", "plan", "quantize", "validate"):
-        from xent_quant import pipeline
+        from importlib import import_module
 
-        return getattr(pipeline, name)
+        return getattr(import_module("xent_quant.inspection" if name == "describe" else "xent_quant.pipeline"), name)
     raise AttributeError(f"module 'xent_quant' has no attribute {name!r}")

@@ -4,7 +4,7 @@ Holds one weight, and what bitsandbytes takes to quantise it; no model is built.
 is complete.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class BnbExporter:
         return PlanSummary("bnb", self.plan.tensors, self.plan.vram_bytes(VRAM_CONTEXT), VRAM_CONTEXT, self.plan.notes)
 
     @contextmanager
-    def open(self) -> Iterator["BnbSink"]:
+    def open(self, provenance: Mapping[str, str | int]) -> Iterator["BnbSink"]:
         """See `Exporter.open` and `exported_folder`."""
         with exported_folder(self.target, self.files, self.plan.nbytes, force=self.force) as temporary:
             sink = BnbSink(self, temporary)

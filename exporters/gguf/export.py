@@ -56,8 +56,7 @@ def shards(tensors: Sequence[PlannedTensor], split_size: int | None, header_byte
 class GGUFExporter:
     """`output/name-TYPE.gguf` (or its shards of at most `split_size` bytes), a Modelfile and a model card.
 
-    `imatrix_keys` are the `quantize.imatrix.*` keys that tell where statistics came from. Raises ExportError for an
-    impossible name, and what reading the tokenizer raises.
+    Raises ExportError for an impossible name, and what reading the tokenizer raises.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class GGUFExporter:
         name: str,
         method: Method,
         *,
-        imatrix_keys: Mapping[str, str | int] | None = None,
         split_size: int | None = None,
         force: bool = False,
         allow_tokenizer_mismatch: bool = False,
@@ -76,7 +74,7 @@ class GGUFExporter:
         if not name or name.startswith(".") or any(char in name for char in "/\\\0"):
             raise ExportError(f"--name {name!r}: not a file name; give one without slashes")
         self.checkpoint, self.plan, self.output, self.name, self.method = checkpoint, plan, output, name, method
-        self.imatrix_keys, self.force = imatrix_keys or {}, force
+        self.force = force
         strict = not allow_tokenizer_mismatch
         self.tokenizer = tokenizer.load(checkpoint.path, checkpoint.architecture, strict=strict)
         self.tokenizer_notes = tokenizer_check.verify(checkpoint.path, self.tokenizer, strict=strict)
@@ -100,9 +98,11 @@ class GGUFExporter:
         return PlanSummary("gguf", self.plan.tensors, self.plan.vram_bytes(card.CONTEXT), card.CONTEXT, self.plan.notes)
 
     @contextmanager
-    def open(self) -> Iterator["GGUFSink"]:
+    def open(self, provenance: Mapping[str, str | int]) -> Iterator["GGUFSink"]:
         """See `Exporter.open`. Raises ExportError where the output exists without `force`, cannot be written or does not
         fit; after any error none of these files is left, unless it was there before."""
+        if provenance:
+            provenance = {"quantize.imatrix.file": f"xent-quant --method {self.method.name}", **provenance}
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             taken = [path for path in (*self.targets, *self.extras) if path.exists()]
@@ -113,7 +113,7 @@ class GGUFExporter:
             with staged([*self.targets, *self.extras]) as temporary, ExitStack() as files:
                 places: dict[str, list[_Place]] = {}
                 for index, (path, part) in enumerate(zip(temporary[: len(self.parts)], self.parts, strict=True)):
-                    self._write_header(path, part, index)
+                    self._write_header(path, part, index, provenance)
                     stream = files.enter_context(path.open("r+b"))
                     offset = stream.seek(0, os.SEEK_END)  # aligned by _write_header
                     for tensor in part:
@@ -131,13 +131,15 @@ class GGUFExporter:
         except OSError as error:
             raise ExportError(f"{error.filename or self.output}: {error.strerror or error}; nothing was written") from error
 
-    def _write_header(self, path: Path, tensors: Sequence[PlannedTensor], index: int) -> None:
+    def _write_header(
+        self, path: Path, tensors: Sequence[PlannedTensor], index: int, provenance: Mapping[str, str | int]
+    ) -> None:
         """Everything up to the tensor data, through gguf-py."""
         writer = gguf.GGUFWriter(path, self.plan.arch)
         if index == 0:
             metadata.write(writer, self.plan, self.name, self.base)
             tokenizer.write(writer, self.tokenizer, self.checkpoint.architecture)
-            for key, value in self.imatrix_keys.items():
+            for key, value in provenance.items():
                 writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
         else:
             writer.kv_data[0].clear()  # general.architecture: all metadata is in the first shard

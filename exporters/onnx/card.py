@@ -53,7 +53,7 @@ def _readme(base: BaseModel, plan: ONNXPlan, name: str) -> str:
         f"# {name}-{settings.name}-ONNX",
         "",
         f"{base.link} for stock ONNX Runtime ({MINIMUM[0]}.{MINIMUM[1]} or newer) and onnxruntime-genai: "
-        f"{human_size(plan.data_bytes)}, computing in {settings.dtype}. Made by xent-quant. {base.terms}",
+        f"{human_size(plan.data_bytes)}, computing in {settings.onnx_dtype}. Made by xent-quant. {base.terms}",
         "",
         "| tensors | type | size |",
         "|---|---|---|",

@@ -4,7 +4,7 @@ Holds the slice that it is given, its packed bytes and, of a gate or up projecti
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class ONNXExporter:
         return PlanSummary("onnx", tensors, self.plan.vram_bytes(VRAM_CONTEXT), VRAM_CONTEXT, self.plan.notes)
 
     @contextmanager
-    def open(self) -> Iterator["ONNXSink"]:
+    def open(self, provenance: Mapping[str, str | int]) -> Iterator["ONNXSink"]:
         """See `Exporter.open` and `exported_folder`."""
         with exported_folder(self.target, self.files, self.plan.data_bytes, force=self.force) as folder:
             (folder / "model.onnx").write_bytes(build(self.plan).SerializeToString(deterministic=True))
@@ -102,7 +102,7 @@ class ONNXSink:
     def _write_tables(self) -> None:
         """cos and sin of position · theta^(−2i / head_dim), computed in float64."""
         plan = self._exporter.plan
-        model, kind = plan.architecture, formats.get(FLOATS[plan.settings.dtype])
+        model, kind = plan.architecture, formats.get(FLOATS[plan.settings.onnx_dtype])
         frequencies = model.rope_theta ** (-np.arange(0, model.head_dim, 2) / model.head_dim)
         angles = np.arange(model.max_position_embeddings)[:, None] * frequencies
         for part, values in zip(plan.tables, (np.cos(angles), np.sin(angles)), strict=True):

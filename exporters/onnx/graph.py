@@ -30,7 +30,7 @@ class _Graph:
 
     def __init__(self, plan: ONNXPlan) -> None:
         self.plan, self.model, self.settings = plan, plan.architecture, plan.settings
-        self.element = ELEMENTS[FLOATS[plan.settings.dtype]]
+        self.element = ELEMENTS[FLOATS[plan.settings.onnx_dtype]]
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 

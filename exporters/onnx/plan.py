@@ -11,6 +11,7 @@ from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ConfigError, UnsupportedError
 from xent_quant.formats.base import QuantFormat
 from xent_quant.formats.int_group import IntGroup, ScaleType, int_group
+from xent_quant.options import OnnxOptions
 
 BITS = (4, 8, 16)
 FLOATS: dict[str, ScaleType] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -25,43 +26,30 @@ RUNTIME_BYTES = 500_000_000
 """What a GPU's driver context and ONNX Runtime's arenas take, about."""
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(OnnxOptions):
     """The choices of an export. `bits` are those of the experts, `active_bits` of the tensors that every token uses
-    (attention, shared experts, embedding, head); 16 means as `dtype`, in which the graph computes. `accuracy_level` 4 lets
-    CPU kernels round activations to INT8, 0 does not.
+    (attention, shared experts, embedding, head); 16 means as `onnx_dtype`, in which the graph computes.
     """
 
     bits: int = 4
-    dtype: str = "fp16"
-    block_size: int = 64
-    accuracy_level: int = 4
-    symmetric: bool = True
-    active_bits: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the option."""
+        super().__post_init__()
         if self.bits not in BITS:
             raise ConfigError(f"--bits {self.bits}: ONNX Runtime's experts have 4, 8 or 16 bits")
-        if self.active_bits not in (None, *BITS):
-            raise ConfigError(f"--active-bits {self.active_bits}: choose 4, 8 or 16")
-        if self.dtype not in FLOATS:
-            raise ConfigError(f"--onnx-dtype {self.dtype}: choose {', '.join(FLOATS)}")
-        if self.block_size not in BLOCK_SIZES:
-            raise ConfigError(f"--block-size {self.block_size}: choose {', '.join(map(str, BLOCK_SIZES))}")
-        if self.accuracy_level not in (0, 4):
-            raise ConfigError(f"--accuracy-level {self.accuracy_level}: choose 0 or 4")
 
     @property
     def name(self) -> str:
         """Short, for headings: INT4, INT8, FP16 …"""
-        return f"INT{self.bits}" if self.bits < 16 else self.dtype.upper()
+        return f"INT{self.bits}" if self.bits < 16 else self.onnx_dtype.upper()
 
     def kind(self, bits: int) -> QuantFormat:
         """The format of weights of so many bits."""
         if bits == 16:
-            return formats.get(FLOATS[self.dtype])
-        return int_group(bits, self.block_size, self.symmetric, FLOATS[self.dtype])
+            return formats.get(FLOATS[self.onnx_dtype])
+        return int_group(bits, self.block_size, self.symmetric, FLOATS[self.onnx_dtype])
 
     @property
     def experts(self) -> QuantFormat:
@@ -151,7 +139,7 @@ class ONNXPlan:
     def vram_bytes(self, context: int) -> int:
         """What the model takes on a GPU with `context` tokens, about: weights, KV cache, and RUNTIME_BYTES."""
         model = self.architecture
-        item = 4 if self.settings.dtype == "fp32" else 2
+        item = 4 if self.settings.onnx_dtype == "fp32" else 2
         cache = 2 * item * context * model.num_layers * model.num_kv_heads * model.head_dim
         return self.data_bytes + cache + RUNTIME_BYTES
 
@@ -169,9 +157,9 @@ def plan(model: Architecture, settings: Settings) -> ONNXPlan:
     width, shared = _up(model.intermediate_size, block), _up(model.shared_size, block)
     if width != model.intermediate_size:
         notes.append(f"Expert width {model.intermediate_size} padded with zeros to {width}: the same function.")
-    if settings.dtype == "bf16":
+    if settings.onnx_dtype == "bf16":
         notes.append("bfloat16: for GPUs only, ONNX Runtime's CPU kernels do not compute in it.")
-    if settings.dtype == "fp32" and settings.bits < 16:
+    if settings.onnx_dtype == "fp32" and settings.bits < 16:
         notes.append("float32: for the CPU; on CUDA the experts would run on the CPU, use --onnx-dtype fp16 there.")
     placed: dict[str, Weight] = {}
     offset = 0
@@ -189,7 +177,7 @@ def plan(model: Architecture, settings: Settings) -> ONNXPlan:
         head = _matrix("head", settings.active, model.vocab_size, model.hidden_size, ())
         parts = tuple(replace(part, offset=other.offset) for part, other in zip(head.parts, bytes_of, strict=True))
         placed["head"] = replace(head, parts=parts)
-    kind = FLOATS[settings.dtype]
+    kind = FLOATS[settings.onnx_dtype]
     item = formats.get(kind).block_bytes
     half = model.head_dim // 2
     cos, sin = (place(Part(name, kind, (model.max_position_embeddings, half), half * item)) for name in ("cos", "sin"))
@@ -205,8 +193,8 @@ def _weights(model: Architecture, settings: Settings, width: int, shared: int) -
     active, experts = settings.active, settings.experts
 
     def norm(name: str, source: str) -> Weight:
-        kind = formats.get(FLOATS[settings.dtype])
-        part = Part(name, FLOATS[settings.dtype], (hidden,), hidden * kind.block_bytes)
+        kind = formats.get(FLOATS[settings.onnx_dtype])
+        part = Part(name, FLOATS[settings.onnx_dtype], (hidden,), hidden * kind.block_bytes)
         return Weight(name, (hidden,), kind, (part,), (Piece(source, 1, hidden),))
 
     def swiglu(layer: int, mlp: str, sources: list[str], own: int, padded: int) -> Iterator[Weight]:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,7 @@ import torch
 import xent_quant
 from calibration.collect import collect
 from calibration.imatrix import Imatrix
-from calibration.session import Session, Settings
+from calibration.session import Session
 from tests.calibration.test_running import rows_and_gates
 from tests.test_command import COMMAND, run
 from xent_quant import formats
@@ -21,8 +22,9 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CalibrationError
 from xent_quant.methods import METHODS
 from xent_quant.model.streaming import StreamingModel
+from xent_quant.options import CalibrationOptions
 
-SMALL = Settings(calib=("fiction-en",), tokens=600, seqlen=40)
+SMALL = CalibrationOptions(calib=("fiction-en",), tokens=600, seqlen=40)
 WINDOWS = np.random.default_rng(0).integers(4, 300, (4, 10))
 
 
@@ -79,8 +81,8 @@ def test_same_seed_same_bytes(checkpoint, tmp_path: Path) -> None:
     folder = checkpoint()
 
     def made(where: str, seed: int = 0, threads: int = 2) -> bytes:
-        settings = Settings(calib=("fiction-en",), tokens=600, seqlen=40, seed=seed)
-        done = xent_quant.quantize(folder, type="Q4_0", output=tmp_path / where, calibration=settings, threads=threads)
+        text = vars(replace(SMALL, seed=seed))
+        done = xent_quant.quantize(folder, type="Q4_0", output=tmp_path / where, threads=threads, **text)
         return done.files[0].read_bytes()
 
     one = made("a")
@@ -90,8 +92,8 @@ def test_same_seed_same_bytes(checkpoint, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "method"), [("Q2_K", "imatrix"), ("Q4_0", "gptq")])
 def test_auto_is_what_measured_best_for_the_type(checkpoint, tmp_path: Path, kind: str, method: str) -> None:
-    settings = Settings(calib=("fiction-en",), tokens=200, seqlen=40)
-    done = xent_quant.quantize(checkpoint(), type=kind, output=tmp_path / "out", calibration=settings, effort="fast")
+    text = vars(replace(SMALL, tokens=200))
+    done = xent_quant.quantize(checkpoint(), type=kind, output=tmp_path / "out", effort="fast", **text)
     fields = gguf.GGUFReader(done.files[0]).fields
     assert fields["quantize.imatrix.file"].contents() == f"xent-quant --method {method}"
     assert fields["quantize.imatrix.dataset"].contents() == "fiction-en"
@@ -111,7 +113,6 @@ BLOCK_TYPES = [name for name in formats.NAMES if formats.get(name).block_size > 
 def test_experts_without_tokens_quantise(checkpoint, tmp_path: Path, method: str, kinds: list[str]) -> None:
     """64 experts, few tokens: some see none, some one; nothing is NaN, and what was done is told."""
     folder = checkpoint(num_experts=64, moe_top_k=1, num_hidden_layers=1, intermediate_size=256)
-    settings = Settings(calib=("fiction-en",), tokens=120, seqlen=40)
     for index, kind in enumerate(kinds):
         done = xent_quant.quantize(
             folder,
@@ -119,7 +120,7 @@ def test_experts_without_tokens_quantise(checkpoint, tmp_path: Path, method: str
             tensor_types=[f"_(exps|shexp)={kind}", "token_embd=F32"],
             output=tmp_path / str(index),
             method=method,
-            calibration=settings,
+            **vars(replace(SMALL, tokens=120)),
             effort="fast",
         )
         for tensor in gguf.GGUFReader(done.files[0]).tensors:

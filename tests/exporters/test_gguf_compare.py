@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from exporters.gguf.compare import tensor_errors
 from tests.exporters.test_gguf_export import tensors, values, write
-from xent_quant import pipeline
+from xent_quant import inspection
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, ConfigError
 
@@ -52,7 +52,7 @@ def test_another_model_is_refused(checkpoint, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"Tiny.*\.gguf: "):
             list(tensor_errors(file, Checkpoint.open(checkpoint(**changes))))
     with pytest.raises(ConfigError, match="--reference"):
-        pipeline.describe(folder, folder)
+        inspection.describe(folder, folder)
     (tmp_path / "bad.gguf").write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="not a readable"):
         list(tensor_errors(tmp_path / "bad.gguf", Checkpoint.open(folder)))

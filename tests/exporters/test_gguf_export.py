@@ -32,9 +32,11 @@ from xent_quant.validation.llama_cpp import LlamaCpp
 IDS = [2, 17, 300, 5, 9, 42, 260, 261, 11, 7]
 
 
-def write_plan(checkpoint: Checkpoint, planned: GGUFPlan, output: Path, name: str, statistics=None, **options) -> list[Path]:
+def write_plan(
+    checkpoint: Checkpoint, planned: GGUFPlan, output: Path, name: str, statistics=None, provenance=None, **options
+) -> list[Path]:
     exporter = GGUFExporter(checkpoint, planned, output, name, Search("fast"), **options)
-    return list(export(checkpoint, [exporter], statistics)[0].files)
+    return list(export(checkpoint, [exporter], statistics, provenance=provenance)[0].files)
 
 
 def write(folder: Path, output: Path, *, type: str = "Q8_0", name: str = "Tiny", **options) -> list[Path]:
@@ -143,7 +145,7 @@ def test_values_are_the_formats_own(checkpoint, tmp_path: Path, kind: str) -> No
 def test_metadata(checkpoint, tmp_path: Path) -> None:
     folder = checkpoint(num_key_value_heads=2, num_shared_experts=1)
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: xverse\nlanguage:\n- zh\n- en\n---\n# A model\n")
-    found = keys(write(folder, tmp_path / "out", type="Q4_K_M", imatrix_keys={"quantize.imatrix.entries_count": 7})[0])
+    found = keys(write(folder, tmp_path / "out", type="Q4_K_M", provenance={"quantize.imatrix.entries_count": 7})[0])
     wanted = {
         "general.architecture": "bailingmoe",
         "general.type": "model",
@@ -208,7 +210,7 @@ def test_slices_change_no_byte_and_bound_the_memory(checkpoint, tmp_path: Path, 
     opened = Checkpoint.open(folder)
     assert opened.infos["model.embed_tokens.weight"].n_weights > 70 * Checkpoint.SLICE
     exporter = GGUFExporter(opened, plan(opened.architecture, recipe(type="Q4_K_M")), tmp_path / "sliced", "Tiny", Search("fast"))
-    with exporter.open() as sink:
+    with exporter.open({}) as sink:
         tracemalloc.start()
         for name in opened.infos:
             for start, weights in opened.slices(name):

@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "not renormalised": {"norm_topk_prob": False},
 }
 IDS = [2, 17, 300, 5, 9, 42, 260, 261, 11, 7, 290, 33]
-EXACT = Settings(dtype="fp32", accuracy_level=0)
+EXACT = Settings(onnx_dtype="fp32", accuracy_level=0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,7 +79,7 @@ def stepwise(model: OnnxModel, ids: list[int], prompt: int) -> np.ndarray:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES.keys())
 def test_float32_logits_equal_our_forward(checkpoint, tmp_path: Path, overrides, symmetric: bool) -> None:
-    folder = write(checkpoint(**overrides), tmp_path, Settings(dtype="fp32", accuracy_level=0, symmetric=symmetric))
+    folder = write(checkpoint(**overrides), tmp_path, Settings(onnx_dtype="fp32", accuracy_level=0, symmetric=symmetric))
     wanted, model = expected(folder), OnnxModel(folder, threads=1)
     assert relative(model.logits(IDS), wanted) < 2e-5
     assert relative(stepwise(model, IDS, 5), wanted) < 2e-5
@@ -108,20 +108,20 @@ def test_right_padded_batches(checkpoint, tmp_path: Path) -> None:
 
 
 EXACT_SETTINGS = [
-    Settings(dtype="fp32", accuracy_level=0, block_size=32),
-    Settings(dtype="fp32", accuracy_level=0, block_size=128),
-    Settings(dtype="fp32", accuracy_level=0, active_bits=4),
-    Settings(dtype="fp32", bits=16),
-    Settings(dtype="fp32", bits=16, active_bits=8, accuracy_level=0),
+    Settings(onnx_dtype="fp32", accuracy_level=0, block_size=32),
+    Settings(onnx_dtype="fp32", accuracy_level=0, block_size=128),
+    Settings(onnx_dtype="fp32", accuracy_level=0, active_bits=4),
+    Settings(onnx_dtype="fp32", bits=16),
+    Settings(onnx_dtype="fp32", bits=16, active_bits=8, accuracy_level=0),
 ]
 ROUNDING_SETTINGS = {
-    Settings(dtype="fp16", bits=16): 2e-3,
-    Settings(dtype="fp16", accuracy_level=0): 2e-3,
-    Settings(dtype="fp16"): 4e-2,
-    Settings(dtype="fp16", symmetric=False): 4e-2,
-    Settings(dtype="fp32"): 4e-2,
-    Settings(dtype="fp32", bits=8, accuracy_level=0): 4e-2,
-    Settings(dtype="fp16", bits=8, symmetric=False): 4e-2,
+    Settings(onnx_dtype="fp16", bits=16): 2e-3,
+    Settings(onnx_dtype="fp16", accuracy_level=0): 2e-3,
+    Settings(onnx_dtype="fp16"): 4e-2,
+    Settings(onnx_dtype="fp16", symmetric=False): 4e-2,
+    Settings(onnx_dtype="fp32"): 4e-2,
+    Settings(onnx_dtype="fp32", bits=8, accuracy_level=0): 4e-2,
+    Settings(onnx_dtype="fp16", bits=8, symmetric=False): 4e-2,
 }
 """Bounds of `typical`. fp16 rounds values to 11 bits; level 4, and INT8 experts always, round activations to 8."""
 

@@ -87,7 +87,10 @@ def test_places_in_the_data_file(checkpoint, tmp_path: Path) -> None:
     assert all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(ordered))
 
 
-@pytest.mark.parametrize("settings", [Settings(block_size=128), Settings(block_size=128, symmetric=False, bits=8, dtype="bf16")])
+WIDE_BLOCKS = (Settings(block_size=128), Settings(block_size=128, symmetric=False, bits=8, onnx_dtype="bf16"))
+
+
+@pytest.mark.parametrize("settings", WIDE_BLOCKS)
 @pytest.mark.parametrize("measured", [False, True])
 def test_padding_is_exactly_zero_and_weights_are_near(checkpoint, tmp_path: Path, settings: Settings, measured: bool) -> None:
     source = checkpoint(intermediate_size=96, num_hidden_layers=1)
@@ -119,7 +122,7 @@ def test_slices_change_no_byte_and_bound_the_memory(checkpoint, tmp_path: Path, 
     monkeypatch.setattr(Checkpoint, "SLICE", 64 * 1024)
     opened = Checkpoint.open(source)
     exporter = ONNXExporter(opened, plan(opened.architecture, Settings()), tmp_path / "sliced", "Tiny", Search("fast"))
-    with exporter.open() as sink:
+    with exporter.open({}) as sink:
         tracemalloc.start()
         for name in opened.infos:
             for start, weights in opened.slices(name):

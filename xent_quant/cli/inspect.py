@@ -19,9 +19,9 @@ def inspect(
     verbose: Verbose = 0,
 ) -> None:
     """Describe a checkpoint or an exported file."""
-    from xent_quant import pipeline
+    from xent_quant import inspection
     from xent_quant.cli import show
 
     with show.progress() as progress:
-        description = pipeline.describe(path, reference, progress=progress)
+        description = inspection.describe(path, reference, progress=progress)
     show.as_json(description) if json else show.description(description)

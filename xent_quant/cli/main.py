@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError
 from xent_quant import __version__
 from xent_quant.cli.calibrate import calibrate
 from xent_quant.cli.inspect import inspect
+from xent_quant.cli.options import EVERY
 from xent_quant.cli.quantize import quantize
 from xent_quant.cli.validate import validate
 from xent_quant.errors import XentQuantError
@@ -23,6 +24,7 @@ app = App(
     version=__version__,
     help="Quantise an XVERSE mixture-of-experts checkpoint for the runtimes that people have.",
     help_format="plaintext",
+    default_parameter=EVERY,
     version_flags=["--version"],
 )
 app.default(quantize)

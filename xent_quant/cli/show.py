@@ -1,7 +1,6 @@
 """What a person sees: progress on stderr, tables on stdout."""
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-
-from xent_quant.errors import ConfigError
 
 if TYPE_CHECKING:
     from calibration.coverage import Coverage
@@ -30,14 +27,6 @@ def note(message: str) -> None:
 def as_json(value: Any) -> None:
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
     sys.stdout.write("\n")
-
-
-def parse_size(text: str) -> int:
-    """ "4G", "500M", "2.5GiB" or plain bytes to bytes, in powers of 1024. Raises ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise ConfigError(f"--split-size: {text!r} is not a size; write for example 4G or 500M")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def human_bytes(amount: float) -> str:

@@ -3,15 +3,14 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
-from xent_quant.cli.options import EXIT_OUT_OF_TOLERANCE, Verbose
+from xent_quant.cli.options import EXIT_OUT_OF_TOLERANCE, Verbose, group
+from xent_quant.options import JudgeOptions, SuiteOptions
 
-TEXT = Group("What is scored", sort_key=1)
-JUDGE = Group("How it is judged", sort_key=2)
-RESULT = Group("Results", sort_key=3)
+RESULT = group("Results", 3).group
 
 
 def validate(
@@ -22,42 +21,8 @@ def validate(
         str | None,
         Parameter(help="The checkpoint that it was made from: folder or Hub id. Default: the bundled miniature."),
     ] = None,
-    suite: Annotated[
-        list[str],
-        Parameter(
-            group=TEXT,
-            negative="",
-            consume_multiple=False,
-            show_default=False,
-            help="A bundled suite, XfictionZH for example; repeatable. Default: all six.",
-        ),
-    ] = [],  # noqa: B006  (cyclopts shows the default; it is never mutated)
-    suite_file: Annotated[
-        list[str],
-        Parameter(
-            group=TEXT,
-            negative="",
-            consume_multiple=False,
-            show_default=False,
-            help="NAME=PATH of a UTF-8 text of your own; repeatable.",
-        ),
-    ] = [],  # noqa: B006
-    max_tokens: Annotated[int | None, Parameter(group=TEXT, help="Tokens of each suite, at most. Default: all.")] = None,
-    context: Annotated[int, Parameter(group=TEXT, help="Length of the windows, of which the second half is scored.")] = 512,
-    tolerance: Annotated[
-        str | None,
-        Parameter(
-            group=JUDGE, help="8bit, 6bit, 5bit, 4bit, 3bit, 2bit, or ppl=1.03,kld=0.03,top1=0.92. Default: by the file's bits."
-        ),
-    ] = None,
-    runtime: Annotated[
-        Literal["auto", "llama.cpp", "onnxruntime", "transformers", "torch"],
-        Parameter(
-            group=JUDGE,
-            help="What runs the export. torch: the exact path, weights dequantised and streamed, for what does not fit.",
-        ),
-    ] = "auto",
-    threads: Annotated[int | None, Parameter(group=JUDGE, help="CPU threads. Default: all.")] = None,
+    text: Annotated[SuiteOptions, group("What is scored", 1)] = SuiteOptions(),
+    judge: Annotated[JudgeOptions, group("How it is judged", 2)] = JudgeOptions(),
     report: Annotated[
         Path | None,
         Parameter(
@@ -81,17 +46,12 @@ def validate(
         result = pipeline.validate(
             exported,
             reference,
-            suites=suite,
-            suite_files=suite_file,
-            max_tokens=max_tokens,
-            context=context,
-            tolerance=tolerance,
-            runtime=runtime,
-            threads=threads,
             report=report,
             json=json if json and str(json) != "-" else None,
             command=shlex.join(["xent-quant", *sys.argv[1:]]),
             progress=progress,
+            **vars(text),
+            **vars(judge),
         )
     show.as_json(result.to_json()) if str(json) == "-" else show_validation.report(result, report)
     if result.verdict == "out":

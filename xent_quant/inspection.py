@@ -1,0 +1,94 @@
+"""What a checkpoint folder or an exported file is, from its headers: `xent-quant inspect`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from exporters.interface import type_totals
+from xent_quant.checkpoint import hub
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.errors import CheckpointError, ConfigError
+from xent_quant.progress import Progress
+
+
+def describe(path: str | Path, reference: str | Path | None = None, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Facts about a checkpoint folder, an ONNX folder or a GGUF file, as plain values; from headers alone.
+
+    With `reference`, the checkpoint (folder or Hub id) that a GGUF file was made from, "errors" is added: the tensors of
+    `exporters.gguf.compare.tensor_errors`, for which the weights of both are read.
+    """
+    path = Path(path)
+    if reference is not None:
+        if path.suffix != ".gguf" or not path.is_file():
+            raise ConfigError(f"--reference: {path} is not a GGUF file; there is nothing to compare")
+        from exporters.gguf.compare import tensor_errors
+
+        return {
+            **_describe_gguf(path),
+            "errors": [asdict(row) for row in tensor_errors(path, Checkpoint.open(hub.resolve(reference)), progress)],
+        }
+    if (path / "model.onnx").is_file():
+        return _describe_onnx(path)
+    if path.is_dir():
+        return _describe_checkpoint(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file or folder")
+    return _describe_gguf(path)
+
+
+def _describe_checkpoint(path: Path) -> dict[str, Any]:
+    checkpoint = Checkpoint.open(path)
+    model = checkpoint.architecture
+    idle = model.num_experts - model.experts_per_token
+    expert = 3 * model.hidden_size * model.intermediate_size
+    return {
+        "path": str(path),
+        "kind": "checkpoint",
+        "parameters": checkpoint.n_weights,
+        "active_parameters": checkpoint.n_weights - model.num_layers * idle * expert,
+        "bytes": checkpoint.nbytes,
+        **asdict(model),
+        "types": [asdict(row) for row in type_totals([(i.dtype, i.n_weights, i.nbytes) for i in checkpoint.infos.values()])],
+    }
+
+
+def _describe_onnx(path: Path) -> dict[str, Any]:
+    from xent_quant.validation.onnx_source import OnnxSource
+
+    source = OnnxSource(path)
+    stored = source.stored()
+    return {
+        "path": str(path),
+        "kind": "onnx",
+        "bytes": sum(file.stat().st_size for file in path.glob("model.onnx*")),
+        "parameters": sum(weights for _, weights, _ in stored),
+        **asdict(source.architecture),
+        "types": [asdict(row) for row in type_totals(stored)],
+    }
+
+
+def _describe_gguf(path: Path) -> dict[str, Any]:
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not a readable GGUF file ({error}); it may be truncated, export it again") from error
+    tensors = [(t.tensor_type.name, int(t.n_elements), int(t.n_bytes)) for t in reader.tensors]
+    short = {
+        key: field.contents()
+        for key, field in reader.fields.items()
+        if not key.startswith("GGUF.") and key != "tokenizer.chat_template"
+    }
+    return {
+        "path": str(path),
+        "kind": "gguf",
+        "bytes": path.stat().st_size,
+        "parameters": sum(weights for _, weights, _ in tensors),
+        **{key: value for key, value in short.items() if not isinstance(value, list)},
+        "types": [asdict(row) for row in type_totals(tensors)],
+        "tensors": [
+            {"name": t.name, "shape": [int(n) for n in reversed(t.shape)], "type": t.tensor_type.name, "bytes": int(t.n_bytes)}
+            for t in reader.tensors
+        ],
+    }

@@ -1,0 +1,113 @@
+"""From options to exporters, one for each format asked for. Adding a format: a function here, and a line in EXPORTERS."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xent_quant.errors import ConfigError, UnsupportedError
+from xent_quant.options import OnnxOptions, Options
+
+if TYPE_CHECKING:
+    from exporters.interface import Exporter
+    from xent_quant.checkpoint.reader import Checkpoint
+    from xent_quant.methods.interface import Method
+
+
+class Methods:
+    """The method that the options name, for "auto" that of an export's type; each made once, since a method keeps what weights
+    share. `use_statistics` tells whether there is anything to measure for. Raises ConfigError for one that does not go with a
+    file of statistics."""
+
+    def __init__(self, options: Options) -> None:
+        from xent_quant.methods import WITH_FILE
+
+        self._effort = options.effort
+        self._name: str = options.method
+        if options.imatrix is not None:
+            if options.calib:
+                raise ConfigError("--imatrix and --calib: statistics come from a file or from text, not from both")
+            if options.method not in ("auto", WITH_FILE):
+                raise ConfigError(
+                    f"--method {options.method}: does not use an importance matrix; drop --imatrix, or use --method {WITH_FILE}"
+                )
+            self._name = WITH_FILE
+        # Neither floats nor bitsandbytes' types are a Method's business.
+        floats = options.type.upper() in ("F32", "F16", "BF16") if options.type else options.bits == 16
+        quantises = any(kind != "bnb" for kind in options.formats) and not (floats and not options.tensor_types)
+        self.use_statistics = self._name != "rtn" and quantises
+        self._made: dict[str, Method] = {}
+
+    def for_type(self, bulk: str) -> "Method":
+        """The method for an export most of whose weights are of the type `bulk`."""
+        from xent_quant.methods import METHODS, auto
+
+        name = auto(bulk) if self._name == "auto" else self._name
+        if name not in self._made:
+            self._made[name] = METHODS[name](self._effort)
+        return self._made[name]
+
+    @property
+    def need_hessian(self) -> bool:
+        """Whether any of those in use does."""
+        return any(method.needs_hessian for method in self._made.values())
+
+
+def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -> "list[Exporter]":
+    """One exporter for each format, in the order asked for. Raises what planning raises: what can be refused is refused here."""
+    name = options.name or checkpoint.path.resolve().name
+    return [EXPORTERS[kind](checkpoint, options, name, methods) for kind in dict.fromkeys(options.formats)]
+
+
+def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Exporter":
+    from exporters.gguf.export import GGUFExporter
+    from exporters.gguf.plan import plan
+    from exporters.interface import type_totals
+    from xent_quant.recipes import recipe
+
+    chosen = recipe(bits=options.bits, type=options.type, tensor_types=options.tensor_types, imatrix=methods.use_statistics)
+    planned = plan(checkpoint.architecture, chosen, pad=options.pad)
+    totals = type_totals([(tensor.type, tensor.n_weights, tensor.nbytes) for tensor in planned.tensors])
+    return GGUFExporter(
+        checkpoint,
+        planned,
+        Path(options.output),
+        name,
+        methods.for_type(max(totals, key=lambda row: row.weights).type),
+        split_size=options.split_bytes,
+        force=options.force,
+        allow_tokenizer_mismatch=options.allow_tokenizer_mismatch,
+    )
+
+
+def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Exporter":
+    try:
+        from exporters.onnx.export import ONNXExporter
+    except ModuleNotFoundError as error:
+        if error.name != "onnx":
+            raise
+        raise UnsupportedError("--format onnx: the package onnx is not installed: pip install 'xent-quant[onnx]'") from error
+    from exporters.onnx.plan import Settings, plan
+
+    settings = Settings(bits=options.bits, **{field.name: getattr(options, field.name) for field in fields(OnnxOptions)})
+    planned = plan(checkpoint.architecture, settings)
+    return ONNXExporter(
+        checkpoint, planned, Path(options.output), name, methods.for_type(f"INT{options.bits}"), force=options.force
+    )
+
+
+def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Exporter":
+    from exporters.bitsandbytes.export import BnbExporter
+    from exporters.bitsandbytes.plan import plan
+
+    planned = plan(checkpoint.architecture, bits=options.bits, bnb_type=options.bnb_type, pad=options.pad)
+    if options.bits < 16:
+        import numba
+        import torch
+
+        torch.set_num_threads(numba.get_num_threads())  # --threads, for bitsandbytes
+    return BnbExporter(checkpoint, planned, Path(options.output), name, split_size=options.split_bytes, force=options.force)
+
+
+EXPORTERS: "dict[str, Callable[[Checkpoint, Options, str, Methods], Exporter]]" = {"gguf": _gguf, "onnx": _onnx, "bnb": _bnb}
+"""Format to the function that plans it."""
