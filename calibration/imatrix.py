@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.llama_names import llama_name
 from xent_quant.errors import CalibrationError
@@ -133,22 +134,24 @@ class Imatrix:
         }
 
     def check(self, model: Architecture) -> None:
-        """Refuse statistics of another model: every tensor they share must have its experts and columns. Raises
+        """Refuse statistics of another model: all their tensors must be there, with their experts and columns. Raises
         CalibrationError."""
         wanted: dict[str, tuple[int, int]] = {}
         for name, shape in model.tensors().items():
             tensor, expert = llama_name(name)
             wanted[tensor] = (expert + 1, shape[-1])
-        shared = self.entries.keys() & wanted.keys()
-        for tensor in sorted(shared):
+        head = llama_name(names.HEAD)[0]
+        for tensor in sorted(self.entries):
+            if tensor == head and model.tie_word_embeddings:
+                continue
+            if tensor not in wanted:
+                raise CalibrationError(f"{self.source}: has statistics of {tensor}, which this model lacks; calibrate this model")
             found = self.entries[tensor].sums.shape
             if found != wanted[tensor]:
                 raise CalibrationError(
                     f"{self.source}: {tensor} has statistics of shape {list(found)}, the model needs {list(wanted[tensor])}; "
                     "calibrate this model"
                 )
-        if not shared:
-            raise CalibrationError(f"{self.source}: holds no tensor of this model; calibrate this model")
 
     def get(self, name: str) -> InputStatistics | None:
         """See `StatisticsSource`."""

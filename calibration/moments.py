@@ -20,6 +20,9 @@ FEWEST_ROWS = 64
 FEWEST_ROWS_PER_COLUMN = 1.0
 """The same for a Hessian, per input column: with fewer rows than columns it has no inverse."""
 
+STRIPE = 256
+"""Rows of Σ x xᵀ that are computed at a time, from their first column on: its lower half is the upper one mirrored."""
+
 HELD_OUT_ROWS = 1024
 """Rows kept for judging, at most."""
 
@@ -30,8 +33,8 @@ def fewest_rows(columns: int, hessian: bool) -> int:
 
 @dataclass
 class Moments:
-    """Σ w x² per column (`squares` [in] float64) and, if `hessian`, Σ w x xᵀ (`products` [in, in] float32) over `rows` rows of
-    weights w, which add up to `weight`."""
+    """Σ w x² per column (`squares` [in] float64) and, if `hessian`, Σ w x xᵀ (`products` [in, in] float32, on and above the
+    diagonal) over `rows` rows of weights w, which add up to `weight`."""
 
     columns: int
     hessian: bool
@@ -58,12 +61,14 @@ class Moments:
             return
         self.rows += len(wide)
         self.weight += len(wide) if gates is None else float(gates.double().square().sum())
+        self.squares += wide.square().sum(0).double().cpu()
         if not self.hessian:
-            self.squares += wide.square().sum(0).double().cpu()
             return
-        product = wide.T @ wide
-        self.squares += product.diagonal().double().cpu()
-        self.products = product if self.products is None else self.products.add_(product)
+        if self.products is None:
+            self.products = torch.zeros(self.columns, self.columns, device=wide.device)
+        for start in range(0, self.columns, STRIPE):  # above the diagonal, and little below it
+            stripe = slice(start, start + STRIPE)
+            self.products[stripe, start:].addmm_(wide[:, stripe].T, wide[:, start:])
 
     def statistics(self, layer: "Moments | None" = None) -> InputStatistics | None:
         """Means over the rows, made up to `fewest_rows` with the mean of `layer`; None where neither has any row.
@@ -91,7 +96,7 @@ class Moments:
                 mean += self.products.cpu() * (own / total)
             if missing and layer is not None and layer.products is not None:
                 mean += layer.products.cpu() * (missing / layer.rows / total)
-            hessian = mean.numpy()
+            hessian = (mean.triu_() + mean.triu(1).T).numpy()
             np.fill_diagonal(hessian, np.maximum(hessian.diagonal(), COLUMN_FLOOR * hessian.diagonal().mean()))
         held_out = self.held_out or (layer.held_out if missing and layer is not None else [])
         return InputStatistics(importance, hessian, self.rows, torch.cat(held_out).numpy() if held_out else None)

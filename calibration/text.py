@@ -243,10 +243,11 @@ def load(
     chosen = _cut([stream[:share] for stream, share in zip(streams, shares, strict=True)], length)
     rest = _cut([stream[share:] for stream, share in zip(streams, shares, strict=True)], length)[: spare // length]
     if not len(chosen):
-        have = min(sum(map(len, streams)), tokens)
+        there = sum(map(len, streams))
+        remedy = "give more text" if there <= tokens else "raise --tokens"
         raise CalibrationError(
-            f"--calib {', '.join(source.name for source in found)}: {have} tokens do not fill one window of {length}; "
-            "give more text (--tokens) or a smaller --seqlen"
+            f"--calib {', '.join(source.name for source in found)}: {min(there, tokens)} tokens do not fill one window of "
+            f"{length}; {remedy}, or lower --seqlen"
         )
     return CalibrationText(chosen, rest, tuple(source.name for source in found))
 

@@ -1,7 +1,6 @@
 """The whole way: text to statistics to files, by the library and by the real command."""
 
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +8,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import xent_quant
 from calibration.collect import collect
 from calibration.imatrix import Imatrix
 from calibration.session import Session
 from tests.calibration.test_running import rows_and_gates
-from tests.test_command import COMMAND, run
+from tests.test_command import fails, run
 from xent_quant import formats
 from xent_quant.checkpoint.llama_names import llama_name
 from xent_quant.checkpoint.reader import Checkpoint
@@ -140,28 +140,25 @@ def test_more_text_is_drawn_for_rare_experts(checkpoint) -> None:
     assert len(session.windows(10**6)) == len(session.text.windows) + len(session.text.spare)
 
 
-def test_nan_activations_name_layer_and_expert(checkpoint, monkeypatch) -> None:
-    source = Checkpoint.open(checkpoint())
-    session = Session(source, SMALL)
-    plain = source.read
-
-    class Loud:
-        architecture = source.architecture
-
-        def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-            return plain(name, start, stop) * (np.float32(1e38) if "layers.1.mlp.experts.3.up" in name else 1)
-
-    session.model.source = Loud()
-    with pytest.raises(CalibrationError, match="layer 1, expert 3"):
-        session.running(hessian=True).get("lm_head.weight")
+@pytest.mark.parametrize(
+    ("loud", "words"), [("layers.1.mlp.experts.3.up", "layer 1, expert 3"), ("layers.1.self_attn.o", "layer 1, attention")]
+)
+def test_nan_activations_name_layer_and_expert(checkpoint, tmp_path: Path, loud: str, words: str) -> None:
+    folder, out = checkpoint(), tmp_path / "out"
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: values * np.float32(3e38 if loud in name else 1) for name, values in weights.items()}
+    save_file(weights, folder / "model.safetensors")
+    fails(run(folder, "--calib", "fiction-en", "--tokens", 200, "--seqlen", 40, "--output", out), words)
+    assert not list(out.iterdir())
 
 
 def test_statistics_of_another_model_are_refused(checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
     matrix, _ = collect(StreamingModel(Checkpoint.open(checkpoint())), torch.from_numpy(WINDOWS))
-    matrix.write(tmp_path / "m.gguf")
-    other = subprocess.run(
-        [*COMMAND, "--imatrix", str(tmp_path / "m.gguf"), "--output", str(tmp_path / "out")], capture_output=True, text=True
-    )
-    assert other.returncode == 1
-    assert "m.gguf" in other.stderr
-    assert "the model needs" in other.stderr
+    matrix.write(file)
+    fails(run(checkpoint(num_experts=7), "--imatrix", file), "m.gguf", "ffn_down_exps.weight", "the model needs [7, 96]")
+    read = Imatrix.read(file)
+    for overrides in ({"num_experts": None}, {"num_hidden_layers": 1}, {"num_shared_experts": 0}):
+        with pytest.raises(CalibrationError, match=r"m\.gguf: has statistics of blk\..*, which this model lacks"):
+            read.check(Checkpoint.open(checkpoint(**overrides)).architecture)
+    read.check(Checkpoint.open(checkpoint(tie_word_embeddings=True)).architecture)

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
+from xent_quant.progress import Silent
+
 if TYPE_CHECKING:
     from calibration.coverage import Coverage
     from exporters.interface import PlanSummary
@@ -75,7 +77,11 @@ class _Bar:
 
 
 @contextmanager
-def progress() -> Iterator[_Bar]:
+def progress() -> "Iterator[_Bar | Silent]":
+    """Bars on a terminal; nothing elsewhere, where rich would leave an empty line before a message."""
+    if not err.is_interactive:
+        yield Silent()
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

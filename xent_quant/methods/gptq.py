@@ -16,7 +16,7 @@ the weighted search.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numba as nb
 import numpy as np
@@ -33,6 +33,9 @@ F64 = NDArray[np.float64]
 DAMPING = 0.01
 """Added to H's diagonal, as a share of its mean."""
 
+TOGETHER = 32
+"""Columns that pass errors on among themselves one by one; what they leave to later ones of a block is one matrix product."""
+
 LAZY = 256
 """Columns between two updates of all later columns by one matrix product; those that coordinate descent turns to together."""
 
@@ -41,8 +44,8 @@ EFFORTS: dict[Effort, tuple[int, int]] = {"fast": (0, 0), "normal": (1, 3), "hig
 
 
 @nb.njit(parallel=True, cache=True, error_model="numpy")
-def round_columns(weights, targets, factor, scale, offset, levels, uniform, codes, errors):  # type: ignore[no-untyped-def]
-    """Round targets [rows, n] in order of columns, passing errors on by `factor` [n, n] (U of these columns).
+def round_columns(weights, targets, factor, scale, offset, levels, uniform, start, stop, codes, errors):  # type: ignore[no-untyped-def]
+    """Round columns start…stop of targets [rows, n] in order, passing errors on among them by `factor` [n, n] (U of the n).
 
     `targets` are `weights` [rows, n] with the errors of all columns before these passed on; final targets are left there.
     `scale`, `offset` [rows, groups] and `levels` as in Grid; `uniform` tells that levels are consecutive integers. Fills
@@ -52,7 +55,7 @@ def round_columns(weights, targets, factor, scale, offset, levels, uniform, code
     group = columns // scale.shape[1]
     top = len(levels) - 1
     for row in nb.prange(rows):
-        for j in range(columns):
+        for j in range(start, stop):
             s, m, t = scale[row, j // group], offset[row, j // group], targets[row, j]
             code = 0
             if s != 0:
@@ -66,7 +69,7 @@ def round_columns(weights, targets, factor, scale, offset, levels, uniform, code
             codes[row, j] = code
             error = weights[row, j] - (s * levels[code] + m)
             errors[row, j] = error
-            for c in range(j + 1, columns):
+            for c in range(j + 1, stop):
                 targets[row, c] += error * factor[j, c]
 
 
@@ -144,17 +147,27 @@ def product(a: F32, b: F32) -> F32:
 
 @dataclass(frozen=True)
 class Curvature:
-    """A damped Hessian [n, n] float32 and its factor U; `source` is the array that it was made from."""
+    """A damped Hessian [n, n] float32 and its factor U; `source` is the array that it was made from. Keeps the blocks along the
+    diagonal that it was asked for: less than another [n, n] for blocks of half the columns or fewer."""
 
     source: F32
     hessian: F32
     factor: F32
+    _blocks: dict[tuple[int, int], tuple[F32, F32, F32]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, hessian: F32) -> "Curvature":
         wide = hessian.astype(np.float64)
         wide[np.diag_indices_from(wide)] += DAMPING * wide.diagonal().mean()
         return cls(hessian, wide.astype(np.float32), factorise(wide))
+
+    def block(self, first: int, last: int) -> tuple[F32, F32, F32]:
+        """The Hessian of columns first…last alone, its inverse, and its factor."""
+        if (first, last) not in self._blocks:
+            hessian = np.ascontiguousarray(self.hessian[first:last, first:last])
+            wide = hessian.astype(np.float64)
+            self._blocks[first, last] = hessian, inverse(wide), factorise(wide)
+        return self._blocks[first, last]
 
 
 class GPTQ:
@@ -252,18 +265,25 @@ class Rows:
         grid = self.kind.grid(packed)
         codes, errors = np.empty(weights.shape, np.uint8), np.empty(weights.shape, np.float32)
         weights, factor = np.ascontiguousarray(weights), np.ascontiguousarray(factor)
-        round_columns(weights, targets, factor, grid.scale, grid.offset, grid.levels, self._uniform, codes, errors)
+        columns = weights.shape[1]
+        for start in range(0, columns, TOGETHER):
+            stop = min(start + TOGETHER, columns)
+            round_columns(
+                weights, targets, factor, grid.scale, grid.offset, grid.levels, self._uniform, start, stop, codes, errors
+            )
+            if stop < columns:
+                targets[:, stop:] += product(errors[:, start:stop], factor[start:stop, stop:])
         return self.kind.with_codes(packed, codes), errors
 
     def _again(self, first: int, last: int, gradient: F32) -> F32:
         """Quantise columns first…last for the errors of all others; `gradient` is e H there. The change of the errors."""
-        hessian = self.curvature.hessian[first:last, first:last].astype(np.float64)
+        hessian, inverted, factor = self.curvature.block(first, last)
         # The least of e H eᵀ over these columns alone lies where their gradient vanishes.
-        targets = self.weights[:, first:last] - self.errors[:, first:last] + product(gradient, inverse(hessian))
-        packed, errors = self._round(targets, targets.copy(), factorise(hessian), self._search(targets, first, last))
+        targets = self.weights[:, first:last] - self.errors[:, first:last] + product(gradient, inverted)
+        packed, errors = self._round(targets, targets.copy(), factor, self._search(targets, first, last))
         errors += self.weights[:, first:last] - targets
         change = errors - self.errors[:, first:last]
-        rise = ((2 * gradient + product(change, hessian.astype(np.float32))) * change).sum(axis=1)
+        rise = ((2 * gradient + product(change, hessian)) * change).sum(axis=1)
         better = rise < 0
         change[~better] = 0
         self.packed[better, self._bytes(first, last)] = packed[better]

@@ -166,6 +166,8 @@ class StreamingModel:
             mixed = attention(F.linear(h, q), F.linear(h, k), F.linear(h, v), model.head_dim, tables)
             yield Step((o_name,), mixed.flatten(0, 1), tokens, last=last)
             part += F.linear(mixed, o)
+            if not torch.isfinite(part).all():
+                raise CalibrationError(f"layer {layer}, attention: NaN or infinite activations; the checkpoint is damaged")
 
     def _mlp(self, layer: int, x: Tensor, fewest: int) -> Iterator[Step]:
         """x += experts(norm(x)), one expert at a time over all the tokens that chose it."""
