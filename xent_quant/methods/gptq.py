@@ -33,7 +33,7 @@ F64 = NDArray[np.float64]
 DAMPING = 0.01
 """Added to H's diagonal, as a share of its mean."""
 
-TOGETHER = 32
+TOGETHER = 64
 """Columns that pass errors on among themselves one by one; what they leave to later ones of a block is one matrix product."""
 
 LAZY = 256
