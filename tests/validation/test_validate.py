@@ -21,7 +21,7 @@ from tests.reference.forward import forward
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ValidationError, XentQuantError
 from xent_quant.model.streaming import StreamingModel
-from xent_quant.validation import measures, reference, suites
+from xent_quant.validation import gates, measures, reference, suites
 from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
 from xent_quant.validation.html import SENTENCES, page
 from xent_quant.validation.llama_cpp import LlamaCpp
@@ -29,6 +29,7 @@ from xent_quant.validation.reference import references, tokenize
 from xent_quant.validation.report import Report
 from xent_quant.validation.suites import Suite, bundled
 from xent_quant.validation.validate import validate
+from xent_quant.validation.weights import compare
 
 Export = Callable[..., Path]
 SHORT = {"suites": [bundled("XfictionEN"), bundled("XconversationZH")], "max_tokens": 1024, "threads": 1}
@@ -192,6 +193,20 @@ def test_damaged_exports_are_out_and_the_tensor_is_named(
     file = Path(shutil.copy(export("Q4_K_M"), tmp_path))
     change(file)
     _check_named(run(file, mini, cache, runtime="torch", suites=[bundled("XfictionEN")], max_tokens=1024), names)
+
+
+def test_padding_that_is_not_zero_is_named(export: Export, mini: Checkpoint, tmp_path: Path) -> None:
+    """480 columns are padded to 512, in the second block of 256 of each row."""
+    file = Path(shutil.copy(export("Q4_K_M"), tmp_path))
+    names = [f"model.layers.1.mlp.experts.{expert}.down_proj.weight" for expert in range(16)]
+    offset, nbytes = _tensor(file, "blk.1.ffn_down_exps.weight")
+    assert not any(map(GGUFSource(GGUFFile(file), mini.architecture).padding, names))
+    with file.open("r+b") as stream:
+        stream.seek(offset + 6 * nbytes // 16 - 100)  # in the last row of expert 5
+        stream.write(bytes([0x3C]) * 100)
+    source = GGUFSource(GGUFFile(file), mini.architecture)
+    assert [source.padding(name) > 0 for name in names] == [expert == 5 for expert in range(16)]
+    assert "padding holds values" in str(gates.suspicious(compare(names[5], mini, source)))
 
 
 @pytest.mark.slow

@@ -173,8 +173,8 @@ class GGUFSource:
         """ggml type of a checkpoint tensor."""
         return self.stored(name)[0].type
 
-    def _rows(self, name: str, start: int, stop: int) -> F32:
-        """Rows start:stop as stored, padding included: [rows, columns]; a vector is one row."""
+    def _rows(self, name: str, start: int, stop: int, column: int = 0) -> F32:
+        """Rows start:stop as stored, padding included, from `column` on: [rows, columns − column]; a vector is one row."""
         stored, index = self.stored(name)
         shape = self._padded(name)
         rows, columns = (1, *shape) if len(shape) == 1 else shape
@@ -186,10 +186,14 @@ class GGUFSource:
         if packed.size != (stop - start) * row_bytes:
             raise ValidationError(f"{stored.file}: {stored.name}: the file ends before the tensor does; export it again")
         packed = packed.reshape(stop - start, row_bytes)
+        if column:
+            packed = np.ascontiguousarray(packed[:, column // block * block_bytes :])
+        wide: F32
         if stored.type in formats.NAMES:
-            return formats.get(stored.type).dequantize(packed)
-        wide: F32 = gguf.quants.dequantize(packed, kind).astype(np.float32)  # types that this project does not write
-        return wide
+            wide = formats.get(stored.type).dequantize(packed)
+        else:
+            wide = gguf.quants.dequantize(packed, kind).astype(np.float32)  # types that this project does not write
+        return wide[:, column % block :] if column else wide
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> F32:
         """Rows start:stop of a checkpoint tensor (elements of a vector), dequantised, in the checkpoint's order."""
@@ -210,4 +214,4 @@ class GGUFSource:
             return 0.0
         if padded[0] > shape[0]:
             return float(np.abs(self._rows(name, shape[0], padded[0])).max())
-        return float(np.abs(self._rows(name, 0, shape[0])[:, shape[1] :]).max())
+        return float(np.abs(self._rows(name, 0, shape[0], shape[1])).max())
