@@ -14,6 +14,10 @@ STYLES = {"within": "green", "undecided": "yellow", "out": "bold red"}
 WORDS = {"within": "within tolerance", "undecided": "undecided: too little text to tell", "out": "OUT OF TOLERANCE"}
 
 
+LINES = 8
+"""Of damage, at most; the report has all."""
+
+
 def _cell(finding: "Finding", digits: int, gated: bool) -> Text:
     text = f"{finding.value.value:.{digits}f}"
     if finding.value.error < 1e9:
@@ -47,10 +51,10 @@ def report(found: "Report", folder: Path | None) -> None:
             *more[: len(details)],
         )
     out.print(rows)
-    for suspect in found.suspicions[:5]:
-        out.print(Text(f"{suspect.tensor.name}: {suspect.reason}", style=STYLES["out"]), highlight=False, soft_wrap=True)
-    if len(found.suspicions) > 5:
-        out.print(f"… and {len(found.suspicions) - 5} further tensors", style=STYLES["out"], highlight=False)
+    for line in found.damage[:LINES]:
+        out.print(Text(line, style=STYLES["out"]), highlight=False, soft_wrap=True)
+    if len(found.damage) > LINES:
+        out.print(f"… and {len(found.damage) - LINES} more", style=STYLES["out"], highlight=False)
     if found.cross_check:
         agree = (
             "agree" if found.cross_verdict == "within" else "DISAGREE: the runtime computes something else than these bytes say"
@@ -66,10 +70,7 @@ def report(found: "Report", folder: Path | None) -> None:
             out.print(f"The tensor that differs most from the checkpoint is {worst.name}: {worst.error:.1%}.", highlight=False)
     for line in found.notes:
         out.print(line, style="dim", highlight=False)
-    out.print(
-        f"{human_bytes(found.reference_bytes)} → {human_bytes(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight; "
-        f"{found.runtime} {found.runtime_version}, {found.seconds:.0f} s",
-        highlight=False,
-    )
+    sizes = f"{human_bytes(found.reference_bytes)} → {human_bytes(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight"
+    out.print(f"{sizes}; {found.runtime}, {found.seconds:.0f} s", highlight=False)
     if folder:
         out.print(f"  {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -133,9 +133,10 @@ def _head(report: Report, name: str) -> str:
 
 def _wrong(report: Report) -> str:
     """What a person must look at first, if anything."""
-    lines = [f"<code>{escape(s.tensor.name)}</code>: {escape(s.reason)}." for s in report.suspicions[:10]]
-    if len(report.suspicions) > 10:
-        lines.append(f"… and {len(report.suspicions) - 10} further tensors.")
+    lines = [f"<code>{escape(name)}</code>{escape(reason)}." for name, reason in map(_split, report.damage)]
+    lead = (
+        "Weights that are not what their type allows: the export is damaged." if lines else "The weights are as they should be."
+    )
     if report.cross_verdict == "out" and report.cross_check:
         worst = max(report.tensors, key=lambda tensor: tensor.error)
         lines.append(
@@ -145,7 +146,13 @@ def _wrong(report: Report) -> str:
     if not lines:
         return ""
     body = "".join(f'<div class="wrong">{line}</div>' for line in lines)
-    return _section("What is wrong", "Weights that are not what their type allows: the export is damaged.", body)
+    return _section("What is wrong", lead, body)
+
+
+def _split(sentence: str) -> tuple[str, str]:
+    """A tensor's name, and what is said of it."""
+    name, colon, reason = sentence.partition(":")
+    return name, colon + reason
 
 
 def _bars(results: Sequence[SuiteResult], pick: Callable[[SuiteResult], Finding], zero: float, digits: int, at_most: bool) -> str:

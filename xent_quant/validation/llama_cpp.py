@@ -44,7 +44,9 @@ class _ModelParams(C.Structure):
     _fields_ = [
         ("devices", C.c_void_p),
         ("tensor_buft_overrides", C.c_void_p),
-        ("n_gpu_layers", C.c_int32),
+        *[(n, C.c_int32) for n in ("n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu")],
+        *[(n, C.c_void_p) for n in ("tensor_split", "progress_callback", "progress_callback_user_data", "kv_overrides")],
+        *[(n, C.c_bool) for n in ("vocab_only", "check_tensors", "use_extra_bufts", "no_host", "no_alloc", "load_mtp")],
         ("rest", C.c_char * 512),
     ]
 
@@ -126,7 +128,12 @@ def quantize_chunk(ggml_type: int, row_bytes: int, weights: F32, importance: F32
 
 
 class LlamaCpp:
-    """A loaded GGUF model; a context manager. Raises ValidationError with llama.cpp's own words where it refuses."""
+    """A loaded GGUF model; a context manager. Raises ValidationError with llama.cpp's own words where it refuses.
+
+    The file is mapped: its pages count as resident memory once they were read (llama.cpp reads all of them at first, where they
+    fit), and the kernel may drop them. Beside them are held a context's KV cache and logits; no second copy of the weights,
+    which llama.cpp would else make in an order that its kernels like, and which gains nothing on windows of 512 tokens.
+    """
 
     name = "llama.cpp"
     version = f"xllamacpp {VERSION}"
@@ -136,6 +143,7 @@ class LlamaCpp:
         _errors.clear()
         parameters = self._library.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        parameters.use_extra_bufts = False
         self._model = self._library.llama_model_load_from_file(str(path).encode(), parameters)
         if not self._model:
             raise ValidationError(f"{path}: llama.cpp refuses it: {_errors[0] if _errors else 'no reason given'}")

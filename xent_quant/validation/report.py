@@ -1,5 +1,6 @@
 """What a validation found, as frozen records, and as JSON: `report.schema.json` beside this file describes it."""
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,6 +94,17 @@ class Report:
     @property
     def weights_verdict(self) -> Verdict:
         return "out" if self.suspicions else "within"
+
+    @property
+    def damage(self) -> list[str]:
+        """One sentence for every damaged tensor, worst first; experts of a layer that share their damage share one."""
+        groups: dict[str, list[Suspicion]] = {}
+        for suspicion in self.suspicions:
+            groups.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", suspicion.tensor.name), []).append(suspicion)
+        return [
+            f"{first.tensor.name}: {first.reason}" + (f"; likewise {len(others)} more of its layer's experts" if others else "")
+            for first, *others in groups.values()
+        ]
 
     @property
     def verdict(self) -> Verdict:
