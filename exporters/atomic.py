@@ -9,11 +9,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from xent_quant.errors import ExportError
+
 
 def temporary_name(target: Path) -> Path:
     """The hidden name beside `target` under which it is written; always the same, so that a killed run's leftover is
     overwritten by the next."""
     return target.with_name(f".{target.name}.part")
+
+
+@contextmanager
+def writing(targets: Sequence[Path], *, force: bool) -> Iterator[None]:
+    """Make the folder of `targets`. Raises ExportError where one of them exists and `force` is False, and for what the system
+    refuses within the block, which leaves nothing behind: see `staged`."""
+    try:
+        targets[0].parent.mkdir(parents=True, exist_ok=True)
+        for target in targets:
+            if target.exists() and not force:
+                raise ExportError(f"{target}: exists already; add --force to replace it, or choose another --output")
+        yield
+    except OSError as error:
+        raise ExportError(f"{error.filename or targets[0]}: {error.strerror or error}; nothing was written") from error
 
 
 @contextmanager

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from exporters.atomic import staged_folder
+from exporters.atomic import staged_folder, writing
 from xent_quant.checkpoint.reader import check_free_space
-from xent_quant.errors import ExportError
 
 
 @contextmanager
@@ -15,14 +14,9 @@ def exported_folder(target: Path, files: Mapping[str, bytes], nbytes: int, *, fo
     more will be written. Raises ExportError where the target exists without `force`, cannot be written or does not fit; after
     any error the folder is as it was before.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not force:
-            raise ExportError(f"{target}: exists already; add --force to replace it, or choose another --output")
+    with writing([target], force=force):
         check_free_space(target.parent, nbytes + sum(map(len, files.values())))
         with staged_folder(target) as folder:
             for name, data in files.items():
                 (folder / name).write_bytes(data)
             yield folder
-    except OSError as error:
-        raise ExportError(f"{error.filename or target}: {error.strerror or error}; nothing was written") from error

@@ -3,33 +3,43 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
+from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.formats.base import F32
 from xent_quant.tensors import InputStatistics
 
+CONTEXT = 8192
+"""Tokens for which the memory on a GPU is estimated: the released models' context."""
 
-class TensorRow(Protocol):
-    """A tensor as it will be in the file; `n_weights` includes padding, `nbytes` scales."""
 
-    @property
-    def name(self) -> str: ...
+@dataclass(frozen=True)
+class TensorRow:
+    """A tensor as it is, or will be, in a file: `shape` includes padding, `nbytes` scales."""
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def type(self) -> str: ...
-
-    @property
-    def n_weights(self) -> int: ...
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int
 
     @property
-    def nbytes(self) -> int: ...
+    def n_weights(self) -> int:
+        return prod(self.shape)
 
     @property
-    def bits_per_weight(self) -> float: ...
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.n_weights
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "type": self.type,
+            "bytes": self.nbytes,
+            "bits_per_weight": self.bits_per_weight,
+        }
 
 
 @dataclass(frozen=True)
@@ -50,13 +60,12 @@ class TypeRow:
 class PlanSummary:
     """What an export in `format` will write, tensor by tensor, before any weight is read. Bytes are of tensor data.
 
-    `vram_bytes` is what the model takes on a GPU whole with `vram_context` tokens, about; `notes` are for the person.
+    `vram_bytes` is what the model takes on a GPU whole with CONTEXT tokens, about; `notes` are for the person.
     """
 
     format: str
     tensors: tuple[TensorRow, ...]
     vram_bytes: int
-    vram_context: int
     notes: tuple[str, ...]
 
     @property
@@ -78,16 +87,13 @@ class PlanSummary:
     def to_json(self) -> dict[str, Any]:
         return {
             "format": self.format,
-            "tensors": [
-                {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.nbytes, "bits_per_weight": t.bits_per_weight}
-                for t in self.tensors
-            ],
+            "tensors": [tensor.to_json() for tensor in self.tensors],
             "types": [asdict(row) for row in self.by_type()],
             "bytes": self.nbytes,
             "weights": self.n_weights,
             "bits_per_weight": self.bits_per_weight,
             "vram_bytes": self.vram_bytes,
-            "vram_context": self.vram_context,
+            "vram_context": CONTEXT,
             "notes": list(self.notes),
         }
 
@@ -101,12 +107,25 @@ def type_totals(tensors: Sequence[tuple[str, int, int]]) -> list[TypeRow]:
     return sorted(rows.values(), key=lambda row: -row.nbytes)
 
 
+def kv_cache_bytes(model: Architecture, context: int, item: int = 2) -> int:
+    """Keys and values of `context` tokens, in numbers of `item` bytes."""
+    return 2 * item * context * model.num_layers * model.num_kv_heads * model.head_dim
+
+
 @dataclass(frozen=True)
 class Exported:
     """Files written, the one to open first; `notes` for the person."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
+
+
+def unmeasured_notes(measured: Mapping[str, bool]) -> tuple[str, ...]:
+    """For the person: which tensors had no statistics, where others had; `measured` is tensor to whether it had."""
+    missing = [name for name, known in measured.items() if not known]
+    if not missing or len(missing) == len(measured):
+        return ()
+    return (f"There are no statistics for {len(missing)} tensors ({missing[0]}, …): quantised without.",)
 
 
 class Sink(Protocol):

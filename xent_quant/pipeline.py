@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xent_quant.errors import ConfigError, ExportError
+from xent_quant.errors import ConfigError
 from xent_quant.options import CalibrationOptions, Options, ValidationOptions, takes
 from xent_quant.progress import Progress
 
@@ -150,18 +150,13 @@ def calibrate(
     started = time.perf_counter()
     wanted = CalibrationOptions(**options)
     checkpoint, file = _open(model), Path(output)
-    if file.exists() and not force:
-        raise ExportError(f"{file}: exists already; add --force to replace it, or choose another --output")
     from calibration.session import Session
-    from exporters.atomic import staged
+    from exporters.atomic import staged, writing
 
-    matrix, coverage = Session(checkpoint, wanted).imatrix(progress)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with staged([file]) as temporary:
-            matrix.write(temporary[0])
-    except OSError as error:
-        raise ExportError(f"{error.filename or file}: {error.strerror or error}; nothing was written") from error
+    with writing([file], force=force), staged([file]) as temporary:
+        temporary[0].touch()  # so that a folder that cannot be written is told before the text is read
+        matrix, coverage = Session(checkpoint, wanted).imatrix(progress)
+        matrix.write(temporary[0])
     seconds = time.perf_counter() - started
     return CalibrateResult(file, matrix.chunk_count * matrix.chunk_size, seconds, coverage, coverage.notes())
 

@@ -16,13 +16,12 @@ from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor, shards
 from exporters.bitsandbytes.shard import Shard
 from exporters.folder import exported_folder
 from exporters.hub_files import json_bytes
-from exporters.interface import Exported, PlanSummary
+from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32
 from xent_quant.tensors import InputStatistics
 
 FOLDER = "bnb"
-VRAM_CONTEXT = 8192
 
 
 class BnbExporter:
@@ -54,7 +53,8 @@ class BnbExporter:
 
     @property
     def summary(self) -> PlanSummary:
-        return PlanSummary("bnb", self.plan.tensors, self.plan.vram_bytes(VRAM_CONTEXT), VRAM_CONTEXT, self.plan.notes)
+        rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in self.plan.tensors)
+        return PlanSummary("bnb", rows, self.plan.vram_bytes(CONTEXT), self.plan.notes)
 
     @contextmanager
     def open(self, provenance: Mapping[str, str | int]) -> Iterator["BnbSink"]:

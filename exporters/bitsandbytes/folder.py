@@ -5,12 +5,11 @@ from typing import Any
 
 from exporters.base_model import BaseModel, human_size
 from exporters.bitsandbytes.plan import BnbPlan
+from exporters.card import PROMPT, opening
 from exporters.hub_files import generation_config, json_bytes, tokenizer_files
 from xent_quant.checkpoint.reader import Checkpoint
 
 INDEX = "model.safetensors.index.json"
-TAGS = ("bitsandbytes", "quantized", "mixture-of-experts", "xverse")
-PROMPT = "The old lamp in the window"
 MODELLING = ("configuration_xverse.py", "modeling_xverse.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_xverse.XverseConfig",
@@ -23,6 +22,22 @@ KINDS = {
     "INT8": "8-bit integers (bitsandbytes LLM.int8())",
     "BF16": "bfloat16",
 }
+
+
+GROUPS = (
+    (".shared_experts.", "shared experts"),
+    (".experts.", "experts"),
+    (".router.", "router"),
+    (".mlp.", "MLP"),
+    (".self_attn.", "attention"),
+    ("norm.", "norms"),
+    ("embed_tokens", "embedding"),
+)
+
+
+def _group(name: str) -> str:
+    """What to call a tensor in the card's table."""
+    return next((text for key, text in GROUPS if key in name), "head")
 
 
 def files(checkpoint: Checkpoint, plan: BnbPlan, name: str) -> dict[str, bytes]:
@@ -53,27 +68,18 @@ def _config(checkpoint: Checkpoint, plan: BnbPlan) -> dict[str, Any]:
 
 
 def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
-    rows: dict[str, tuple[str, int]] = {}
-    for tensor in plan.tensors:
-        group = next((text for key, text in GROUPS if key in tensor.name), "head")
-        rows[group] = (tensor.type, rows.get(group, ("", 0))[1] + tensor.nbytes)
     needed = "torch transformers accelerate" + (" bitsandbytes" if plan.bits < 16 else "")
     lines = [
-        *base.front_matter("transformers", TAGS if plan.bits < 16 else TAGS[2:]),
-        "",
-        f"# {name}-{plan.type}",
-        "",
-        f"{base.link} for transformers 4.57 and 5 in {KINDS[plan.type]}: {human_size(plan.nbytes)}. Made by xent-quant. "
-        f"{base.terms}",
-        "",
-        "| tensors | type | size |",
-        "|---|---|---|",
-        *(f"| {group} | {kind} | {human_size(nbytes)} |" for group, (kind, nbytes) in rows.items()),
-        "",
-        *(f"{note}\n" for note in plan.notes),
-        "## Run it",
-        "",
-        "A base model: it continues text, there is no chat template. It runs on CUDA and, slowly, on the CPU.",
+        *opening(
+            base,
+            "transformers",
+            ("bitsandbytes", "quantized") if plan.bits < 16 else (),
+            f"{name}-{plan.type}",
+            f"for transformers 4.57 and 5 in {KINDS[plan.type]}: {human_size(plan.nbytes)}",
+            [(_group(tensor.name), tensor.type, tensor.nbytes) for tensor in plan.tensors],
+            plan.notes,
+        ),
+        "It runs on CUDA and, slowly, on the CPU.",
         "",
         "```",
         f"pip install {needed}",
@@ -110,14 +116,3 @@ def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
             "",
         ]
     return "\n".join(lines)
-
-
-GROUPS = (
-    (".shared_experts.", "shared experts"),
-    (".experts.", "experts"),
-    (".router.", "router"),
-    (".mlp.", "MLP"),
-    (".self_attn.", "attention"),
-    ("norm.", "norms"),
-    ("embed_tokens", "embedding"),
-)

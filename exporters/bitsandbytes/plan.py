@@ -10,6 +10,7 @@ from math import prod
 from typing import Any, Literal
 
 from exporters.bitsandbytes.kinds import BLOCK, Float, FourBit, Int8, Kind, Part
+from exporters.interface import kv_cache_bytes
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ConfigError
@@ -38,17 +39,9 @@ class PlannedTensor:
         return self.kind.parts(self.name, self.shape)
 
     @property
-    def n_weights(self) -> int:
-        return prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """Scales included; for 4 bits up to 100 bytes too many, see QUANT_STATE_BYTES."""
         return sum(part.nbytes for part in self.parts)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.n_weights
 
 
 @dataclass(frozen=True)
@@ -73,10 +66,8 @@ class BnbPlan:
 
     def vram_bytes(self, context: int) -> int:
         """Weights, the KV cache in bfloat16, the largest weight while it is dequantised, RUNTIME_BYTES: an estimate."""
-        model = self.architecture
-        cache = 2 * 2 * context * model.num_layers * model.num_kv_heads * model.head_dim
-        largest = 2 * max(tensor.n_weights for tensor in self.tensors)
-        return self.nbytes + cache + largest + RUNTIME_BYTES
+        largest = 2 * max(prod(tensor.shape) for tensor in self.tensors)
+        return self.nbytes + kv_cache_bytes(self.architecture, context) + largest + RUNTIME_BYTES
 
     def quantization_config(self) -> dict[str, Any] | None:
         """For config.json, as transformers writes it."""

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exporters.base_model import BaseModel, human_size
-from exporters.gguf.plan import GGUFPlan
+from exporters.card import PROMPT, opening
+from exporters.gguf.plan import GGUFPlan, PlannedTensor
+from exporters.hub_files import REPETITION_PENALTY
+from exporters.interface import CONTEXT
 from xent_quant.recipes import Role
 
+TAGS = ("gguf", "quantized")
 CARDS_GB = (8, 12, 16, 24)
-CONTEXT = 8192
-REPEAT_PENALTY = 1.1
-TAGS = ("gguf", "quantized", "mixture-of-experts", "xverse")
-PROMPT = "The old lamp in the window"
 
 
 def experts_on_cpu(plan: GGUFPlan, vram: int) -> int | None:
@@ -26,16 +26,10 @@ def experts_on_cpu(plan: GGUFPlan, vram: int) -> int | None:
     return None
 
 
-def _types(plan: GGUFPlan) -> list[str]:
-    """Table rows: kind of tensor, its types, size."""
-    rows: dict[str, tuple[set[str], int]] = {}
-    for tensor in plan.tensors:
-        if tensor.role is Role.NORM:
-            continue
-        prefix = "expert " if "_exps." in tensor.name else "shared expert " if "_shexp." in tensor.name else ""
-        types, nbytes = rows.get(prefix + tensor.role, (set(), 0))
-        rows[prefix + tensor.role] = (types | {tensor.type}, nbytes + tensor.nbytes)
-    return [f"| {kind} | {', '.join(sorted(types))} | {human_size(nbytes)} |" for kind, (types, nbytes) in rows.items()]
+def _group(tensor: PlannedTensor) -> str:
+    """What to call a tensor in the table."""
+    prefix = "expert " if "_exps." in tensor.name else "shared expert " if "_shexp." in tensor.name else ""
+    return prefix + tensor.role
 
 
 def readme(base: BaseModel, plan: GGUFPlan, targets: Sequence[Path], name: str) -> str:
@@ -43,22 +37,17 @@ def readme(base: BaseModel, plan: GGUFPlan, targets: Sequence[Path], name: str) 
 
     first, stem = targets[0].name, f"{name}-{plan.recipe.name}"
     lines = [
-        f"# {stem}",
-        "",
-        f"{base.link} in GGUF for llama.cpp and ollama: {human_size(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight. "
-        f"Made by xent-quant. {base.terms}",
-        "",
-        "| tensors | type | size |",
-        "|---|---|---|",
-        *_types(plan),
-        "",
-        *(f"{note}\n" for note in plan.notes),
-        "## Run it",
-        "",
-        "A base model: it continues text, there is no chat template.",
-        "",
+        *opening(
+            base,
+            "gguf",
+            TAGS,
+            stem,
+            f"in GGUF for llama.cpp and ollama: {human_size(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight",
+            [(_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors if tensor.role is not Role.NORM],
+            plan.notes,
+        ),
         "```",
-        f'llama-completion -m {first} -no-cnv --repeat-penalty {REPEAT_PENALTY} -c {CONTEXT} -p "{PROMPT}"',
+        f'llama-completion -m {first} -no-cnv --repeat-penalty {REPETITION_PENALTY} -c {CONTEXT} -p "{PROMPT}"',
         "```",
         "",
     ]
@@ -86,7 +75,7 @@ def readme(base: BaseModel, plan: GGUFPlan, targets: Sequence[Path], name: str) 
             advice = "too small, lower `-ngl`" if moved is None else f"`--n-cpu-moe {moved}`" if moved else "none, it fits"
             lines.append(f"| {size} GB | {advice} |")
         lines.append("")
-    return "\n".join([*base.front_matter("gguf", TAGS), "", *lines])
+    return "\n".join(lines)
 
 
 def modelfile(targets: Sequence[Path], stem: str) -> str:
@@ -98,7 +87,7 @@ def modelfile(targets: Sequence[Path], stem: str) -> str:
             *merge,
             f"FROM ./{stem}.gguf",
             'TEMPLATE "{{ .Prompt }}"',
-            f"PARAMETER repeat_penalty {REPEAT_PENALTY}",
+            f"PARAMETER repeat_penalty {REPETITION_PENALTY}",
             f"PARAMETER num_ctx {CONTEXT}",
             "",
         ]

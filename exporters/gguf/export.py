@@ -14,11 +14,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.atomic import staged, write_at
+from exporters.atomic import staged, write_at, writing
 from exporters.base_model import BaseModel
 from exporters.gguf import card, metadata, tokenizer, tokenizer_check
 from exporters.gguf.plan import GGUFPlan, PlannedTensor
-from exporters.interface import Exported, PlanSummary
+from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow, unmeasured_notes
 from xent_quant import formats
 from xent_quant.checkpoint.reader import Checkpoint, check_free_space
 from xent_quant.errors import ExportError
@@ -95,7 +95,8 @@ class GGUFExporter:
 
     @property
     def summary(self) -> PlanSummary:
-        return PlanSummary("gguf", self.plan.tensors, self.plan.vram_bytes(card.CONTEXT), card.CONTEXT, self.plan.notes)
+        rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in self.plan.tensors)
+        return PlanSummary("gguf", rows, self.plan.vram_bytes(CONTEXT), self.plan.notes)
 
     @contextmanager
     def open(self, provenance: Mapping[str, str | int]) -> Iterator["GGUFSink"]:
@@ -103,14 +104,11 @@ class GGUFExporter:
         fit; after any error none of these files is left, unless it was there before."""
         if provenance:
             provenance = {"quantize.imatrix.file": f"xent-quant --method {self.method.name}", **provenance}
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            taken = [path for path in (*self.targets, *self.extras) if path.exists()]
-            if taken and not self.force:
-                raise ExportError(f"{taken[0]}: exists already; add --force to replace it, or choose another --output")
+        targets = [*self.targets, *self.extras]
+        with writing(targets, force=self.force):
             infos = sum(_info_bytes(tensor) for tensor in self.plan.tensors)
             check_free_space(self.output, self.plan.nbytes + self.header_bytes + infos)
-            with staged([*self.targets, *self.extras]) as temporary, ExitStack() as files:
+            with staged(targets) as temporary, ExitStack() as files:
                 places: dict[str, list[_Place]] = {}
                 for index, (path, part) in enumerate(zip(temporary[: len(self.parts)], self.parts, strict=True)):
                     self._write_header(path, part, index, provenance)
@@ -128,8 +126,6 @@ class GGUFExporter:
                 yield sink
                 if not sink.finished:
                     raise AssertionError("an export was left without finish()")
-        except OSError as error:
-            raise ExportError(f"{error.filename or self.output}: {error.strerror or error}; nothing was written") from error
 
     def _write_header(
         self, path: Path, tensors: Sequence[PlannedTensor], index: int, provenance: Mapping[str, str | int]
@@ -211,14 +207,7 @@ class GGUFSink:
         if self._written != exporter.plan.nbytes:
             raise AssertionError(f"{self._written} bytes written, {exporter.plan.nbytes} planned")
         self.finished = True
-        return Exported((*exporter.targets, *exporter.extras), (*exporter.tokenizer_notes, *_notes(self._measured)))
-
-
-def _notes(measured: Mapping[str, bool]) -> tuple[str, ...]:
-    missing = [name for name, known in measured.items() if not known]
-    if not missing or len(missing) == len(measured):
-        return ()
-    return (f"There are no statistics for {len(missing)} tensors ({missing[0]}, …): quantised without.",)
+        return Exported((*exporter.targets, *exporter.extras), (*exporter.tokenizer_notes, *unmeasured_notes(self._measured)))
 
 
 def rotary_rows(rows: NDArray[np.int64], head_dim: int) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 import gguf
 
+from exporters import card
 from exporters.base_model import BaseModel, short_count
 from exporters.gguf.card import TAGS
 from exporters.gguf.plan import GGUFPlan
@@ -47,7 +48,7 @@ def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel) -
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base.repository}")
     if base.languages:
         writer.add_languages(list(base.languages))
-    writer.add_tags(list(TAGS))
+    writer.add_tags([*TAGS, *card.TAGS])
 
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(model.max_position_embeddings)

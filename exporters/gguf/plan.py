@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Literal
 
+from exporters.interface import kv_cache_bytes
 from xent_quant import formats
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.architecture import PROJECTIONS, Architecture, Projection
@@ -73,10 +74,6 @@ class PlannedTensor(Slot):
     def nbytes(self) -> int:
         return self.n_weights // self.columns * formats.get(self.type).row_bytes(self.columns)
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.n_weights
-
 
 @dataclass(frozen=True)
 class GGUFPlan:
@@ -102,16 +99,15 @@ class GGUFPlan:
     def vram_bytes(self, context: int) -> int:
         """What the model takes when it is on a GPU whole, with `context` tokens: an estimate.
 
-        Weights without the embedding, which stays in RAM; the KV cache in float16, 2 · 2 · context · layers · kv heads ·
-        head_dim; llama.cpp's compute buffer for BATCH tokens in float32, BATCH · 4 · (vocab + 8 · hidden + experts per token
-        · (3 · width + hidden)), with flash attention; and RUNTIME_BYTES.
+        Weights without the embedding, which stays in RAM; the KV cache in float16; llama.cpp's compute buffer for BATCH tokens in
+        float32, BATCH · 4 · (vocab + 8 · hidden + experts per token · (3 · width + hidden)), with flash attention; and
+        RUNTIME_BYTES.
         """
         model = self.architecture
         weights = sum(tensor.nbytes for tensor in self.tensors if tensor.role is not Role.EMBEDDING)
-        cache = 2 * 2 * context * model.num_layers * model.num_kv_heads * model.head_dim
         active = max(model.experts_per_token, 1) * (3 * self.expert_width + model.hidden_size)
         compute = BATCH * 4 * (model.vocab_size + 8 * model.hidden_size + active)
-        return weights + cache + compute + RUNTIME_BYTES
+        return weights + kv_cache_bytes(model, context) + compute + RUNTIME_BYTES
 
 
 def slots(model: Architecture, width: int) -> Iterator[Slot]:

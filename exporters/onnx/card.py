@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from exporters.base_model import BaseModel, human_size
+from exporters.card import PROMPT, opening
 from exporters.onnx.plan import ONNXPlan
 
-TAGS = ("onnx", "quantized", "mixture-of-experts", "xverse")
-PROMPT = "The old lamp in the window"
 MINIMUM = (1, 31)
 """ONNX Runtime before it has no accuracy_level in QMoE."""
 
@@ -42,28 +41,17 @@ def files(folder: Path, plan: ONNXPlan, name: str) -> dict[str, bytes]:
 
 def _readme(base: BaseModel, plan: ONNXPlan, name: str) -> str:
     settings = plan.settings
-    rows: dict[str, tuple[str, int]] = {}
-    for weight in plan.weights.values():
-        group = _group(weight.name)
-        _, nbytes = rows.get(group, ("", 0))
-        rows[group] = (weight.type, nbytes + (weight.nbytes if weight.pieces else 0))
     lines = [
-        *base.front_matter("onnxruntime", TAGS),
-        "",
-        f"# {name}-{settings.name}-ONNX",
-        "",
-        f"{base.link} for stock ONNX Runtime ({MINIMUM[0]}.{MINIMUM[1]} or newer) and onnxruntime-genai: "
-        f"{human_size(plan.data_bytes)}, computing in {settings.onnx_dtype}. Made by xent-quant. {base.terms}",
-        "",
-        "| tensors | type | size |",
-        "|---|---|---|",
-        *(f"| {group} | {kind} | {human_size(nbytes)} |" for group, (kind, nbytes) in rows.items()),
-        "",
-        *(f"{note}\n" for note in plan.notes),
-        "## Run it",
-        "",
-        "A base model: it continues text, there is no chat template.",
-        "",
+        *opening(
+            base,
+            "onnxruntime",
+            ("onnx", "quantized"),
+            f"{name}-{settings.name}-ONNX",
+            f"for stock ONNX Runtime ({MINIMUM[0]}.{MINIMUM[1]} or newer) and onnxruntime-genai: {human_size(plan.data_bytes)}, "
+            f"computing in {settings.onnx_dtype}",
+            [(_group(weight.name), weight.type, weight.nbytes if weight.pieces else 0) for weight in plan.weights.values()],
+            plan.notes,
+        ),
         "```",
         "pip install onnxruntime-genai tokenizers",
         f'python run_onnx.py "{PROMPT}"',

@@ -12,7 +12,7 @@ import numpy as np
 
 from exporters.atomic import write_at
 from exporters.folder import exported_folder
-from exporters.interface import Exported, PlanSummary
+from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow, unmeasured_notes
 from exporters.onnx import card, config
 from exporters.onnx.graph import DATA_FILE, build
 from exporters.onnx.plan import FLOATS, ONNXPlan, Part, Piece, Weight
@@ -24,7 +24,6 @@ from xent_quant.methods.interface import Method
 from xent_quant.tensors import InputStatistics
 
 FOLDER = "onnx"
-VRAM_CONTEXT = 8192
 
 
 class ONNXExporter:
@@ -43,8 +42,8 @@ class ONNXExporter:
 
     @property
     def summary(self) -> PlanSummary:
-        tensors = tuple(weight for weight in self.plan.weights.values() if weight.pieces)
-        return PlanSummary("onnx", tensors, self.plan.vram_bytes(VRAM_CONTEXT), VRAM_CONTEXT, self.plan.notes)
+        rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in self.plan.weights.values() if t.pieces)
+        return PlanSummary("onnx", rows, self.plan.vram_bytes(CONTEXT), self.plan.notes)
 
     @contextmanager
     def open(self, provenance: Mapping[str, str | int]) -> Iterator["ONNXSink"]:
@@ -69,7 +68,7 @@ class ONNXSink:
             for piece in weight.pieces:
                 self._places.setdefault(piece.source, []).append((weight, piece))
         self._missing = sum(piece.rows for places in self._places.values() for _, piece in places)
-        self._unmeasured: dict[str, bool] = {}
+        self._measured: dict[str, bool] = {}
         self.finished = False
         self._write_tables()
 
@@ -82,7 +81,8 @@ class ONNXSink:
                 known = statistics and statistics.padded(weight.columns)
                 packed = self._exporter.method.quantize(padded, weight.kind, known, name=name)
                 planes = [plane for plane in weight.kind.split(packed) if plane is not None]
-                self._unmeasured[name] = known is None
+                if ".layers." in name:
+                    self._measured[name] = known is not None
             else:
                 planes = [weight.kind.quantize(padded, name=name)]
             for part, rows in zip(weight.parts, planes, strict=True):
@@ -115,10 +115,4 @@ class ONNXSink:
         self.finished = True
         exporter = self._exporter
         names = ("model.onnx", DATA_FILE, *exporter.files)
-        return Exported(tuple(exporter.target / name for name in names), self._notes())
-
-    def _notes(self) -> tuple[str, ...]:
-        missing = [name for name, unknown in self._unmeasured.items() if unknown and ".layers." in name]
-        if not missing or len(missing) == sum(".layers." in name for name in self._unmeasured):
-            return ()
-        return (f"There are no statistics for {len(missing)} tensors ({missing[0]}, …): quantised without.",)
+        return Exported(tuple(exporter.target / name for name in names), unmeasured_notes(self._measured))

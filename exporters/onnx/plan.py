@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+from exporters.interface import kv_cache_bytes
 from xent_quant import formats
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.architecture import Architecture
@@ -110,16 +111,8 @@ class Weight:
         return self.shape[-1]
 
     @property
-    def n_weights(self) -> int:
-        return prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.n_weights
 
 
 @dataclass(frozen=True)
@@ -138,10 +131,8 @@ class ONNXPlan:
 
     def vram_bytes(self, context: int) -> int:
         """What the model takes on a GPU with `context` tokens, about: weights, KV cache, and RUNTIME_BYTES."""
-        model = self.architecture
         item = 4 if self.settings.onnx_dtype == "fp32" else 2
-        cache = 2 * item * context * model.num_layers * model.num_kv_heads * model.head_dim
-        return self.data_bytes + cache + RUNTIME_BYTES
+        return self.data_bytes + kv_cache_bytes(self.architecture, context, item) + RUNTIME_BYTES
 
 
 def plan(model: Architecture, settings: Settings) -> ONNXPlan:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
+from exporters.interface import CONTEXT
 from xent_quant.progress import Silent
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def totals(summary: "PlanSummary") -> None:
     for line in summary.notes:
         out.print(line, highlight=False)
     out.print(
-        f"All on a GPU with {summary.vram_context:,} tokens of context: about {human_bytes(summary.vram_bytes)} of VRAM.",
+        f"All on a GPU with {CONTEXT:,} tokens of context: about {human_bytes(summary.vram_bytes)} of VRAM.",
         highlight=False,
     )
 

@@ -1,0 +1,42 @@
+"""What every model card says: the Hub's header, what the model is, its sizes, and that it only continues text."""
+
+from collections.abc import Iterable, Sequence
+
+from exporters.base_model import BaseModel, human_size
+
+TAGS = ("mixture-of-experts", "xverse")
+PROMPT = "The old lamp in the window"
+
+
+def opening(
+    base: BaseModel,
+    library: str,
+    tags: Sequence[str],
+    title: str,
+    sentence: str,
+    tensors: Iterable[tuple[str, str, int]],
+    notes: Sequence[str],
+) -> list[str]:
+    """Lines up to those that tell how to run it. `sentence` goes on after the base model's name; `tensors` are (what to call
+    it, type, bytes) and share a row by the first."""
+    rows: dict[str, tuple[set[str], int]] = {}
+    for group, kind, nbytes in tensors:
+        types, size = rows.get(group, (set(), 0))
+        rows[group] = (types | {kind}, size + nbytes)
+    return [
+        *base.front_matter(library, (*tags, *TAGS)),
+        "",
+        f"# {title}",
+        "",
+        f"{base.link} {sentence}. Made by xent-quant. {base.terms}",
+        "",
+        "| tensors | type | size |",
+        "|---|---|---|",
+        *(f"| {group} | {', '.join(sorted(types))} | {human_size(size)} |" for group, (types, size) in rows.items()),
+        "",
+        *(f"{note}\n" for note in notes),
+        "## Run it",
+        "",
+        "A base model: it continues text, there is no chat template.",
+        "",
+    ]
