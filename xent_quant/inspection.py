@@ -1,18 +1,22 @@
 """What a checkpoint folder or an exported file is, from its headers: `xent-quant inspect`."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from exporters.interface import type_totals
+from exporters.interface import TensorRow, type_totals
 from xent_quant.checkpoint import hub
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.headers import locate, read_json
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, ConfigError
 from xent_quant.progress import Progress
 
 
 def describe(path: str | Path, reference: str | Path | None = None, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Facts about a checkpoint folder, an ONNX folder or a GGUF file, as plain values; from headers alone.
+    """Facts about a checkpoint folder, an exported folder or a GGUF file, as plain values; from headers alone.
 
     With `reference`, the checkpoint (folder or Hub id) that a GGUF file was made from, "errors" is added: the tensors of
     `exporters.gguf.compare.tensor_errors`, for which the weights of both are read.
@@ -30,10 +34,31 @@ def describe(path: str | Path, reference: str | Path | None = None, *, progress:
     if (path / "model.onnx").is_file():
         return _describe_onnx(path)
     if path.is_dir():
+        config = read_json(path / "config.json")
+        quantised = config.get("quantization_config")
+        if isinstance(quantised, dict) and quantised.get("quant_method") == "bitsandbytes":
+            return _describe_bnb(path, config)
         return _describe_checkpoint(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder")
     return _describe_gguf(path)
+
+
+def _totals(stored: Sequence[tuple[str, int, int]]) -> dict[str, Any]:
+    """Of (type, weights, bytes) triples."""
+    weights = sum(count for _, count, _ in stored)
+    return {
+        "parameters": weights,
+        "bits_per_weight": 8 * sum(nbytes for _, _, nbytes in stored) / weights,
+        "types": [asdict(row) for row in type_totals(stored)],
+    }
+
+
+def _tensors(rows: Sequence[TensorRow]) -> dict[str, Any]:
+    return {
+        **_totals([(row.type, row.n_weights, row.nbytes) for row in rows]),
+        "tensors": [row.to_json() for row in rows],
+    }
 
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
@@ -56,14 +81,32 @@ def _describe_onnx(path: Path) -> dict[str, Any]:
     from xent_quant.validation.onnx_source import OnnxSource
 
     source = OnnxSource(path)
-    stored = source.stored()
     return {
         "path": str(path),
         "kind": "onnx",
         "bytes": sum(file.stat().st_size for file in path.glob("model.onnx*")),
-        "parameters": sum(weights for _, weights, _ in stored),
         **asdict(source.architecture),
-        "types": [asdict(row) for row in type_totals(stored)],
+        **_totals(source.stored()),
+    }
+
+
+def _describe_bnb(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    from xent_quant.validation.bnb_source import BnbSource
+
+    architecture = Architecture.from_config(config, str(path / "config.json"))
+    source, sizes = BnbSource(path, architecture), dict[str, int]()
+    locations = locate(path)
+    for name, location in locations.items():
+        # Scales and tables count with their weight.
+        owner = re.sub(r"\.weight\..+$|\.SCB$|\.weight_format$", ".weight", name)
+        sizes[owner] = sizes.get(owner, 0) + location.info.nbytes
+    rows = [TensorRow(name, shape, source.type(name), sizes[name]) for name, shape in architecture.tensors().items()]
+    return {
+        "path": str(path),
+        "kind": "bitsandbytes",
+        "bytes": sum(file.stat().st_size for file in {location.file for location in locations.values()}),
+        **asdict(architecture),
+        **_tensors(rows),
     }
 
 
@@ -74,7 +117,9 @@ def _describe_gguf(path: Path) -> dict[str, Any]:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not a readable GGUF file ({error}); it may be truncated, export it again") from error
-    tensors = [(t.tensor_type.name, int(t.n_elements), int(t.n_bytes)) for t in reader.tensors]
+    rows = [
+        TensorRow(t.name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type.name, int(t.n_bytes)) for t in reader.tensors
+    ]
     short = {
         key: field.contents()
         for key, field in reader.fields.items()
@@ -84,11 +129,6 @@ def _describe_gguf(path: Path) -> dict[str, Any]:
         "path": str(path),
         "kind": "gguf",
         "bytes": path.stat().st_size,
-        "parameters": sum(weights for _, weights, _ in tensors),
         **{key: value for key, value in short.items() if not isinstance(value, list)},
-        "types": [asdict(row) for row in type_totals(tensors)],
-        "tensors": [
-            {"name": t.name, "shape": [int(n) for n in reversed(t.shape)], "type": t.tensor_type.name, "bytes": int(t.n_bytes)}
-            for t in reader.tensors
-        ],
+        **_tensors(rows),
     }

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 class TensorInfo:
     """What a checkpoint's header says of one tensor.
 
-    `shape` is row-major as in torch, `dtype` one of "F32", "F16", "BF16" (safetensors spelling).
+    `shape` is row-major as in torch, `dtype` one of "F32", "F16", "BF16" (safetensors spelling), of a quantised checkpoint "U8"
+    and "I8" too.
     """
 
     name: str
@@ -26,7 +27,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes as stored."""
-        return self.n_weights * (4 if self.dtype == "F32" else 2)
+        return self.n_weights * {"F32": 4, "U8": 1, "I8": 1}.get(self.dtype, 2)
 
 
 @dataclass(frozen=True)

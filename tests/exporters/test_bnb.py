@@ -243,6 +243,28 @@ def test_plan_matches_the_files(checkpoint, tmp_path: Path) -> None:
         assert types == {"BF16", "F32", *({plan(Architecture.from_config(TINY), **options).type} - {"BF16"})}
 
 
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_inspect_describes_the_folder(checkpoint, tmp_path: Path, options) -> None:
+    source = checkpoint(**SMALL)
+    folder = export(source, tmp_path, **options)
+    facts = xent_quant.describe(folder)
+    stored = load_file(folder / "model.safetensors")
+    assert facts["kind"] == "bitsandbytes"
+    (summary,) = xent_quant.plan(source, formats=["bnb"], **options)
+    for found, planned in zip(facts["tensors"], summary.tensors, strict=True):
+        assert (found["name"], found["type"], found["shape"]) == (planned.name, planned.type, [*planned.shape])
+        layer = planned.name.removesuffix("weight")
+        parts = [
+            part
+            for name, part in stored.items()
+            if name.startswith(planned.name) or name in (f"{layer}SCB", f"{layer}weight_format")
+        ]
+        assert found["bytes"] == sum(part.nbytes for part in parts)
+        assert found["bits_per_weight"] == 8 * found["bytes"] / planned.n_weights
+    assert facts["parameters"] == summary.n_weights
+    assert sum(row["nbytes"] for row in facts["types"]) == sum(part.nbytes for part in stored.values())
+
+
 def test_real_shapes_need_no_padding_and_take_half_a_byte() -> None:
     model = Architecture.from_config(
         {**TINY, "hidden_size": 2560, "intermediate_size": 1728, "num_experts": 64, "moe_top_k": 6, "num_attention_heads": 32}

@@ -9,7 +9,7 @@ from xent_quant.cli.options import Json, Verbose
 
 
 def inspect(
-    path: Annotated[Path, Parameter(help="Checkpoint folder, ONNX folder or .gguf file.")],
+    path: Annotated[Path, Parameter(help="Checkpoint folder, exported folder or .gguf file.")],
     /,
     *,
     reference: Annotated[

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-from exporters.interface import CONTEXT
+from exporters.interface import CONTEXT, TypeRow
 from xent_quant.progress import Silent
 
 if TYPE_CHECKING:
@@ -117,19 +117,19 @@ def _plan(summary: "PlanSummary") -> None:
     totals(summary)
 
 
-def totals(summary: "PlanSummary") -> None:
+def _types(rows: Sequence[TypeRow]) -> None:
+    """Totals of each type, and of all."""
     table = new_table("type", ">tensors", ">weights", ">size", ">bits/weight")
-    for row in summary.by_type():
+    total = TypeRow("total", *(sum(getattr(row, field) for row in rows) for field in ("tensors", "weights", "nbytes")))
+    for row in (*rows, total):
+        if row is total:
+            table.add_section()
         table.add_row(row.type, str(row.tensors), human_count(row.weights), human_bytes(row.nbytes), f"{row.bits_per_weight:.2f}")
-    table.add_section()
-    table.add_row(
-        "total",
-        str(len(summary.tensors)),
-        human_count(summary.n_weights),
-        human_bytes(summary.nbytes),
-        f"{summary.bits_per_weight:.2f}",
-    )
     out.print(table)
+
+
+def totals(summary: "PlanSummary") -> None:
+    _types(summary.by_type())
     for line in summary.notes:
         out.print(line, highlight=False)
     out.print(
@@ -184,18 +184,13 @@ def description(facts: dict[str, Any]) -> None:
     table = new_table("", "")
     table.show_header = False
     for key, value in facts.items():
-        if key not in ("tensors", "types", "errors"):
-            table.add_row(
-                key.replace("_", " "),
-                human_bytes(value) if key.endswith("bytes") else f"{value:,}" if isinstance(value, int) else str(value),
-            )
+        if key not in ("tensors", "types", "bits_per_weight", "errors"):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            shown = human_bytes(value) if key.endswith("bytes") else f"{value:,}" if whole else str(value)
+            table.add_row(key.replace("_", " "), shown)
     out.print(table)
-    if facts.get("types"):
-        types = new_table("type", ">tensors", ">weights", ">size")
-        for row in facts["types"]:
-            types.add_row(row["type"], str(row["tensors"]), human_count(row["weights"]), human_bytes(row["nbytes"]))
-        out.print()
-        out.print(types)
+    out.print()
+    _types([TypeRow(**row) for row in facts["types"]])
     if facts.get("errors"):
         errors = new_table("tensor", "type", ">weights", ">bits/weight", ">relative error", ">worst expert")
         for row in facts["errors"]:
