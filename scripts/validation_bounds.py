@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Prints what the bounds of xent_quant.validation.gates rest on, on the bundled miniature: errors of each type's weights after
-rounding with an importance and after GPTQ, and how far llama.cpp is from the exact path.
+"""Prints what the bounds of xent_quant.validation.gates rest on: errors of each type's weights after rounding with an
+importance and after GPTQ, how many blocks would be called damaged if their scale were doubled, and how far llama.cpp is from
+the exact path.
 
     scripts/validation_bounds.py [--weights-only] [TYPE …]
+    scripts/validation_bounds.py --weights-only --model DIR --tensors 'layers.0.*(self_attn|experts.7.)'
 
-Calibrates on two of the validation suites: errors of weights are wanted here, not quality.
+Without --model it is the bundled miniature. Calibrates on two of the validation suites: errors of weights are wanted here, not
+quality. Of a large model, tensors may be chosen by a regular expression; the pass runs only as far as the last of them.
 """
 
 import argparse
+import re
 import tempfile
 from pathlib import Path
 
@@ -18,9 +22,9 @@ import xent_quant
 from calibration.running import RunningCalibration
 from xent_quant import formats
 from xent_quant.checkpoint import architecture as names
-from xent_quant.checkpoint.hub import miniature
+from xent_quant.checkpoint.hub import resolve
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.formats.base import F32
+from xent_quant.formats.base import F32, U8, QuantFormat
 from xent_quant.methods.gptq import GPTQ
 from xent_quant.methods.search import Search
 from xent_quant.model.streaming import StreamingModel
@@ -28,9 +32,11 @@ from xent_quant.validation.gates import CROSS_KL, CROSS_NLL, WEIGHTS, bits_of
 from xent_quant.validation.reference import tokenize
 from xent_quant.validation.suites import choose
 from xent_quant.validation.validate import validate
-from xent_quant.validation.weights import compare
+from xent_quant.validation.weights import BLOCK, block_errors, compare
 
 MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+SCALE_AT = {"Q6_K": 208, "Q3_K": 108, "Q2_K": 80}
+"""Byte of a block at which its float16 scale is; 0 in the other types."""
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "Q2_K")
 
 
@@ -50,31 +56,57 @@ class Values:
         return 0.0
 
 
-def weight_errors(checkpoint: Checkpoint) -> None:
+def doubled(packed: U8, format: QuantFormat) -> U8:
+    """The same with every block's scale doubled."""
+    changed = packed.reshape(-1, format.block_bytes).copy()
+    at = SCALE_AT.get(format.name, 0)
+    changed[:, at : at + 2] = (changed[:, at : at + 2].copy().view("<f2") * np.float16(2)).view(np.uint8)
+    return changed.reshape(packed.shape)
+
+
+def missed(wanted: F32, changed: F32, format: QuantFormat, bound: float) -> tuple[int, int]:
+    """(blocks of the format in which no block of weights is beyond the bound, blocks), each judged alone."""
+    errors = block_errors(changed, wanted)[2]
+    together = max(1, format.block_size // BLOCK)
+    errors = np.pad(errors, ((0, 0), (0, -errors.shape[1] % together))).reshape(len(errors), -1, together).max(axis=2)
+    return int((errors <= bound).sum()), errors.size
+
+
+def weight_errors(checkpoint: Checkpoint, tensors: str) -> None:
     texts = tokenize(checkpoint, choose(["XfictionEN", "XwebccZH"]), 512, 4096)
     windows = torch.from_numpy(np.concatenate([text.windows for text in texts]))
     statistics = RunningCalibration(StreamingModel(checkpoint), windows, hessian=True)
     largest: dict[tuple[str, str], tuple[float, float]] = {}
-    for name, info in checkpoint.infos.items():
+    unseen: dict[tuple[str, str], tuple[int, int]] = {}
+    chosen = [
+        name
+        for name, info in checkpoint.infos.items()
+        if re.search(tensors, name) and len(info.shape) == 2 and name not in (names.EMBEDDING, names.HEAD)
+    ]
+    for name in chosen:
         found = statistics.get(name)
-        if found is None or name in (names.EMBEDDING, names.HEAD) or name.endswith("router.weight"):
+        if found is None:  # a router
             continue
         weights = checkpoint.read(name)
         for kind in TYPES:
-            format = formats.get(kind)
-            missing = -info.shape[1] % format.block_size
+            format, bound = formats.get(kind), WEIGHTS[bits_of(kind)][1]
+            missing = -weights.shape[1] % format.block_size
             padded = np.pad(weights, ((0, 0), (0, missing)))
             for method in (Search(), GPTQ()):
                 packed = method.quantize(padded, format, found.padded(padded.shape[1]), name=name)
-                values = format.dequantize(packed)[:, : info.shape[1]]
+                values = format.dequantize(packed)[:, : weights.shape[1]]
                 error = compare(name, checkpoint, Values(checkpoint, values, kind))
                 key = (kind, type(method).__name__)
                 before = largest.get(key, (0.0, 0.0))
                 largest[key] = (max(before[0], error.error), max(before[1], error.worst))
+                wrong = format.dequantize(doubled(packed, format))[:, : weights.shape[1]]
+                counts = missed(weights, wrong, format, bound)
+                unseen[key] = tuple(np.add(unseen.get(key, (0, 0)), counts))
     for (kind, method_name), (whole, block) in sorted(largest.items()):
-        bounds = WEIGHTS[bits_of(kind)]
+        bounds, (count, blocks) = WEIGHTS[bits_of(kind)], unseen[kind, method_name]
         print(
-            f"{kind:8} {method_name:8} tensor error up to {whole:.4f} (bound {bounds[0]}), block {block:.3f} (bound {bounds[1]})"
+            f"{kind:8} {method_name:8} tensor error up to {whole:.4f} (bound {bounds[0]}), block {block:.3f} "
+            f"(bound {bounds[1]}); doubled scales missed: {count:,} of {blocks:,}"
         )
 
 
@@ -94,10 +126,14 @@ def runtime_errors(checkpoint: Checkpoint, mixes: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights-only", action="store_true", help="leave the runtime out")
+    parser.add_argument("--model", help="checkpoint; default: the bundled miniature")
+    parser.add_argument("--tensors", default="", metavar="REGEX", help="of which weights are compared; default: all")
     parser.add_argument("mixes", nargs="*", default=MIXES)
     arguments = parser.parse_args()
-    checkpoint = Checkpoint.open(miniature())
-    weight_errors(checkpoint)
+    if arguments.model and not arguments.weights_only:
+        parser.error("--model goes with --weights-only")
+    checkpoint = Checkpoint.open(resolve(arguments.model))
+    weight_errors(checkpoint, arguments.tensors)
     if not arguments.weights_only:
         runtime_errors(checkpoint, arguments.mixes)
 

@@ -244,8 +244,8 @@ def _histogram(report: Report) -> str:
     counts = [sum(column) for column in zip(*(suite.kl_histogram for suite in report.suites), strict=True)]
     total, top = sum(counts), max(counts)
     seen = [index for index, count in enumerate(counts) if count]
-    shown = range(max(seen[0] - 1, 0), min(seen[-1] + 2, len(counts)))
-    width, height, left = 46, 150, 8
+    shown = range(max(min(seen[0] - 1, seen[-1] - 8), 0), min(seen[-1] + 2, len(counts)))
+    width, height, left = 58, 150, 8
     bars = []
     for index in shown:
         count = counts[index]
@@ -263,7 +263,7 @@ def _histogram(report: Report) -> str:
     )
     wide = width * len(shown)
     svg = (
-        f'<svg style="max-width:860px" viewBox="0 0 {2 * left + wide} {height + 42}" role="img">'
+        f'<svg style="max-width:{2 * left + wide}px" viewBox="0 0 {2 * left + wide} {height + 42}" role="img">'
         f'<line x1="{left}" x2="{left + wide}" y1="{height + 18}" y2="{height + 18}" stroke="var(--line)"/>'
         f"{''.join(bars)}{ticks}</svg>"
     )
@@ -356,7 +356,7 @@ def _layers(report: Report) -> str:
         bars.append(f"<g><title>behind layer {layer}: {error:.3%}</title>{bar}{value_label}{number}</g>")
     wide = left + step * len(layers) + 10
     svg = (
-        f'<svg style="max-width:{max(wide, 260)}px" viewBox="0 0 {wide} {tall + 40}" role="img">'
+        f'<svg style="max-width:{wide}px" viewBox="0 0 {wide} {tall + 40}" role="img">'
         f'<text class="soft" x="0" y="{tall + 32}">layer</text>'
         f'<line x1="{left}" x2="{wide}" y1="{tall + 16}" y2="{tall + 16}" stroke="var(--line)"/>{"".join(bars)}</svg>'
     )

@@ -78,17 +78,24 @@ def compare(name: str, checkpoint: Checkpoint, source: TypedSource) -> TensorErr
         stop = min(start + step, rows)
         span = (start, stop) if len(shape) == 2 else (0, columns)
         wanted, stored = (np.atleast_2d(side.read(name, *span)) for side in (checkpoint, source))
-        blocks = -(-columns // BLOCK)
-        differences, norms = np.empty((stop - start, blocks)), np.empty((stop - start, blocks))
-        _block_sums(np.ascontiguousarray(stored), np.ascontiguousarray(wanted), differences, norms)
+        differences, norms, errors = block_errors(stored, wanted)
         difference += float(differences.sum())
         norm += float(norms.sum())
-        ratio = differences / np.maximum(np.maximum(norms, 0.25 * _around(norms)), 1e-30)
-        flat = int(ratio.argmax())
-        if ratio.flat[flat] > worst:
-            worst, where = float(ratio.flat[flat]), (start + flat // blocks, flat % blocks * BLOCK)
+        row, block = np.unravel_index(errors.argmax(), errors.shape)
+        if errors[row, block] > worst:
+            worst, where = float(errors[row, block]), (start + int(row), int(block) * BLOCK)
     total = (difference / norm) ** 0.5 if norm else float(difference > 0)
-    return TensorError(name, source.type(name), int(np.prod(shape)), total, worst**0.5, where[0], where[1], source.padding(name))
+    return TensorError(name, source.type(name), int(np.prod(shape)), total, worst, where[0], where[1], source.padding(name))
+
+
+def block_errors(stored: F32, wanted: F32) -> tuple[F64, F64, F64]:
+    """Of every BLOCK of [rows, columns]: Σ(stored − wanted)², Σ wanted², and the error that `TensorError.worst` is the largest
+    of; each [rows, blocks]."""
+    blocks = -(-wanted.shape[1] // BLOCK)
+    differences, norms = np.empty((len(wanted), blocks)), np.empty((len(wanted), blocks))
+    _block_sums(np.ascontiguousarray(stored), np.ascontiguousarray(wanted), differences, norms)
+    errors: F64 = np.sqrt(differences / np.maximum(np.maximum(norms, 0.25 * _around(norms)), 1e-30))
+    return differences, norms, errors
 
 
 def _around(norms: F64) -> F64:
