@@ -103,7 +103,7 @@ class StreamingModel:
         (the shared MLP's first inputs come with the router's); returns final, normed hidden states [n_windows, length, hidden].
 
         Work is done only as steps are asked for. An expert chosen by fewer than `fewest` tokens has `fewest` rows of `others`
-        in its last step of the down projection. Holds two copies of the hidden states (three at the end), the weights of one
+        in its last step of the down projection. Holds two copies of the hidden states, the weights of one
         layer's attention or one expert, and PART_TOKENS rows on their way through it. Raises CalibrationError naming layer and
         expert where activations become NaN or infinite.
         """
@@ -119,9 +119,10 @@ class StreamingModel:
             if after_layer:
                 after_layer(layer, x)
             report.advance(windows.numel())
-        x = rms_norm(x, self._weight(names.FINAL_NORM), model.rms_norm_eps)
-        flat = x.flatten(0, 1)
+        norm = self._weight(names.FINAL_NORM)
+        flat = x.view(-1, model.hidden_size)
         for tokens, last in self._parts(torch.arange(len(flat), device=self.device)):
+            flat[tokens] = rms_norm(flat[tokens], norm, model.rms_norm_eps)
             yield Step((self._head_name,), flat[tokens], tokens, last=last)
         report.finish()
         return x
