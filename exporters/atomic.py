@@ -22,14 +22,19 @@ def temporary_name(target: Path) -> Path:
 def writing(targets: Sequence[Path], *, force: bool) -> Iterator[None]:
     """Make the folder of `targets`. Raises ExportError where one of them exists and `force` is False, and for what the system
     refuses within the block, which leaves nothing behind: see `staged`."""
+    folder = targets[0].parent
     try:
-        targets[0].parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise ExportError(f"{folder}: is a file; choose a folder as --output")
+        folder.mkdir(parents=True, exist_ok=True)
         for target in targets:
             if target.exists() and not force:
                 raise ExportError(f"{target}: exists already; add --force to replace it, or choose another --output")
         yield
     except OSError as error:
-        raise ExportError(f"{error.filename or targets[0]}: {error.strerror or error}; nothing was written") from error
+        raise ExportError(
+            f"{error.filename or targets[0]}: {error.strerror or error}; nothing was written, choose another --output"
+        ) from error
 
 
 @contextmanager

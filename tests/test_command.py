@@ -60,7 +60,7 @@ def test_dry_run_writes_nothing(checkpoint, tmp_path: Path) -> None:
 
 
 def test_usage_errors_exit_2() -> None:
-    for arguments in (["--bits", "7"], ["--nonsense"], ["inspect"]):
+    for arguments in (["--bits", "7"], ["--nonsense"], ["inspect"], ["a", "b"]):
         assert run(*arguments).returncode == 2
 
 
@@ -115,6 +115,7 @@ WRONG_NAMES: list[tuple[list[object], list[str]]] = [
     (["--name", "a/b"], ["--name 'a/b'"]),
     (["--threads", 0], ["--threads"]),
     (["--split-size", "lots"], ["--split-size", "4G"]),
+    (["--split-size", 0], ["--split-size"]),
     (["--tokens", "many"], ["--tokens", "500k"]),
     (["--seqlen", 1], ["--seqlen 1"]),
     (["--method", "gptq", "--imatrix", "x.gguf"], ["--method gptq", "--imatrix"]),
@@ -154,24 +155,31 @@ def test_wrong_paths_and_text_fail_in_one_line(checkpoint, tmp_path: Path, capsy
     folder = checkpoint()
     told(capsys, [tmp_path / "nowhere"], ["no such folder"])
     told(capsys, [folder / "config.json"], ["config.json", "is a file"])
+    told(capsys, ["inspect", folder / "config.json"], ["config.json", "not a .gguf file"])
+    told(capsys, ["inspect", tmp_path], ["model.onnx", "config.json"])
+    told(capsys, ["calibrate", folder, "--output", tmp_path], ["is a folder", "imatrix.gguf"])
     told(capsys, [folder, "--calib", tmp_path / "no.txt"], ["no.txt", "preset"])
     told(capsys, [folder, "--seqlen", 100_000], ["--seqlen", "512"])
     told(capsys, [folder, "--calib-mix", "fun=1"], ["--calib-mix", "fiction"])
     told(capsys, [folder, "--imatrix", folder / "config.json"], ["imatrix"])
     (tmp_path / "file").write_text("x")
-    told(capsys, [folder, *PLAIN, "--output", tmp_path / "file", "--type", "Q8_0"], ["file"])
+    told(capsys, [folder, *PLAIN, "--output", tmp_path / "file"], ["file: is a file", "--output"])
+    told(capsys, [folder, *PLAIN, "--output", tmp_path / "file" / "x"], ["file", "--output"])
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path: Path, how: signal.Signals) -> None:
     folder, out = checkpoint(num_experts=32, num_hidden_layers=6, intermediate_size=480), tmp_path / "out"
     arguments = [*COMMAND, str(folder), *PLAIN, "--type", "Q8_0", "--output", str(out)]
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and not list(out.glob(".*.part")):
         time.sleep(0.002)
     process.send_signal(how)
-    assert process.wait(60) != 0
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-9 if how is signal.SIGKILL else 130)
+    if how is not signal.SIGKILL:
+        assert errors == "xent-quant: interrupted; nothing unfinished was left behind.\n"
     assert not [path for path in out.glob("*") if not path.name.startswith(".")]
     if how is not signal.SIGKILL:
         assert not list(out.glob(".*"))

@@ -1,7 +1,7 @@
 """What a checkpoint folder or an exported file is, from its headers: `xent-quant inspect`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from xent_quant.checkpoint import hub
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.headers import locate, read_json
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.errors import CheckpointError, ConfigError
+from xent_quant.errors import ConfigError
 from xent_quant.progress import Progress
+from xent_quant.validation.runtimes import Kind, kind_of
 
 
 def describe(path: str | Path, reference: str | Path | None = None, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -31,17 +32,7 @@ def describe(path: str | Path, reference: str | Path | None = None, *, progress:
             **_describe_gguf(path),
             "errors": [asdict(row) for row in tensor_errors(path, Checkpoint.open(hub.resolve(reference)), progress)],
         }
-    if (path / "model.onnx").is_file():
-        return _describe_onnx(path)
-    if path.is_dir():
-        config = read_json(path / "config.json")
-        quantised = config.get("quantization_config")
-        if isinstance(quantised, dict) and quantised.get("quant_method") == "bitsandbytes":
-            return _describe_bnb(path, config)
-        return _describe_checkpoint(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file or folder")
-    return _describe_gguf(path)
+    return DESCRIBE[kind_of(path)](path)
 
 
 def _totals(stored: Sequence[tuple[str, int, int]]) -> dict[str, Any]:
@@ -90,9 +81,10 @@ def _describe_onnx(path: Path) -> dict[str, Any]:
     }
 
 
-def _describe_bnb(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _describe_bnb(path: Path) -> dict[str, Any]:
     from xent_quant.validation.bnb_source import BnbSource
 
+    config = read_json(path / "config.json")
     architecture = Architecture.from_config(config, str(path / "config.json"))
     source, sizes = BnbSource(path, architecture), dict[str, int]()
     locations = locate(path)
@@ -111,24 +103,24 @@ def _describe_bnb(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_gguf(path: Path) -> dict[str, Any]:
-    import gguf
+    from xent_quant.validation.gguf_source import GGUFFile
 
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not a readable GGUF file ({error}); it may be truncated, export it again") from error
-    rows = [
-        TensorRow(t.name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type.name, int(t.n_bytes)) for t in reader.tensors
-    ]
-    short = {
-        key: field.contents()
-        for key, field in reader.fields.items()
-        if not key.startswith("GGUF.") and key != "tokenizer.chat_template"
+    file = GGUFFile(path)
+    told = {
+        key: value for key, value in file.metadata.items() if not isinstance(value, list) and not key.endswith("chat_template")
     }
     return {
         "path": str(path),
         "kind": "gguf",
-        "bytes": path.stat().st_size,
-        **{key: value for key, value in short.items() if not isinstance(value, list)},
-        **_tensors(rows),
+        "bytes": file.nbytes,
+        **told,
+        **_tensors([TensorRow(t.name, t.shape, t.type, t.nbytes) for t in file.tensors.values()]),
     }
+
+
+DESCRIBE: dict[Kind, Callable[[Path], dict[str, Any]]] = {
+    "gguf": _describe_gguf,
+    "onnx": _describe_onnx,
+    "bitsandbytes": _describe_bnb,
+    "checkpoint": _describe_checkpoint,
+}

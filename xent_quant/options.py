@@ -161,7 +161,11 @@ class OutputOptions(_Choices):
     @property
     def split_bytes(self) -> int | None:
         """`split_size` in bytes: 4G is 4 · 1024³."""
-        return _quantity("split-size", self.split_size, 1024, "a size; write for example 4G or 500M") if self.split_size else None
+        return (
+            _quantity("split-size", self.split_size, 1024, "a size; write for example 4G or 500M")
+            if self.split_size is not None
+            else None
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xent_quant.errors import ConfigError
+from xent_quant.errors import ConfigError, ExportError
 from xent_quant.options import CalibrationOptions, Options, ValidationOptions, takes
 from xent_quant.progress import Progress
 
@@ -150,6 +150,8 @@ def calibrate(
     started = time.perf_counter()
     wanted = CalibrationOptions(**options)
     checkpoint, file = _open(model), Path(output)
+    if file.is_dir():
+        raise ExportError(f"{file}: is a folder; name the file to write, such as {file / 'imatrix.gguf'}")
     from calibration.session import Session
     from exporters.atomic import staged, writing
 

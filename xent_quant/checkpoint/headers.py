@@ -109,4 +109,6 @@ def locate(folder: Path) -> dict[str, Location]:
             return found
         if single.is_file():
             return scan(single)
-    raise CheckpointError(f"{folder}: no model.safetensors, no pytorch_model.bin and no index of shards in this folder")
+    raise CheckpointError(
+        f"{folder}: no model.safetensors, no pytorch_model.bin and no index of shards in this folder; {DAMAGED}"
+    )

@@ -44,6 +44,8 @@ class Checkpoint:
         if quantised:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
             raise UnsupportedError(f"{path}: is quantised already ({method}); give the checkpoint that it was made from")
+        if (path / "model.onnx").is_file():
+            raise UnsupportedError(f"{path}: is an ONNX model; give the checkpoint that it was made from")
         architecture = Architecture.from_config(config, str(path / "config.json"))
         locations = locate(path)
         infos: dict[str, TensorInfo] = {}

@@ -7,7 +7,7 @@ Nothing heavy is imported before a command runs, so `--help` answers at once.
 import sys
 from typing import NoReturn
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnusedCliTokensError
 
 from xent_quant import __version__
 from xent_quant.cli.calibrate import calibrate
@@ -26,6 +26,7 @@ app = App(
     help_format="plaintext",
     default_parameter=EVERY,
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # main says what became of the files
 )
 app.default(quantize)
 app.command(calibrate)
@@ -59,6 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
     try:
         app(arguments, exit_on_error=False, print_error=False)
+    except UnusedCliTokensError as error:
+        odd = " ".join(error.unused_tokens or ())
+        print(f"xent-quant: {odd!r} is one argument too many. See xent-quant --help.", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
     except CycloptsError as error:
         print(f"xent-quant: {' '.join(str(error).split())} See xent-quant --help.", file=sys.stderr)
         sys.exit(EXIT_USAGE)

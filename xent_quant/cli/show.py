@@ -1,6 +1,7 @@
 """What a person sees: progress on stderr, tables on stdout."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from exporters.interface import PlanSummary
     from xent_quant.pipeline import CalibrateResult, QuantizeResult
 
-out = Console()
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # no names broken in a pipe
 err = Console(stderr=True)
 
 

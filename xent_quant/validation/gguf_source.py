@@ -68,7 +68,7 @@ class GGUFFile:
             try:
                 reader = gguf.GGUFReader(file)
             except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-                raise ValidationError(f"{file}: truncated or not a GGUF file ({error}); export it again") from error
+                raise ValidationError(f"{file}: truncated or not a GGUF file; export or download it again") from error
             for key, field in reader.fields.items():
                 if not key.startswith(("GGUF.", "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.merges")):
                     self.metadata.setdefault(key, field.contents())
