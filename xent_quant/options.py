@@ -173,8 +173,8 @@ class OutputOptions(_Choices):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TargetOptions, StatisticsOptions, TensorOptions, OnnxOptions, OutputOptions):
-    """Everything that `xent_quant.quantize` takes."""
+class Options(OutputOptions, OnnxOptions, TensorOptions, StatisticsOptions, TargetOptions):
+    """Everything that `xent_quant.quantize` takes; paths may be strings, and tuples lists. Fields begin with the last base's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ class JudgeOptions(_Choices):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationOptions(SuiteOptions, JudgeOptions):
+class ValidationOptions(JudgeOptions, SuiteOptions):
     """Everything that `xent_quant.validate` takes."""
 
 
