@@ -83,7 +83,8 @@ def main() -> None:
             print(
                 f"{runtime:12} exit {status} ({found['verdict']}), {tokens} tokens in {seconds:.1f} s "
                 f"({tokens / seconds:.0f} tokens/s), peak RSS {peak:.2f} GiB "
-                f"(anonymous {largest['RssAnon']:.2f}, file {largest['RssFile']:.2f})",
+                f"(anonymous {largest['RssAnon']:.2f}, file {largest['RssFile']:.2f}), "
+                f"{len(found['suspicions'])} of {len(found['tensors'])} tensors called damaged",
                 flush=True,
             )
 
