@@ -20,7 +20,7 @@ from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.llama_names import llama_name
 from xent_quant.errors import CalibrationError
-from xent_quant.tensors import InputStatistics
+from xent_quant.tensors import InputStatistics, StatisticsSource
 
 F32 = NDArray[np.float32]
 GATED, GATES = ".in_sum2_gated", ".gate_sum2"
@@ -45,7 +45,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Imatrix:
+class Imatrix(StatisticsSource):
     """All entries of a file, by llama.cpp tensor name (`blk.0.ffn_down_exps.weight`)."""
 
     entries: Mapping[str, Entry]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calibration.correction import Correction
 from xent_quant.tensors import InputStatistics
 
 COLUMN_FLOOR = 1e-4
@@ -34,7 +35,11 @@ def fewest_rows(columns: int, hessian: bool) -> int:
 @dataclass
 class Moments:
     """Σ w x² per column (`squares` [in] float64) and, if `hessian`, Σ w x xᵀ (`products` [in, in] float32, on and above the
-    diagonal) over `rows` rows of weights w, which add up to `weight`."""
+    diagonal) over `rows` rows of weights w, which add up to `weight`.
+
+    Where the rows come with what they should have been, also Σ w (exact − x) xᵀ (`drift` [in, in]) and, with gaps, Σ w gap xᵀ
+    (`gaps` [out, in]), both float32.
+    """
 
     columns: int
     hessian: bool
@@ -42,25 +47,41 @@ class Moments:
     weight: float = 0.0
     squares: Tensor = field(init=False)
     products: Tensor | None = field(init=False, default=None)
+    drift: Tensor | None = field(init=False, default=None)
+    gaps: Tensor | None = field(init=False, default=None)
     held_out: list[Tensor] = field(init=False, default_factory=list)
+    held_out_drift: list[Tensor] = field(init=False, default_factory=list)
+    held_out_gap: list[Tensor] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.squares = torch.zeros(self.columns, dtype=torch.float64)
 
-    def add(self, inputs: Tensor, held_out: Tensor | None = None, gates: Tensor | None = None) -> None:
-        """Rows [n, in] of any float type; those of the mask `held_out` [n] are kept as they are instead. A row's weight is the
-        square of its gate, [n], or 1."""
-        wide = inputs.float()
+    def add(
+        self,
+        inputs: Tensor,
+        held_out: Tensor | None = None,
+        gates: Tensor | None = None,
+        exact: Tensor | None = None,
+        gap: Tensor | None = None,
+    ) -> None:
+        """Rows [n, in] of any float type, `exact` [n, in] and `gap` [n, out] as in `Step`; those of the mask `held_out` [n] are
+        kept as they are instead. A row's weight is the square of its gate, [n], or 1."""
+        wide, weight = inputs.float(), torch.ones(len(inputs)) if gates is None else gates.float()
+        drift = None if exact is None else exact.float() - wide
         if gates is not None:
-            wide = wide * gates[:, None].float()
+            wide = wide * weight[:, None]
+            drift, gap = (None if rows is None else rows * weight[:, None] for rows in (drift, gap))
         if held_out is not None and held_out.any():
-            room = HELD_OUT_ROWS - sum(len(kept) for kept in self.held_out)
-            self.held_out.append(wide[held_out][: max(0, room)].cpu())
-            wide, gates = wide[~held_out], None if gates is None else gates[~held_out]
+            room = max(0, HELD_OUT_ROWS - sum(len(kept) for kept in self.held_out))
+            for rows, kept in ((wide, self.held_out), (drift, self.held_out_drift), (gap, self.held_out_gap)):
+                if rows is not None:
+                    kept.append(rows[held_out][:room].float().cpu())
+            wide, weight = wide[~held_out], weight[~held_out]
+            drift, gap = (None if rows is None else rows[~held_out] for rows in (drift, gap))
         if not len(wide):
             return
         self.rows += len(wide)
-        self.weight += len(wide) if gates is None else float(gates.double().square().sum())
+        self.weight += float(weight.double().square().sum())
         self.squares += wide.square().sum(0).double().cpu()
         if not self.hessian:
             return
@@ -69,6 +90,10 @@ class Moments:
         for start in range(0, self.columns, STRIPE):  # above the diagonal, and little below it
             stripe = slice(start, start + STRIPE)
             self.products[stripe, start:].addmm_(wide[:, stripe].T, wide[:, start:])
+        if drift is not None:
+            self.drift = _added(self.drift, drift.T @ wide)
+        if gap is not None:
+            self.gaps = _added(self.gaps, gap.float().T @ wide)
 
     def statistics(self, layer: "Moments | None" = None) -> InputStatistics | None:
         """Means over the rows, made up to `fewest_rows` with the mean of `layer`; None where neither has any row.
@@ -100,3 +125,26 @@ class Moments:
             np.fill_diagonal(hessian, np.maximum(hessian.diagonal(), COLUMN_FLOOR * hessian.diagonal().mean()))
         held_out = self.held_out or (layer.held_out if missing and layer is not None else [])
         return InputStatistics(importance, hessian, self.rows, torch.cat(held_out).numpy() if held_out else None)
+
+    def correction(self, statistics: InputStatistics, layer: "Moments | None" = None) -> Correction | None:
+        """For weights whose inputs have these `statistics`, made up alike; None where nothing drifted or is held out."""
+        held_out, drifts = self.held_out, self.held_out_drift
+        missing = 0
+        if layer is not None and layer.drift is not None:
+            missing = max(0, fewest_rows(self.columns, self.hessian) - self.rows)
+            if missing and not held_out:
+                held_out, drifts = layer.held_out, layer.held_out_drift
+        if self.drift is None or not drifts or statistics.hessian is None:
+            return None
+        total = self.rows + missing
+        own = self.rows / self.weight / total
+        drift = self.drift.cpu() * own
+        if missing and layer is not None and layer.drift is not None:
+            drift += layer.drift.cpu() * (missing / layer.rows / total)
+        gap = torch.cat(self.held_out_gap).numpy() if self.held_out_gap else None
+        gaps = None if self.gaps is None or gap is None else (self.gaps.cpu() * own).numpy()
+        return Correction(statistics.hessian, drift.numpy(), gaps, torch.cat(held_out).numpy(), torch.cat(drifts).numpy(), gap)
+
+
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)

@@ -19,10 +19,11 @@ from xent_quant.checkpoint.llama_names import llama_name
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
 from xent_quant.errors import ConfigError
+from xent_quant.formats.base import F32
 from xent_quant.model.streaming import Step, StreamingModel
 from xent_quant.options import CalibrationOptions
 from xent_quant.progress import Progress
-from xent_quant.tensors import InputStatistics
+from xent_quant.tensors import InputStatistics, StatisticsSource
 
 SPARE = 3
 """Times `tokens` that are drawn beyond them, at most, to reach rare experts."""
@@ -51,6 +52,7 @@ class Session:
             spare=SPARE * settings.n_tokens if checkpoint.architecture.num_experts else 0,
         )
         device = _device(settings.device)
+        self._drawn: dict[int, Tensor] = {}
         # bfloat16 is as fast as float32 or slower on CPUs without matrix units for it, and half as fine.
         self.model = StreamingModel(checkpoint, torch.bfloat16 if device == "cuda" else torch.float32, device)
 
@@ -76,13 +78,15 @@ class Session:
         return torch.cat([chosen, spare[: max(0, needed - len(chosen))]])
 
     def running(self, hessian: bool, progress: Progress | None = None) -> "LazyCalibration":
-        """Statistics for a walk over the checkpoint."""
+        """Statistics for one export during a walk over the checkpoint."""
         return LazyCalibration(lambda: self._run(hessian, progress))
 
     def _run(self, hessian: bool, progress: Progress | None) -> RunningCalibration:
         architecture = self.checkpoint.architecture
         fewest = fewest_rows(max(architecture.hidden_size, architecture.intermediate_size), hessian)
-        return RunningCalibration(self.model, self.windows(fewest, progress), hessian=hessian)
+        if fewest not in self._drawn:
+            self._drawn[fewest] = self.windows(fewest, progress)
+        return RunningCalibration(self.model, self._drawn[fewest], hessian=hessian, follow=hessian)
 
     def imatrix(self, progress: Progress | None = None) -> tuple[Imatrix, Coverage]:
         """Statistics for a file."""
@@ -102,7 +106,7 @@ class Session:
         }
 
 
-class LazyCalibration:
+class LazyCalibration(StatisticsSource):
     """A StatisticsSource that begins when it is first asked: after every exporter has checked its target, since looking for
     rare experts takes a pass over the whole model."""
 
@@ -116,6 +120,14 @@ class LazyCalibration:
     def get(self, name: str) -> InputStatistics | None:
         """See `StatisticsSource`."""
         return self._running.get(name)
+
+    def target(self, name: str, start: int, weights: F32) -> F32:
+        """See `StatisticsSource`."""
+        return self._running.target(name, start, weights)
+
+    def quantized(self, name: str, start: int, weights: Callable[[], F32]) -> None:
+        """See `StatisticsSource`."""
+        self._running.quantized(name, start, weights)
 
     @property
     def coverage(self) -> Coverage:

@@ -1,6 +1,6 @@
 """What exporters share. The pipeline walks the checkpoint once and hands every tensor to every exporter's Sink."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from math import prod
@@ -131,11 +131,12 @@ def unmeasured_notes(measured: Mapping[str, bool]) -> tuple[str, ...]:
 class Sink(Protocol):
     """An export under way; bytes go to temporary names."""
 
-    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> None:
+    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> Callable[[], F32]:
         """Rows `start`… of the checkpoint tensor `name`: [rows, columns] float32, a vector as [1, n].
 
         Tensors come in the order of `Architecture.tensors()`, each once and whole: in one piece, or, where it is larger
         than `Checkpoint.SLICE` weights, in consecutive slices of rows. `weights` belongs to the caller and is not changed.
+        Returns what makes the rows as the export has them, dequantised, in the same shape.
         """
 
     def finish(self) -> Exported:

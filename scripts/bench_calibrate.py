@@ -4,10 +4,11 @@
     scripts/bench_calibrate.py [--model DIR] [--tokens 32k] [--method imatrix gptq] [--measure pass layer command]
                                [--calib FILE] [--layers N] [--bits 4]
 
-pass: the calibration pass alone, statistics made and dropped; tokens/s counts every token once, whatever the number of
-layers. layer: the same for the first layer, whose weights are quantised as well (--type, one type for all of them); seconds
-apart for the forward pass with its statistics, the factorisation of Hessians, the weighted search, and GPTQ's rounding
-(error feedback and descent; the search of blocks within it included). command: `xent-quant MODEL --bits … --format gguf` as a
+pass: the calibration pass alone, statistics made and dropped, weights handed back as they were; tokens/s counts every token
+once, whatever the number of layers. layer: the same for the first layer, whose weights are quantised as well (--type, one
+type for all of them); seconds apart for the forward pass with its statistics, the correction of weights for drifted inputs,
+the factorisation of Hessians, the weighted search, and GPTQ's rounding (error feedback and descent; the search of blocks
+within it included). command: `xent-quant MODEL --bits … --format gguf` as a
 person runs it. Peak RSS is the child's ru_maxrss. The first run compiles kernels: run twice.
 """
 
@@ -33,30 +34,38 @@ def session(options: argparse.Namespace) -> Any:
 
 
 def wanted(names: list[str], layers: int | None) -> list[str]:
-    """Names of the first layers, or all."""
+    """Names of the embedding and the first layers, or all."""
     if layers is None:
         return names
-    return [name for name in names if name.startswith(tuple(f"model.layers.{layer}." for layer in range(layers)))]
+    first = ("model.embed_tokens.", *(f"model.layers.{layer}." for layer in range(layers)))
+    return [name for name in names if name.startswith(first)]
 
 
 def run_pass(options: argparse.Namespace, method: str) -> dict[str, float]:
     """The pass over all layers, or the first --layers."""
+    from functools import partial
+
+    import numpy as np
     import torch
 
     from calibration.running import RunningCalibration
 
     opened = session(options)
     windows = torch.from_numpy(opened.text.windows)
-    running = RunningCalibration(opened.model, windows, hessian=method == "gptq")
+    running = RunningCalibration(opened.model, windows, hessian=method == "gptq", follow=method == "gptq")
     started = time.perf_counter()
     for name in wanted(list(opened.checkpoint.infos), options.layers):
         running.get(name)
+        for start, weights in opened.checkpoint.slices(name):
+            running.quantized(name, start, partial(np.asarray, weights))
     seconds = time.perf_counter() - started
     return {"tokens": windows.numel(), "seconds": seconds, "tokens/s": windows.numel() / seconds}
 
 
 def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
     """One layer's statistics and quantisation, by parts."""
+    from functools import partial
+
     import numpy as np
     import torch
 
@@ -65,7 +74,7 @@ def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
     from xent_quant.methods import METHODS, gptq
     from xent_quant.methods.search import Search
 
-    spent = {"statistics": 0.0, "factorisation": 0.0, "search": 0.0, "quantisation": 0.0}
+    spent = {"statistics": 0.0, "correction": 0.0, "factorisation": 0.0, "search": 0.0, "quantisation": 0.0}
 
     def timed(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def timing(*arguments: Any, **named: Any) -> Any:
@@ -79,18 +88,21 @@ def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
 
     opened = session(options)
     windows = torch.from_numpy(opened.text.windows)
-    running = RunningCalibration(opened.model, windows, hessian=method == "gptq")
+    running = RunningCalibration(opened.model, windows, hessian=method == "gptq", follow=method == "gptq")
     kind, way = formats.get(options.type), METHODS[method]("normal")
     gptq.Curvature.of = timed("factorisation", gptq.Curvature.of)  # type: ignore[method-assign]
     Search.quantize = timed("search", Search.quantize)  # type: ignore[method-assign]
-    get, quantize = timed("statistics", running.get), timed("quantisation", way.quantize)
+    get, target = timed("statistics", running.get), timed("correction", running.target)
+    quantize = timed("quantisation", way.quantize)
     for name in wanted(list(opened.checkpoint.infos), 1):
         known = get(name)
-        if known is None:
-            continue
-        for _, weights in opened.checkpoint.slices(name):
-            missing = -weights.shape[1] % kind.block_size
-            quantize(np.pad(weights, ((0, 0), (0, missing))), kind, known.padded(weights.shape[1] + missing), name=name)
+        for start, weights in opened.checkpoint.slices(name):
+            if known is not None:
+                rows, columns = weights.shape
+                padded = np.pad(target(name, start, weights), ((0, 0), (0, -columns % kind.block_size)))
+                packed = quantize(padded, kind, known.padded(padded.shape[1]), name=name)
+                weights = kind.dequantize(packed)[:rows, :columns]
+            running.quantized(name, start, partial(np.asarray, weights))
     spent["rounding"] = spent.pop("quantisation") - spent["factorisation"] - spent["search"]
     return {"tokens": windows.numel(), **spent}
 

@@ -79,7 +79,7 @@ def measure(folder: Path, recipes: list[Recipe], per_suite: int) -> dict[str, tu
             GGUFExporter(checkpoint, plan(checkpoint.architecture, one), Path(room) / one.name, "model", Search())
             for one in [recipe(type="F32"), *recipes]
         ]
-        exported = export(checkpoint, exporters, statistics)
+        exported = export(checkpoint, exporters, [statistics] * len(exporters))
         files = [next(file for file in done.files if file.suffix == ".gguf") for done in exported]
         reference, _ = divergences(files[0], texts, None)
         result = {}

@@ -15,6 +15,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,15 @@ from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
 from xent_quant.methods import METHODS
+from xent_quant.methods.interface import Method
 from xent_quant.model.streaming import StreamingModel
 from xent_quant.recipes import Role
-from xent_quant.tensors import InputStatistics
+from xent_quant.tensors import InputStatistics, StatisticsSource
 from xent_quant.validation import measures, suites
 from xent_quant.validation.llama_cpp import quantize_chunk
 
 TYPES = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K"]
-Quantize = Callable[[PlannedTensor, str, np.ndarray], np.ndarray]
+Quantize = Callable[[PlannedTensor, str, np.ndarray, InputStatistics | None], np.ndarray]
 
 
 class Weights:
@@ -49,17 +51,24 @@ class Weights:
         return self.arrays[name][start:stop]
 
 
-def quantized(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], quantize: Quantize) -> Weights:
-    """Every tensor of the plan quantised, padding included, and dequantised."""
+def quantized(
+    checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], quantize: Quantize, source: StatisticsSource
+) -> Weights:
+    """Every tensor of the plan quantised, padding included, and dequantised, in the order of an export."""
+    planned = {name: tensor for tensor in tensors for name in tensor.sources}
     arrays = {}
-    for tensor in tensors:
-        for source in tensor.sources:
-            weights = checkpoint.read(source)
-            if formats.get(tensor.type).block_size > 1:
-                rows, columns = weights.shape
-                weights = np.pad(weights, ((0, 0), (0, tensor.columns - columns)))
-                weights = formats.get(tensor.type).dequantize(quantize(tensor, source, weights))[:rows, :columns]
-            arrays[source] = np.ascontiguousarray(weights)
+    for name in checkpoint.infos:
+        tensor, known, weights = planned[name], source.get(name), checkpoint.read(name)
+        kind = formats.get(tensor.type)
+        if len(weights.shape) > 1:
+            rows, columns = weights.shape
+            weights = source.target(name, 0, weights)
+            if kind.block_size > 1:
+                padded = np.pad(weights, ((0, 0), (0, tensor.columns - columns)))
+                packed = quantize(tensor, name, padded, known and known.padded(tensor.columns))
+                weights = np.ascontiguousarray(kind.dequantize(packed)[:rows, :columns])
+            source.quantized(name, 0, partial(np.asarray, weights))
+        arrays[name] = weights
     return Weights(checkpoint, arrays)
 
 
@@ -94,6 +103,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=TYPES)
     parser.add_argument("--methods", nargs="+", default=["stock", "imatrix", "gptq"], choices=["stock", *METHODS])
     parser.add_argument("--rows", nargs="+", default=["plain"], choices=["plain", "gated"], help="gated: weighed by gate squared")
+    parser.add_argument("--apart", action="store_true", help="also methods that follow the quantised model, not following it")
     parser.add_argument("--effort", default="normal", choices=["fast", "normal", "high"])
     parser.add_argument("--tokens", type=int, default=200_000, help="calibration tokens")
     parser.add_argument("--judge-tokens", type=int, default=8192, help="tokens of each suite")
@@ -117,18 +127,14 @@ def main() -> None:
     windows, judged = torch.from_numpy(text.windows), torch.from_numpy(np.concatenate(unseen))
     model = StreamingModel(checkpoint)
     started = time.perf_counter()
-    known: dict[str, dict[str, InputStatistics | None]] = {}
-    for weighting in options.rows:
-        running = RunningCalibration(model, windows, hessian=True, gated=weighting == "gated")
-        known[weighting] = {name: running.get(name) for name in checkpoint.infos}
-    plain, _ = collect(model, windows)
-    least = running.coverage.least
+    plain, coverage = collect(model, windows)
+    least = coverage.least
     print(
         f"calibrated on {windows.numel()} tokens in {time.perf_counter() - started:.0f} s, no expert on fewer than {least}; "
         f"judged on {judged.numel()} tokens, {judged.numel() // 2 - len(judged)} scored"
     )
 
-    def stock(tensor: PlannedTensor, source: str, weights: np.ndarray) -> np.ndarray:
+    def stock(tensor: PlannedTensor, source: str, weights: np.ndarray, known: InputStatistics | None) -> np.ndarray:
         kind, entry, importance = formats.get(tensor.type), plain.entries.get(tensor.name), None
         if entry is not None and tensor.role is not Role.HEAD:
             expert = tensor.sources.index(source)
@@ -138,34 +144,35 @@ def main() -> None:
             parts = pool.map(lambda part: quantize_chunk(kind.ggml_type, row_bytes, part, importance), np.array_split(weights, 2))
             return np.concatenate(list(parts))
 
-    def ours(name: str, weighting: str) -> Quantize:
-        method = METHODS[name](options.effort)
-
-        def quantize(tensor: PlannedTensor, source: str, weights: np.ndarray) -> np.ndarray:
-            statistics = known[weighting][source]
-            statistics = statistics and statistics.padded(tensor.columns)
-            return method.quantize(weights, formats.get(tensor.type), statistics, name=source)
+    def ours(method: Method) -> Quantize:
+        def quantize(tensor: PlannedTensor, source: str, weights: np.ndarray, known: InputStatistics | None) -> np.ndarray:
+            return method.quantize(weights, formats.get(tensor.type), known, name=source)
 
         return quantize
 
-    sides: dict[str, Quantize] = {}
+    sides: dict[str, tuple[str, bool, bool]] = {}  # method, gated, follow
     for method in options.methods:
         if method == "stock":
-            sides[method] = stock
+            sides[method] = ("rtn", False, False)
             continue
-        for weighting in options.rows:
-            sides[method if weighting == "plain" else f"{method}, {weighting}"] = ours(method, weighting)
+        for gated, weighting in ((way == "gated", way) for way in options.rows):
+            side = method if weighting == "plain" else f"{method}, {weighting}"
+            follow = METHODS[method](options.effort).needs_hessian
+            if follow and options.apart:
+                sides[f"{side}, apart"] = (method, gated, False)
+            sides[side] = (method, gated, follow)
     base = judge(model, model, judged)
     print(f"bf16: perplexity {measures.perplexity(base['nll']):.4f}\n")
     titles = ("perplexity ratio", "mean KL divergence", "top-1 agreement", f"KL / {next(iter(sides))}")
-    print(f"{'type':8} {'side':14} {'bits/w':>6} {'s':>5} {titles[0]:>20} {titles[1]:>22} {titles[2]:>17} {titles[3]:>15}")
+    print(f"{'type':8} {'side':18} {'bits/w':>6} {'s':>5} {titles[0]:>20} {titles[1]:>22} {titles[2]:>17} {titles[3]:>15}")
     for name in options.types:
         planned = plan(checkpoint.architecture, recipes.recipe(type=name, imatrix=True))
         first: np.ndarray | None = None
-        for side, quantize in sides.items():
+        for side, (chosen, gated, follow) in sides.items():
             started = time.perf_counter()
-
-            weights = quantized(checkpoint, planned.tensors, quantize)
+            method = METHODS[chosen](options.effort)
+            source = RunningCalibration(model, windows, hessian=method.needs_hessian, gated=gated, follow=follow)
+            weights = quantized(checkpoint, planned.tensors, stock if side == "stock" else ours(method), source)
             for tensor in planned.tensors:
                 if tensor.role.value in options.float:
                     weights.arrays[tensor.sources[0]] = checkpoint.read(tensor.sources[0])
@@ -179,7 +186,7 @@ def main() -> None:
             rest = (result["kl"] - against * first).mean(1)
             error = rest.std(ddof=1) / np.sqrt(len(rest)) / first.mean()
             print(
-                f"{name:8} {side:14} {planned.bits_per_weight:6.2f} {seconds:5.0f} {ratio.value:10.5f} ± {ratio.error:.5f} "
+                f"{name:8} {side:18} {planned.bits_per_weight:6.2f} {seconds:5.0f} {ratio.value:10.5f} ± {ratio.error:.5f} "
                 f"{kl.value:11.6f} ± {kl.error:.6f} {agree.value:8.4f} ± {agree.error:.4f} {against:7.3f} ± {error:.3f}",
                 flush=True,
             )

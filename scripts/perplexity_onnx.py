@@ -104,9 +104,11 @@ def write(checkpoint: Checkpoint, variant: Variant, windows: torch.Tensor, outpu
     if variant.calibrated:
         from calibration.running import RunningCalibration
 
-        statistics = RunningCalibration(StreamingModel(checkpoint), windows, hessian=variant.method.needs_hessian)
+        statistics = RunningCalibration(
+            StreamingModel(checkpoint), windows, hessian=variant.method.needs_hessian, follow=variant.method.needs_hessian
+        )
     planned = plan(checkpoint.architecture, variant.settings)
-    export(checkpoint, [ONNXExporter(checkpoint, planned, output, "model", variant.method, force=True)], statistics)
+    export(checkpoint, [ONNXExporter(checkpoint, planned, output, "model", variant.method, force=True)], [statistics])
     return OnnxModel(output / "onnx")
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from calibration.imatrix import Imatrix
     from exporters.interface import PlanSummary
     from xent_quant.checkpoint.reader import Checkpoint
+    from xent_quant.tensors import StatisticsSource
     from xent_quant.validation.report import Report
 
 
@@ -114,13 +115,19 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     matrix = _read_imatrix(wanted, checkpoint)
     # Names are checked and targets planned before the text is read, which takes torch.
     exporters = exporters_of(checkpoint, wanted, methods)
+    passes: Sequence[StatisticsSource | None] = [matrix] * len(exporters)
     running, provenance = None, matrix.keys() if matrix else {}
     if matrix is None and methods.use_statistics:
         from calibration.session import Session
 
         session = Session(checkpoint, wanted)
-        running, provenance = session.running(methods.need_hessian, progress), session.keys()
-    done = export(checkpoint, exporters, matrix or running, progress, provenance)
+        # A pass for each export: it goes on with what that one made of the weights. bitsandbytes' types need none.
+        lazy = [
+            None if exporter.summary.format == "bnb" else session.running(methods.need_hessian, progress)
+            for exporter in exporters
+        ]
+        passes, running, provenance = lazy, next(filter(None, lazy)), session.keys()
+    done = export(checkpoint, exporters, passes, progress, provenance)
     notes = tuple(note for exported in done for note in exported.notes)
     return QuantizeResult(
         files=tuple(file for exported in done for file in exported.files),

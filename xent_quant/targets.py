@@ -15,15 +15,14 @@ if TYPE_CHECKING:
 
 
 class Methods:
-    """The method that the options name, for "auto" that of an export's type; each made once, since a method keeps what weights
-    share. `use_statistics` tells whether there is anything to measure for. Raises ConfigError for one that does not go with a
-    file of statistics."""
+    """The method that the options name; a new one for each export, since it keeps what its weights share. `use_statistics` tells
+    whether there is anything to measure for. Raises ConfigError for one that does not go with a file of statistics."""
 
     def __init__(self, options: Options) -> None:
-        from xent_quant.methods import WITH_FILE
+        from xent_quant.methods import AUTO, WITH_FILE
 
         self._effort = options.effort
-        self._name: str = options.method
+        self._name: str = AUTO if options.method == "auto" else options.method
         if options.imatrix is not None:
             if options.calib:
                 raise ConfigError("--imatrix and --calib: statistics come from a file or from text, not from both")
@@ -36,21 +35,19 @@ class Methods:
         floats = options.type.upper() in ("F32", "F16", "BF16") if options.type else options.bits == 16
         quantises = any(kind != "bnb" for kind in options.formats) and not (floats and not options.tensor_types)
         self.use_statistics = self._name != "rtn" and quantises
-        self._made: dict[str, Method] = {}
+        self._made: list[Method] = []
 
-    def for_type(self, bulk: str) -> "Method":
-        """The method for an export most of whose weights are of the type `bulk`."""
-        from xent_quant.methods import METHODS, auto
+    def new(self) -> "Method":
+        """The method for one more export."""
+        from xent_quant.methods import METHODS
 
-        name = auto(bulk) if self._name == "auto" else self._name
-        if name not in self._made:
-            self._made[name] = METHODS[name](self._effort)
-        return self._made[name]
+        self._made.append(METHODS[self._name](self._effort))
+        return self._made[-1]
 
     @property
     def need_hessian(self) -> bool:
         """Whether any of those in use does."""
-        return any(method.needs_hessian for method in self._made.values())
+        return any(method.needs_hessian for method in self._made)
 
 
 def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -> "list[Exporter]":
@@ -62,18 +59,16 @@ def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -
 def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Exporter":
     from exporters.gguf.export import GGUFExporter
     from exporters.gguf.plan import plan
-    from exporters.interface import type_totals
     from xent_quant.recipes import recipe
 
     chosen = recipe(bits=options.bits, type=options.type, tensor_types=options.tensor_types, imatrix=methods.use_statistics)
     planned = plan(checkpoint.architecture, chosen, pad=options.pad)
-    totals = type_totals([(tensor.type, tensor.n_weights, tensor.nbytes) for tensor in planned.tensors])
     return GGUFExporter(
         checkpoint,
         planned,
         Path(options.output),
         name,
-        methods.for_type(max(totals, key=lambda row: row.weights).type),
+        methods.new(),
         split_size=options.split_bytes,
         force=options.force,
         allow_tokenizer_mismatch=options.allow_tokenizer_mismatch,
@@ -91,9 +86,7 @@ def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
 
     settings = Settings(bits=options.bits, **{field.name: getattr(options, field.name) for field in fields(OnnxOptions)})
     planned = plan(checkpoint.architecture, settings)
-    return ONNXExporter(
-        checkpoint, planned, Path(options.output), name, methods.for_type(f"INT{options.bits}"), force=options.force
-    )
+    return ONNXExporter(checkpoint, planned, Path(options.output), name, methods.new(), force=options.force)
 
 
 def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Exporter":

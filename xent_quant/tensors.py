@@ -1,5 +1,6 @@
 """Frozen records that travel between the parts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
@@ -59,10 +60,18 @@ class InputStatistics:
 
 
 class StatisticsSource(Protocol):
-    """Where statistics come from: a file, or a calibration pass that runs along."""
+    """Where statistics come from: a file, or a calibration pass that runs along.
+
+    Asked in the order of `Architecture.tensors()`; a running pass need not answer for tensors it has passed.
+    """
 
     def get(self, name: str) -> InputStatistics | None:
-        """Of one checkpoint tensor, or None where nothing is known (norms, routers, tensors a file lacks).
+        """Of one checkpoint tensor, or None where nothing is known (norms, routers, tensors a file lacks)."""
 
-        Asked in the order of `Architecture.tensors()`; a running pass need not answer for tensors it has passed.
-        """
+    def target(self, name: str, start: int, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What to quantise in place of rows `start`… [rows, columns] of a tensor: the same, unless the source knows better."""
+        return weights
+
+    def quantized(self, name: str, start: int, weights: Callable[[], NDArray[np.float32]]) -> None:
+        """Told what those rows became; `weights` makes them, [rows, columns], for a source that runs on with them."""
+        return

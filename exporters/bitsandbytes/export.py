@@ -4,7 +4,7 @@ Holds one weight, and what bitsandbytes takes to quantise it; no model is built.
 is complete.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,7 +84,7 @@ class BnbSink:
         self._missing = sum(shape[0] if len(shape) > 1 else 1 for shape in self._source_shapes.values())
         self.finished = False
 
-    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> None:
+    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> Callable[[], F32]:
         """See `Sink.put`. bitsandbytes' levels are fixed and its scales are maxima: statistics have no say."""
         tensor, shard = self._places[name]
         if tensor.kind.by_rows:
@@ -101,6 +101,7 @@ class BnbSink:
                 for part, data in zip(tensor.parts, tensor.kind.encode(name, padded), strict=True):
                     shard.write(part, data)
         self._missing -= len(weights)
+        return lambda: weights  # no calibration goes on with them
 
     def _whole(self, name: str, start: int, weights: F32) -> F32 | None:
         """The tensor once its last slice is there, else None; slices before it are held."""

@@ -5,7 +5,7 @@ and renamed at success only.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +179,7 @@ class GGUFSink:
         self._measured: dict[str, bool] = {}
         self.finished = False
 
-    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> None:
+    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> Callable[[], F32]:
         """See `Sink.put`."""
         for place in self._places[name]:
             tensor, kind = place.tensor, formats.get(place.tensor.type)
@@ -187,9 +187,11 @@ class GGUFSink:
             missing = (tensor.rows - tensor.source_rows if last else 0, tensor.columns - tensor.source_columns)
             padded = np.pad(weights, ((0, missing[0]), (0, missing[1]))) if any(missing) else weights
             known = statistics and statistics.padded(tensor.columns)
-            self._write(place, start, self._exporter.method.quantize(padded, kind, known, name=name))
+            packed = self._exporter.method.quantize(padded, kind, known, name=name)
+            self._write(place, start, packed)
             if tensor.role not in STATISTICS_FREE:
                 self._measured[tensor.name] = known is not None and self._measured.get(tensor.name, True)
+        return lambda: kind.dequantize(packed)[: len(weights), : weights.shape[1]]
 
     def _write(self, place: _Place, start: int, packed: U8) -> None:
         """Packed rows [rows, row_bytes] to their places."""

@@ -4,7 +4,7 @@ Holds the slice that it is given, its packed bytes and, of a gate or up projecti
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class ONNXSink:
         self.finished = False
         self._write_tables()
 
-    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> None:
+    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> Callable[[], F32]:
         """See `Sink.put`."""
         for weight, piece in self._places[name]:
             missing = weight.columns - piece.columns
@@ -84,10 +84,12 @@ class ONNXSink:
                 if ".layers." in name:
                     self._measured[name] = known is not None
             else:
-                planes = [weight.kind.quantize(padded, name=name)]
+                packed = weight.kind.quantize(padded, name=name)
+                planes = [packed]
             for part, rows in zip(weight.parts, planes, strict=True):
                 self._write(part, piece.first + piece.stride * start, piece.stride, rows)
             self._missing -= len(weights)
+        return lambda: weight.kind.dequantize(packed)[:, : weights.shape[1]]
 
     def _write(self, part: Part, first: int, stride: int, rows: U8) -> None:
         """Rows [n, row_bytes] to the part's rows first, first + stride, …"""

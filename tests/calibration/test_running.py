@@ -1,18 +1,21 @@
 """Statistics of the running pass against a float64 pass that keeps every row."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
+from calibration.correction import RIDGE
 from calibration.moments import COLUMN_FLOOR, fewest_rows
 from calibration.running import RunningCalibration
+from tests.model.test_streaming import Rough
 from tests.reference.forward import forward
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CalibrationError
-from xent_quant.model.streaming import StreamingModel
+from xent_quant.model.streaming import Step, StreamingModel
 
 RANDOM = np.random.default_rng(0)
 WINDOWS = RANDOM.integers(4, 300, (5, 12))
@@ -138,3 +141,56 @@ def test_tensors_gone_by_are_refused(checkpoint) -> None:
     source.get("lm_head.weight")
     with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj"):
         source.get("model.layers.0.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("overrides", [{}, {"num_experts": None}, {"tie_word_embeddings": True}])
+def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, monkeypatch, overrides) -> None:
+    """Hessians and targets against least squares on the rows of both models, each run alone in float64."""
+    monkeypatch.setattr("xent_quant.model.streaming.PART_TOKENS", 24)
+    monkeypatch.setattr("calibration.moments.FEWEST_ROWS_PER_COLUMN", 0)
+    windows = torch.from_numpy(RANDOM.integers(4, 300, (12, 24)))
+    source = Checkpoint.open(checkpoint(**overrides))
+    rough = Rough(source, windows)
+    sides: list[dict[str, dict[int, np.ndarray]]] = []
+    for weights in (source, rough):
+        seen: dict[str, dict[int, np.ndarray]] = {}
+
+        def observe(step: Step, seen=seen) -> None:
+            for name in step.weights:
+                seen.setdefault(name, {}).update(zip(step.tokens.tolist(), step.inputs.numpy(), strict=True))
+
+        StreamingModel(weights, torch.float64).hidden_states(windows, observe)
+        sides.append(seen)
+    exact, own = sides
+
+    running = RunningCalibration(StreamingModel(source), windows, hessian=True, follow=True)
+    apart = 11 * 24  # the last window is held out
+    corrected = 0
+    for name in source.infos:
+        found = running.get(name)
+        weights = source.read(name)
+        if found is not None:
+            rows = {token: row for token, row in own[name].items() if token < apart}
+            inputs = np.array(list(rows.values()))
+            assert found.rows == len(inputs)
+            product = inputs.T @ inputs / max(1, len(inputs))
+            off = ~np.eye(len(product), dtype=bool)
+            assert found.hessian is not None
+            np.testing.assert_allclose(found.hessian[off], product[off], atol=1e-4 * np.abs(product).max())
+            target = running.target(name, 0, weights)
+            judged = [token for token in own[name] if token >= apart and token in exact[name]]
+            if all(token in exact[name] for token in own[name]) and "o_proj" not in name and "down_proj" not in name:
+                drift = np.array([exact[name][token] for token in rows]) - inputs
+                damped = found.hessian + RIDGE * np.diag(np.full(len(product), found.hessian.trace() / len(product)))
+                change = np.linalg.solve(damped, (weights @ (drift.T @ inputs / len(inputs))).T).T
+                held = np.array([own[name][token] for token in judged])
+                wish = (np.array([exact[name][token] for token in judged]) - held) @ weights.T
+                reach = held @ change.T
+                share = np.clip((wish * reach).sum() / np.square(reach).sum(), 0, 1)
+                np.testing.assert_allclose(target, weights + share * change, atol=2e-3 * np.abs(weights).max())
+                corrected += share > 0.1
+        rows_at_once = max(1, len(weights) // 2) if weights.ndim > 1 else len(weights)
+        for start in range(0, len(weights), rows_at_once):
+            part = rough.read(name, start, start + rows_at_once)
+            running.quantized(name, start, partial(np.asarray, part))
+    assert corrected >= 3

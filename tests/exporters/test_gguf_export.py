@@ -26,7 +26,7 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, ExportError
 from xent_quant.methods.search import Search
 from xent_quant.recipes import recipe
-from xent_quant.tensors import InputStatistics
+from xent_quant.tensors import InputStatistics, StatisticsSource
 from xent_quant.validation.llama_cpp import LlamaCpp
 
 IDS = [2, 17, 300, 5, 9, 42, 260, 261, 11, 7]
@@ -36,7 +36,7 @@ def write_plan(
     checkpoint: Checkpoint, planned: GGUFPlan, output: Path, name: str, statistics=None, provenance=None, **options
 ) -> list[Path]:
     exporter = GGUFExporter(checkpoint, planned, output, name, Search("fast"), **options)
-    return list(export(checkpoint, [exporter], statistics, provenance=provenance)[0].files)
+    return list(export(checkpoint, [exporter], [statistics], provenance=provenance)[0].files)
 
 
 def write(folder: Path, output: Path, *, type: str = "Q8_0", name: str = "Tiny", **options) -> list[Path]:
@@ -93,7 +93,7 @@ def test_padding_dequantises_to_exact_zeros(checkpoint, tmp_path: Path, kind: st
     folder = checkpoint(intermediate_size=480, num_hidden_layers=1)
     random = np.random.default_rng(1)
 
-    class Statistics:
+    class Statistics(StatisticsSource):
         def get(self, name: str) -> InputStatistics | None:
             if "layers" not in name or "norm" in name:
                 return None

@@ -25,7 +25,7 @@ from exporters.stream import export
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, ConfigError, ExportError, UnsupportedError
 from xent_quant.methods.search import Search
-from xent_quant.tensors import InputStatistics
+from xent_quant.tensors import InputStatistics, StatisticsSource
 from xent_quant.validation import onnx_runtime
 from xent_quant.validation.onnx_source import OnnxSource
 
@@ -45,7 +45,7 @@ FILES = {
 def write(folder: Path, output: Path, settings: Settings | None = None, statistics=None, *, force: bool = False) -> Path:
     checkpoint = Checkpoint.open(folder)
     planned = plan(checkpoint.architecture, settings or Settings())
-    export(checkpoint, [ONNXExporter(checkpoint, planned, output, "Tiny", Search("fast"), force=force)], statistics)
+    export(checkpoint, [ONNXExporter(checkpoint, planned, output, "Tiny", Search("fast"), force=force)], [statistics])
     return output / "onnx"
 
 
@@ -95,7 +95,7 @@ WIDE_BLOCKS = (Settings(block_size=128), Settings(block_size=128, symmetric=Fals
 def test_padding_is_exactly_zero_and_weights_are_near(checkpoint, tmp_path: Path, settings: Settings, measured: bool) -> None:
     source = checkpoint(intermediate_size=96, num_hidden_layers=1)
 
-    class Statistics:
+    class Statistics(StatisticsSource):
         def get(self, name: str) -> InputStatistics | None:
             columns = weights[name].shape[-1]
             random = np.random.default_rng(columns)

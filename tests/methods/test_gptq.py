@@ -10,7 +10,7 @@ from xent_quant import formats
 from xent_quant.formats._codes import CodedFormat
 from xent_quant.formats.base import QuantFormat
 from xent_quant.formats.int_group import IntGroup
-from xent_quant.methods import METHODS, SEARCHED, auto, gptq
+from xent_quant.methods import METHODS, gptq
 from xent_quant.methods.gptq import GPTQ, Curvature, Rows
 from xent_quant.methods.search import Search
 from xent_quant.tensors import InputStatistics
@@ -162,9 +162,3 @@ def test_poor_statistics_do_no_harm(kind: QuantFormat, method: str) -> None:
         values = kind.dequantize(packed)
         assert np.isfinite(values).all()
         assert np.square(values - WEIGHTS).sum() < 0.8 * np.square(WEIGHTS).sum()
-
-
-def test_auto_keeps_away_from_gptq_where_it_does_not_help() -> None:
-    assert "Q2_K" in SEARCHED
-    assert all(auto(name) == "imatrix" for name in SEARCHED)
-    assert all(auto(name) == "gptq" for name in ("Q3_K", "IQ4_XS", "Q4_K", "Q8_0", "INT4"))

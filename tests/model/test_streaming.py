@@ -94,3 +94,68 @@ def test_overflowing_activations_are_refused(checkpoint) -> None:
 def test_a_text_shorter_than_a_window_is_refused(checkpoint) -> None:
     with pytest.raises(CalibrationError, match="fewer than one window"):
         StreamingModel(Checkpoint.open(checkpoint())).perplexity(IDS)
+
+
+class Rough:
+    """The model with every matrix but the routers rounded to eighths of its largest magnitude; a WeightSource and a Follower."""
+
+    def __init__(self, checkpoint: Checkpoint, windows: torch.Tensor) -> None:
+        self.checkpoint, self.architecture = checkpoint, checkpoint.architecture
+        self.embedded = torch.from_numpy(self.read("model.embed_tokens.weight"))[windows].double()
+        self.asked: list[str] = []
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        weights = self.checkpoint.read(name)
+        if weights.ndim > 1 and "router" not in name:
+            step = np.abs(weights).max() / 8
+            weights = np.rint(weights / step) * step
+        return weights[start:stop]
+
+
+@pytest.mark.parametrize("overrides", [{}, {"num_experts": None}, {"num_shared_experts": 0}, {"tie_word_embeddings": True}])
+def test_a_follower_runs_as_it_would_alone_and_shows_the_models_rows(checkpoint, monkeypatch, overrides) -> None:
+    """Rows, and the gap between the two residual streams, against both models run apart."""
+    monkeypatch.setattr("xent_quant.model.streaming.PART_TOKENS", 7)
+    source, windows = Checkpoint.open(checkpoint(**overrides)), torch.tensor([IDS, IDS[::-1]])
+    rough = Rough(source, windows)
+    rows: list[dict[str, dict[int, torch.Tensor]]] = []
+    streams: list[list[torch.Tensor]] = []
+    for weights in (source, rough):
+        seen: dict[str, dict[int, torch.Tensor]] = {}
+
+        def observe(step: Step, seen=seen) -> None:
+            for name in step.weights:
+                seen.setdefault(name, {}).update(zip(step.tokens.tolist(), step.inputs, strict=True))
+
+        behind = [torch.from_numpy(weights.read("model.embed_tokens.weight"))[windows].double()]
+        model = StreamingModel(weights, torch.float64)
+        model.hidden_states(windows, observe, after_layer=lambda layer, x, behind=behind: behind.append(x.clone()))
+        rows.append(seen)
+        streams.append(behind)
+    exact, own = rows
+
+    elsewhere = compared = gaps = 0
+    for step in StreamingModel(source, torch.float64).steps(windows, follower=rough):
+        assert step.exact is not None
+        for name in step.weights:
+            for index, token in enumerate(step.tokens.tolist()):
+                assert torch.allclose(step.inputs[index], own[name].pop(token), rtol=1e-9, atol=1e-12)
+                if token in exact[name]:
+                    assert torch.allclose(step.exact[index], exact[name][token], rtol=1e-9, atol=1e-12)
+                    compared += 1
+                else:
+                    elsewhere += 1  # the two chose different experts
+        assert (step.gap is not None) == (".o_proj" in name or (".down_proj" in name and ".experts." not in name))
+        if step.gap is not None:
+            layer = int(name.split(".")[2])
+            states = [stream[layer + (".o_proj" not in name)].flatten(0, 1)[step.tokens] for stream in streams]
+            if ".o_proj" not in name:  # before this last output was added
+                for side, weights in enumerate((source, rough)):
+                    inputs = step.exact if side == 0 else step.inputs
+                    states[side] = states[side] - inputs @ torch.from_numpy(weights.read(name)).double().T
+            assert torch.allclose(step.gap, states[0] - states[1], rtol=1e-8, atol=1e-10)
+            gaps += 1
+    assert not any(own.values())
+    assert gaps
+    assert compared > 100
+    assert elsewhere or not source.architecture.num_experts

@@ -1,6 +1,7 @@
 """Tiers, verdicts and what counts as a damaged tensor."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -64,8 +65,8 @@ def test_tolerance_option() -> None:
 
 def test_suspicious_tensors() -> None:
     fine = TensorError("w", "Q4_K", 100, 0.08, 0.12, 0, 0, 0.0)
-    assert gates.suspicious(fine) is None
-    assert gates.severity(fine) < 1
+    assert gates.suspicious(fine, 4) is None
+    assert gates.severity(fine, 4) < 1
     for change, words in (
         ({"error": 1.0}, "100.0% of its norm"),
         ({"worst": 1.1, "row": 7, "column": 64}, "row 7, columns 64 to 95"),
@@ -73,4 +74,11 @@ def test_suspicious_tensors() -> None:
         ({"error": math.nan}, "differs"),
     ):
         broken = TensorError(**{**vars(fine), **change})
-        assert words in str(gates.suspicious(broken))
+        assert words in str(gates.suspicious(broken, 4))
+    # A weight may have been moved to make up for coarser ones; what is never moved is judged by its own type.
+    moved = TensorError("model.layers.0.self_attn.o_proj.weight", "Q6_K", 100, 0.2, 0.5, 0, 0, 0.0)
+    assert gates.coarsest([fine, moved]) == 4
+    assert gates.suspicious(moved, 4) is None
+    assert gates.suspicious(moved, 6)
+    assert gates.suspicious(replace(moved, name="model.embed_tokens.weight"), 4)
+    assert gates.suspicious(replace(moved, name="model.layers.0.mlp.router.weight", type="F32"), 4)

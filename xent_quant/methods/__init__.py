@@ -17,12 +17,5 @@ METHODS: dict[str, Callable[[Effort], Method]] = {
 WITH_FILE = "imatrix"
 """The one that a file of statistics serves: it has no Hessians."""
 
-SEARCHED = frozenset({"Q2_K"})
-"""Where most weights of an export are of one of these types, GPTQ did not bring the whole model closer to the original than the
-weighted search, though it halves the output error of most weights; KL divergence over stock ggml's by scripts/bench_quality.py
---tokens 100000: Q2_K 0.958 ± 0.015 against 0.945 ± 0.010, Q2_K_S 0.892 ± 0.014 against 0.914 ± 0.008."""
-
-
-def auto(bulk: str) -> str:
-    """The name in METHODS of the method that measured best for exports most of whose weights are of the type `bulk`."""
-    return "imatrix" if bulk in SEARCHED else "gptq"
+AUTO = "gptq"
+"""What `auto` is where text is at hand: at every type the closest to the original model (docs/calibration.md has the figures)."""

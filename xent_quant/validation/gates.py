@@ -6,6 +6,7 @@ was too short to say: undecided.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,8 +48,9 @@ WEIGHTS: dict[int, tuple[float, float]] = {
     3: (0.6, 1.6),
     2: (0.95, 3.0),
 }
-"""Bits of a tensor's type to the largest relative error of the tensor and of a block of 32 weights. At least 1.7 times what
-GPTQ does to the miniature, whose weights differ twice as much as after plain rounding. A doubled scale gives an error of 1 or
+"""Bits to the largest relative error of a tensor and of a block of 32 weights: bits of the tensor's type or, for a weight that
+calibration moves to make up for others, of the coarsest type in the export. At least 1.4 times what that does to the
+miniature, whose weights differ two to four times as much as after plain rounding. A doubled scale gives an error of 1 or
 more: it is seen in every block of 8 to 5 bits, of Q4_K and IQ4_XS, and in 99 of 100 of Q4_0; at 3 and 2 bits a single wrong
 scale mostly passes, a wrong tensor does not. scripts/validation_bounds.py prints all of these."""
 
@@ -101,20 +103,30 @@ def worst(verdicts: list[Verdict]) -> Verdict:
     return max(verdicts, key=ORDER.index, default="within")
 
 
-def suspicious(tensor: TensorError) -> str | None:
-    """What is wrong with a tensor's bytes, or None where they are as its type allows."""
-    whole, block = WEIGHTS[bits_of(tensor.type)]
+def coarsest(tensors: Sequence[TensorError]) -> int:
+    """Bits of the coarsest type in an export."""
+    return min((bits_of(tensor.type) for tensor in tensors), default=16)
+
+
+def _bounds(tensor: TensorError, least: int) -> tuple[float, float]:
+    moved = not tensor.name.endswith(("norm.weight", "router.weight", "embed_tokens.weight"))
+    return WEIGHTS[min(bits_of(tensor.type), least) if moved else bits_of(tensor.type)]
+
+
+def suspicious(tensor: TensorError, least: int) -> str | None:
+    """What is wrong with a tensor's bytes, or None where they are as its type allows in an export of so many bits at least."""
+    whole, block = _bounds(tensor, least)
     if tensor.padding:
         return f"its padding holds values up to {tensor.padding:.3g} instead of zeros"
     if not tensor.error <= whole:
-        return f"it differs by {tensor.error:.1%} of its norm, {tensor.type} allows {whole:.1%}"
+        return f"it differs by {tensor.error:.1%} of its norm, {whole:.1%} is allowed"
     if tensor.type not in ROW_WISE and not tensor.worst <= block:
         place = f"row {tensor.row}, columns {tensor.column} to {tensor.column + 31}"
-        return f"{place} differ by {tensor.worst:.0%} of their norm, {tensor.type} allows {block:.0%}"
+        return f"{place} differ by {tensor.worst:.0%} of their norm, {block:.0%} is allowed"
     return None
 
 
-def severity(tensor: TensorError) -> float:
+def severity(tensor: TensorError, least: int) -> float:
     """How far beyond its bounds a tensor is; 1 is at the bound."""
-    whole, block = WEIGHTS[bits_of(tensor.type)]
+    whole, block = _bounds(tensor, least)
     return max(tensor.error / whole, 0.0 if tensor.type in ROW_WISE else tensor.worst / block, float(tensor.padding > 0) * 10)

@@ -139,8 +139,9 @@ def validate(
     cross: gates.Verdict = "within"
     if check and (check.kl > gates.CROSS_KL or abs(check.nll_difference) > gates.CROSS_NLL):
         cross = "out"
-    suspects = [Suspicion(tensor, reason) for tensor in tensors if (reason := gates.suspicious(tensor))]
-    suspects.sort(key=lambda suspect: -gates.severity(suspect.tensor))
+    least = gates.coarsest(tensors)
+    suspects = [Suspicion(tensor, reason) for tensor in tensors if (reason := gates.suspicious(tensor, least))]
+    suspects.sort(key=lambda suspect: -gates.severity(suspect.tensor, least))
     results = [_result(*item, bounds) for item in zip(texts, known, scores, agreed, strict=True)]
     why = "as --tolerance says" if tolerance else f"by its mix, {opened.mix}" if opened.mix else "by its bits per weight"
     notes = [

@@ -1,0 +1,74 @@
+"""Weights that make up for drifted inputs, against least squares on the rows themselves."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from calibration.correction import RIDGE, Correction
+from calibration.moments import Moments
+
+RANDOM = np.random.default_rng(5)
+COLUMNS, ROWS = 24, 10
+MIXING = np.diag(2.0 ** -np.arange(COLUMNS)) @ RANDOM.normal(size=(COLUMNS, COLUMNS))
+GAP = RANDOM.normal(size=(COLUMNS, ROWS))
+
+
+def problem(rows: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Exact inputs whose energy falls over the columns, inputs with white noise, and a gap that hangs on the inputs a little."""
+    exact = RANDOM.normal(size=(rows, COLUMNS)) @ MIXING
+    inputs = exact + noise * RANDOM.normal(size=exact.shape)
+    gap = 0.1 * inputs @ GAP + 0.1 * RANDOM.normal(size=(rows, ROWS))
+    return exact.astype(np.float32), inputs.astype(np.float32), gap.astype(np.float32)
+
+
+def corrected(rows: int, noise: float, gaps: bool) -> tuple[Correction, tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """From moments fed in two parts: (correction, rows it was made from, rows held out)."""
+    moments = Moments(COLUMNS, hessian=True)
+    seen, apart = problem(rows, noise), problem(100, noise)
+    together = [torch.from_numpy(np.concatenate(pair)) for pair in zip(seen, apart, strict=True)]
+    mask = torch.arange(rows + 100) >= rows
+    for part in torch.split(torch.arange(rows + 100), rows // 2):
+        exact, inputs, gap = (side[part] for side in together)
+        moments.add(inputs, mask[part], exact=exact, gap=gap if gaps else None)
+    statistics = moments.statistics()
+    assert statistics is not None
+    found = moments.correction(statistics)
+    assert found is not None
+    return found, seen, apart
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_equals_ridge_regression_on_all_rows(gaps) -> None:
+    correction, (exact, inputs, gap), (exact_apart, inputs_apart, gap_apart) = corrected(400, 0.3, gaps)
+    weights = RANDOM.normal(size=(ROWS, COLUMNS)).astype(np.float32)
+    wide = inputs.astype(np.float64)
+    ridge = np.sqrt(RIDGE * np.square(wide).sum(0).mean()) * np.eye(COLUMNS)
+    wish = (exact - wide) @ weights.T + (gap if gaps else 0)
+    change = np.linalg.lstsq(np.concatenate([wide, ridge]), np.concatenate([wish, np.zeros((COLUMNS, ROWS))]))[0].T
+    reach = inputs_apart @ change.T
+    wish = (exact_apart - inputs_apart) @ weights.T + (gap_apart if gaps else 0)
+    share = min((wish * reach).sum() / np.square(reach).sum(), 1)
+    assert share > 0.3
+    np.testing.assert_allclose(correction.target(0, weights), weights + share * change, rtol=1e-3, atol=1e-3)
+    halves = [correction.target(start, weights[start : start + 5]) for start in (0, 5)]
+    assert np.concatenate(halves).shape == weights.shape  # rows find their own gaps; how far they go is theirs as well
+
+
+@pytest.mark.parametrize("rows", [26, 60, 400])
+def test_never_worse_on_held_out_rows_however_few_the_others(rows) -> None:
+    correction, _, (exact, inputs, _) = corrected(rows, 0.3, False)
+    weights = RANDOM.normal(size=(ROWS, COLUMNS)).astype(np.float32)
+    wanted = exact @ weights.T
+    before, after = (np.square(inputs @ side.T - wanted).sum() for side in (weights, correction.target(0, weights)))
+    assert after < before
+
+
+def test_a_regression_that_misleads_is_not_followed() -> None:
+    correction, _, _ = corrected(400, 0.3, False)
+    weights = RANDOM.normal(size=(ROWS, COLUMNS)).astype(np.float32)
+    against = replace(correction, drifts=-correction.drifts)
+    assert np.array_equal(against.target(0, weights), weights)
+    nowhere = replace(correction, inputs=np.zeros_like(correction.inputs))
+    assert np.array_equal(nowhere.target(0, weights), weights)
