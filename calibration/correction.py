@@ -44,7 +44,7 @@ class Correction:
         if self.gaps is not None and self.gap is not None:
             wanted += self.gaps[rows]
             wish += self.gap[:, rows]
-        change = self._solved(wanted)
+        change = _product(wanted, self._inverse)
         reach = _product(self.inputs, np.ascontiguousarray(change.T))
         energy = float(np.square(reach, dtype=np.float64).sum())
         if not energy:
@@ -54,18 +54,14 @@ class Correction:
         return result
 
     @cached_property
-    def _factor(self) -> torch.Tensor:
+    def _inverse(self) -> F32:
+        """(H + λ)⁻¹ by way of float64, on one thread: LAPACK's results depend on how many there are."""
         wide = torch.from_numpy(self.hessian).double()
         wide.diagonal().add_(RIDGE * wide.diagonal().mean())
-        factor: torch.Tensor = torch.linalg.cholesky(wide)
-        return factor
-
-    def _solved(self, wanted: F32) -> F32:
-        """wanted (H + λ)⁻¹, on one thread: LAPACK's results depend on how many there are."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            found: F32 = torch.cholesky_solve(torch.from_numpy(wanted.T).double(), self._factor).T.float().numpy()
+            found: F32 = torch.cholesky_inverse(torch.linalg.cholesky(wide)).float().numpy()
         finally:
             torch.set_num_threads(threads)
         return found

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints what the bounds of xent_quant.validation.gates rest on: errors of each type's weights after rounding with an
-importance and after GPTQ, how many blocks would be called damaged if their scale were doubled, and how far llama.cpp is from
-the exact path.
+importance and after GPTQ that follows a model quantised in this type, how many blocks would be called damaged if their scale
+were doubled, and how far llama.cpp is from the exact path.
 
     scripts/validation_bounds.py [--weights-only] [TYPE …]
     scripts/validation_bounds.py --weights-only --model DIR --tensors 'layers.0.*(self_attn|experts.7.)'
@@ -13,6 +13,7 @@ quality. Of a large model, tensors may be chosen by a regular expression; the pa
 import argparse
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,33 +76,34 @@ def missed(wanted: F32, changed: F32, format: QuantFormat, bound: float) -> tupl
 def weight_errors(checkpoint: Checkpoint, tensors: str) -> None:
     texts = tokenize(checkpoint, choose(["XfictionEN", "XwebccZH"]), 512, 4096)
     windows = torch.from_numpy(np.concatenate([text.windows for text in texts]))
-    statistics = RunningCalibration(StreamingModel(checkpoint), windows, hessian=True)
+    model = StreamingModel(checkpoint)
     largest: dict[tuple[str, str], tuple[float, float]] = {}
     unseen: dict[tuple[str, str], tuple[int, int]] = {}
     chosen = [
         name
         for name, info in checkpoint.infos.items()
-        if re.search(tensors, name) and len(info.shape) == 2 and name not in (names.EMBEDDING, names.HEAD)
+        if re.search(tensors, name) and len(info.shape) == 2 and name != names.HEAD and not name.endswith("router.weight")
     ]
-    for name in chosen:
-        found = statistics.get(name)
-        if found is None:  # a router
-            continue
-        weights = checkpoint.read(name)
-        for kind in TYPES:
-            format, bound = formats.get(kind), WEIGHTS[bits_of(kind)][1]
-            missing = -weights.shape[1] % format.block_size
-            padded = np.pad(weights, ((0, 0), (0, missing)))
-            for method in (Search(), GPTQ()):
-                packed = method.quantize(padded, format, found.padded(padded.shape[1]), name=name)
-                values = format.dequantize(packed)[:, : weights.shape[1]]
+    for kind in TYPES:
+        format, bound = formats.get(kind), WEIGHTS[bits_of(kind)][1]
+        for method in (Search(), GPTQ()):
+            key, hessian = (kind, type(method).__name__), method.needs_hessian
+            statistics = RunningCalibration(model, windows, hessian=hessian, follow=hessian)
+            for name in list(checkpoint.infos)[: list(checkpoint.infos).index(chosen[-1]) + 1]:
+                found, weights = statistics.get(name), checkpoint.read(name)
+                values = weights
+                if name in chosen or name == names.EMBEDDING:
+                    padded = np.pad(statistics.target(name, 0, weights), ((0, 0), (0, -weights.shape[1] % format.block_size)))
+                    packed = method.quantize(padded, format, found and found.padded(padded.shape[1]), name=name)
+                    values = format.dequantize(packed)[:, : weights.shape[1]]
+                statistics.quantized(name, 0, partial(np.asarray, values))
+                if found is None or name not in chosen:
+                    continue
                 error = compare(name, checkpoint, Values(checkpoint, values, kind))
-                key = (kind, type(method).__name__)
                 before = largest.get(key, (0.0, 0.0))
                 largest[key] = (max(before[0], error.error), max(before[1], error.worst))
                 wrong = format.dequantize(doubled(packed, format))[:, : weights.shape[1]]
-                counts = missed(weights, wrong, format, bound)
-                unseen[key] = tuple(np.add(unseen.get(key, (0, 0)), counts))
+                unseen[key] = tuple(np.add(unseen.get(key, (0, 0)), missed(weights, wrong, format, bound)))
     for (kind, method_name), (whole, block) in sorted(largest.items()):
         bounds, (count, blocks) = WEIGHTS[bits_of(kind)], unseen[kind, method_name]
         print(
