@@ -39,6 +39,18 @@ def run(file: Path, model: Checkpoint, cache: Path, **options: Any) -> Report:
     return validate(file, model, **{**SHORT, "cache": cache, **options})
 
 
+@pytest.fixture(scope="module")
+def sound(export: Export, mini: Checkpoint, cache: Path) -> Report:
+    """Of an undamaged Q4_K_M, in llama.cpp."""
+    return run(export("Q4_K_M"), mini, cache, command="xent-quant validate <x>")
+
+
+@pytest.fixture(scope="module")
+def lossless(export: Export, mini: Checkpoint, cache: Path) -> Report:
+    """Of an F32 file, in llama.cpp."""
+    return run(export("F32"), mini, cache)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"])
 def test_all_six_suites_are_within_the_tier(export: Export, mini: Checkpoint, cache: Path, kind: str) -> None:
@@ -47,33 +59,30 @@ def test_all_six_suites_are_within_the_tier(export: Export, mini: Checkpoint, ca
     assert found.tier.name == f"{kind[1]}bit"
 
 
-def test_a_sound_export_is_not_out(export: Export, mini: Checkpoint, cache: Path) -> None:
-    found = run(export("Q4_K_M"), mini, cache)
-    assert found.verdict != "out"
-    assert not found.suspicions
-    assert found.cross_verdict == "within"
-    assert all(suite.tokenizer == 1.0 for suite in found.suites)
-    assert sum(found.coverage[0]) == mini.architecture.experts_per_token * 512 * len(found.suites)
-    assert all(0 < error < 0.15 for error in found.layer_errors)
+def test_a_sound_export_is_not_out(sound: Report, mini: Checkpoint) -> None:
+    assert sound.verdict != "out"
+    assert not sound.suspicions
+    assert sound.cross_verdict == "within"
+    assert all(suite.tokenizer == 1.0 for suite in sound.suites)
+    assert sum(sound.coverage[0]) == mini.architecture.experts_per_token * 512 * len(sound.suites)
+    assert all(0 < error < 0.15 for error in sound.layer_errors)
 
 
-def test_float_export_has_the_reference_perplexity(export: Export, mini: Checkpoint, cache: Path) -> None:
+def test_float_export_has_the_reference_perplexity(lossless: Report, export: Export, mini: Checkpoint, cache: Path) -> None:
     """Nothing is lost in F32: the runtime, the exact path and the reference agree to four digits and more."""
-    found = run(export("F32"), mini, cache)
     exact = run(export("F32"), mini, cache, runtime="torch")
-    for one, two in zip(found.suites, exact.suites, strict=True):
+    for one, two in zip(lossless.suites, exact.suites, strict=True):
         assert one.ratio.value.value == pytest.approx(1, abs=1e-4)
         assert two.ratio.value.value == pytest.approx(1, abs=1e-6)
         assert two.kl.value.value == pytest.approx(0, abs=1e-9)
         assert two.top1.value.value == 1
-    assert max(tensor.error for tensor in found.tensors) == 0
+    assert max(tensor.error for tensor in lossless.tensors) == 0
 
 
-def test_perplexity_is_llama_perplexitys(export: Export, mini: Checkpoint, cache: Path) -> None:
+def test_perplexity_is_llama_perplexitys(lossless: Report, export: Export) -> None:
     """The definition of stock llama-perplexity, run by llama.cpp on its own token ids."""
-    found = run(export("F32"), mini, cache)
     with LlamaCpp(export("F32"), context=512, threads=1, exact=True) as llama:
-        for suite, result in zip(SHORT["suites"], found.suites, strict=True):
+        for suite, result in zip(SHORT["suites"], lossless.suites, strict=True):
             wanted, count = llama.perplexity(llama.tokenize(suite.text)[: SHORT["max_tokens"]])
             assert result.tokens == count
             assert result.reference_perplexity == pytest.approx(wanted, rel=5e-5)
@@ -285,13 +294,12 @@ def test_reference_is_computed_once_for_each_model_and_text(export: Export, tmp_
     assert len(computed) == 5
 
 
-def test_json_and_page_hold_everything(export: Export, mini: Checkpoint, cache: Path) -> None:
-    found = run(export("Q4_K_M"), mini, cache, command="xent-quant validate <x>")
-    value = json.loads(json.dumps(found.to_json(), allow_nan=False))
+def test_json_and_page_hold_everything(sound: Report) -> None:
+    value = json.loads(json.dumps(sound.to_json(), allow_nan=False))
     schema = json.loads((Path(xent_quant.validation.report.__file__).parent / "report.schema.json").read_text())
     _conforms(value, schema, schema)
-    text = page(found)
-    assert text.index(SENTENCES[found.verdict]) < text.index("<table")
+    text = page(sound)
+    assert text.index(SENTENCES[sound.verdict]) < text.index("<table")
     for part in ("XconversationZH", "prefers-color-scheme: dark", "experts down", "xent-quant validate &lt;x&gt;", "xllamacpp"):
         assert part in text
     assert "http" not in text
