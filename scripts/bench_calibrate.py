@@ -8,8 +8,9 @@ pass: the calibration pass alone, statistics made and dropped, weights handed ba
 once, whatever the number of layers. layer: the same for the first layer, whose weights are quantised as well (--type, one
 type for all of them); seconds apart for the forward pass with its statistics, the correction of weights for drifted inputs,
 the factorisation of Hessians, the weighted search, and GPTQ's rounding (error feedback and descent; the search of blocks
-within it included). command: `xent-quant MODEL --bits … --format gguf` as a
-person runs it. Peak RSS is the child's ru_maxrss. The first run compiles kernels: run twice.
+within it included). command: `xent-quant MODEL --bits … --format gguf` as a person runs it. "whole", "CPU" and "peak"
+(ru_maxrss) are of the child process, imports included; seconds of CPU hardly change where other jobs run beside it. The first
+run compiles kernels: run twice.
 """
 
 import argparse
@@ -110,8 +111,8 @@ def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
 MEASURES = {"pass": run_pass, "layer": run_layer}
 
 
-def child(command: list[str]) -> tuple[str, float, float]:
-    """Standard output, seconds and peak RSS in GiB."""
+def child(command: list[str]) -> tuple[str, dict[str, float]]:
+    """Standard output, and seconds, seconds of CPU and peak RSS in GiB of the whole process."""
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output)
@@ -119,7 +120,8 @@ def child(command: list[str]) -> tuple[str, float, float]:
         if status:
             raise SystemExit(os.waitstatus_to_exitcode(status))
         output.seek(0)
-        return output.read(), time.perf_counter() - started, usage.ru_maxrss / 2**20
+        facts = {"whole s": time.perf_counter() - started, "CPU s": usage.ru_utime + usage.ru_stime}
+        return output.read(), {**facts, "peak GiB": usage.ru_maxrss / 2**20}
 
 
 def main() -> None:
@@ -146,13 +148,12 @@ def main() -> None:
                     command = [sys.executable, "-m", "xent_quant.cli.main", *([options.model] if options.model else [])]
                     command += ["--bits", options.bits, "--format", "gguf", "--method", method, "--tokens", options.tokens]
                     command += ["--seqlen", str(options.seqlen), *(f"--calib={text}" for text in options.calib)]
-                    _, seconds, peak = child([*command, "--output", room])
-                facts = {"seconds": seconds}
+                    _, facts = child([*command, "--output", room])
             else:
-                output, _, peak = child([sys.executable, *sys.argv, "--child", measure, "--method", method])
-                facts = json.loads(output)
+                output, whole = child([sys.executable, *sys.argv, "--child", measure, "--method", method])
+                facts = json.loads(output) | whole
             shown = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
-            print(f"{measure:8} {method:8} {shown}, peak RSS {peak:.2f} GiB", flush=True)
+            print(f"{measure:8} {method:8} {shown}", flush=True)
 
 
 if __name__ == "__main__":
