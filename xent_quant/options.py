@@ -110,7 +110,7 @@ class StatisticsOptions(CalibrationOptions):
     imatrix: Path | None = None
     """Importance matrix (llama-imatrix's GGUF format) to use instead of text."""
     method: Literal["auto", "rtn", "imatrix", "gptq"] = "auto"
-    """rtn: no statistics; imatrix: importance of columns; gptq: error feedback. auto: gptq; for Q2_K or --imatrix, imatrix."""
+    """rtn: no statistics; imatrix: importance of columns; gptq: error feedback. auto: gptq; with --imatrix, imatrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
