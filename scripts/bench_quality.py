@@ -171,7 +171,9 @@ def main() -> None:
         for side, (chosen, gated, follow) in sides.items():
             started = time.perf_counter()
             method = METHODS[chosen](options.effort)
-            source = RunningCalibration(model, windows, hessian=method.needs_hessian, gated=gated, follow=follow)
+            source: StatisticsSource = plain
+            if side != "stock":
+                source = RunningCalibration(model, windows, hessian=method.needs_hessian, gated=gated, follow=follow)
             weights = quantized(checkpoint, planned.tensors, stock if side == "stock" else ours(method), source)
             for tensor in planned.tensors:
                 if tensor.role.value in options.float:
