@@ -50,8 +50,12 @@ def _fail(message: str) -> NoReturn:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
     import logging
+    import os
     import signal
 
+    # Threads of torch and llama.cpp wait for one another by spinning unless libgomp reads this when it is loaded. Beside other
+    # work on the same cores two spinning threads are slower than one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = sys.argv[1:] if arguments is None else arguments
     verbosity = _verbosity(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
