@@ -66,7 +66,7 @@ class Moments:
     ) -> None:
         """Rows [n, in] of any float type, `exact` [n, in] and `gap` [n, out] as in `Step`; those of the mask `held_out` [n] are
         kept as they are instead. A row's weight is the square of its gate, [n], or 1."""
-        wide, weight = inputs.float(), torch.ones(len(inputs)) if gates is None else gates.float()
+        wide, weight = inputs.float(), torch.ones(len(inputs), device=inputs.device) if gates is None else gates.float()
         drift = None if exact is None else exact.float() - wide
         if gates is not None:
             wide = wide * weight[:, None]
