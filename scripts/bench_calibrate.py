@@ -2,7 +2,7 @@
 """Prints what calibration costs: seconds, tokens/s and peak memory, each measurement in a process of its own.
 
     scripts/bench_calibrate.py [--model DIR] [--tokens 32k] [--method imatrix gptq] [--measure pass layer command]
-                               [--calib FILE] [--layers N] [--bits 4]
+                               [--calib FILE] [--layers N] [--experts N] [--bits 4]
 
 pass: the calibration pass alone, statistics made and dropped, weights handed back as they were; tokens/s counts every token
 once, whatever the number of layers. layer: the same for the first layer, whose weights are quantised as well (--type, one
@@ -95,7 +95,10 @@ def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
     Search.quantize = timed("search", Search.quantize)  # type: ignore[method-assign]
     get, target = timed("statistics", running.get), timed("correction", running.target)
     quantize = timed("quantisation", way.quantize)
-    for name in wanted(list(opened.checkpoint.infos), 1):
+    names = wanted(list(opened.checkpoint.infos), 1)
+    if options.experts:
+        names = names[: names.index(f"model.layers.0.mlp.experts.{options.experts}.gate_proj.weight")]
+    for name in names:
         known = get(name)
         for start, weights in opened.checkpoint.slices(name):
             if known is not None:
@@ -133,6 +136,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=["imatrix", "gptq"], choices=["imatrix", "gptq"])
     parser.add_argument("--measure", nargs="+", default=["pass", "layer", "command"], choices=["pass", "layer", "command"])
     parser.add_argument("--layers", type=int, help="the pass over the first layers only")
+    parser.add_argument("--experts", type=int, help="the layer's attention and first experts only")
     parser.add_argument("--type", default="Q4_K", help="of the layer's weights")
     parser.add_argument("--bits", default="4", help="of the command")
     parser.add_argument("--child", choices=MEASURES, help=argparse.SUPPRESS)
