@@ -102,7 +102,7 @@ class RunningCalibration(StatisticsSource):
             rows = torch.from_numpy(weights()).to(self.embedded)
             here = (self._windows >= start) & (self._windows < start + len(rows))
             self.embedded[here] = rows[self._windows[here] - start]
-        elif self._measured(name):
+        elif self._measured(name) and name != names.HEAD:  # nothing comes behind the head
             self._quantized.setdefault(name, []).append(weights())
 
     def read(self, name: str) -> NDArray[np.float32]:

@@ -195,3 +195,4 @@ def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, 
             part = rough.read(name, start, start + rows_at_once)
             running.quantized(name, start, partial(np.asarray, part))
     assert corrected >= 3
+    assert not running._quantized  # nothing is held that was not asked for

@@ -90,6 +90,19 @@ def test_same_seed_same_bytes(checkpoint, tmp_path: Path) -> None:
     assert made("c", seed=1) != one
 
 
+def test_exports_of_one_walk_are_those_of_a_walk_each(checkpoint, tmp_path: Path) -> None:
+    """Each follows the model that it has quantised, not the other's."""
+    folder, text = checkpoint(num_hidden_layers=1), vars(replace(SMALL, tokens=200))
+
+    def made(where: str, *formats: str) -> dict[str, bytes]:
+        done = xent_quant.quantize(folder, bits=4, formats=formats, output=tmp_path / where, effort="fast", **text)
+        return {path.name: path.read_bytes() for path in done.files if path.suffix in (".gguf", ".data")}
+
+    together = made("both", "gguf", "onnx")
+    assert len(together) == 2
+    assert together == made("one", "gguf") | made("two", "onnx")
+
+
 def test_the_file_tells_how_it_was_calibrated(checkpoint, tmp_path: Path) -> None:
     text = vars(replace(SMALL, tokens=200))
     done = xent_quant.quantize(checkpoint(), type="Q4_0", output=tmp_path / "out", effort="fast", **text)
