@@ -308,11 +308,11 @@ class StreamingModel:
             mine = chose[-1][tokens].any(1) if len(streams) > 1 else None
         parts = list(self._parts(torch.arange(len(tokens), device=self.device)))
 
-        def step(names: tuple[str, ...], rows: list[Tensor], part: Tensor, last: bool, others: Tensor | None = None) -> Step:
+        def step(before: tuple[str, ...], rows: list[Tensor], part: Tensor, last: bool, others: Tensor | None = None) -> Step:
             here = tokens[part]
-            gap = _gap([stream.flat[here] + stream.y[here] for stream in streams]) if names == (down,) and not expert else None
+            gap = _gap([stream.flat[here] + stream.y[here] for stream in streams]) if before == (down,) and not expert else None
             gates = factors[-1][part] if expert else None
-            return _step(names, rows, here, last, gates, None if mine is None else mine[part], others, gap)
+            return _step(before, rows, here, last, gates, None if mine is None else mine[part], others, gap)
 
         if first:
             for part, last in parts:
