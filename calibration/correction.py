@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-F32 = NDArray[np.float32]
+from xent_quant.linalg import F32, damped, inverse, product
 
 RIDGE = 0.01
 """λ as a share of H's mean diagonal."""
@@ -22,8 +20,8 @@ RIDGE = 0.01
 
 @dataclass(frozen=True)
 class Correction:
-    """`hessian` H, `drift` D [in, in] and `gaps` G [out, in] or None as above. Of rows that none of them has seen:
-    `inputs` x and `drifts` x̂ − x [n, in], `gap` [n, out] or None."""
+    """`hessian` H, not all zeros, `drift` D [in, in] and `gaps` G [out, in] or None as above. Of rows that none of them has
+    seen: `inputs` x and `drifts` x̂ − x [n, in], `gap` [n, out] or None. All float32."""
 
     hessian: F32
     drift: F32
@@ -33,19 +31,19 @@ class Correction:
     gap: F32 | None
 
     def target(self, start: int, weights: F32) -> F32:
-        """Rows `start`… [rows, in] of the weight to what should be quantised in their place.
+        """Rows `start`… [rows, in] float32 of the weight to what should be quantised in their place.
 
         Goes as far towards the solution as is best on the held-out rows, between not at all and all the way: a regression
         on few rows promises more than it keeps. Holds four copies of the weights.
         """
         rows = slice(start, start + len(weights))
-        wanted = _product(weights, self.drift)
-        wish = _product(self.drifts, np.ascontiguousarray(weights.T))
+        wanted = product(weights, self.drift)
+        wish = product(self.drifts, weights.T)
         if self.gaps is not None and self.gap is not None:
             wanted += self.gaps[rows]
             wish += self.gap[:, rows]
-        change = _product(wanted, self._inverse)
-        reach = _product(self.inputs, np.ascontiguousarray(change.T))
+        change = product(wanted, self._inverse)
+        reach = product(self.inputs, change.T)
         energy = float(np.square(reach, dtype=np.float64).sum())
         if not energy:
             return weights
@@ -55,18 +53,5 @@ class Correction:
 
     @cached_property
     def _inverse(self) -> F32:
-        """(H + λ)⁻¹ by way of float64, on one thread: LAPACK's results depend on how many there are."""
-        wide = torch.from_numpy(self.hessian).double()
-        wide.diagonal().add_(RIDGE * wide.diagonal().mean())
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            found: F32 = torch.cholesky_inverse(torch.linalg.cholesky(wide)).float().numpy()
-        finally:
-            torch.set_num_threads(threads)
-        return found
-
-
-def _product(a: F32, b: F32) -> F32:
-    result: F32 = torch.mm(torch.from_numpy(a), torch.from_numpy(b)).numpy()
-    return result
+        """(H + λ)⁻¹ [in, in]."""
+        return inverse(damped(self.hessian, RIDGE))

@@ -11,6 +11,7 @@ gate that scales the expert's output for that row. llama.cpp reads past tensors 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -31,6 +32,12 @@ that no token reached gets the average, and one that saw thousands is left as me
 
 COLUMN_FLOOR = 1e-4
 """No column's importance falls below this share of the mean: a column that calibration never excited must survive."""
+
+
+def floored(means: NDArray[Any]) -> F32:
+    """Means of x² [n_columns] of any float type to float32, none below COLUMN_FLOOR of their mean."""
+    result: F32 = np.maximum(means, COLUMN_FLOOR * means.mean()).astype(np.float32)
+    return result
 
 
 @dataclass(frozen=True)
@@ -173,5 +180,4 @@ class Imatrix(StatisticsSource):
             return None
         average = entry.sums.sum(axis=0, dtype=np.float64) / total  # [n_columns]
         blended = (entry.sums[expert] + PRIOR_ROWS * average) / (float(entry.counts[expert]) + PRIOR_ROWS)
-        floored: F32 = np.maximum(blended, COLUMN_FLOOR * blended.mean()).astype(np.float32)
-        return floored
+        return floored(blended)

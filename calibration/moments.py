@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from calibration.correction import Correction
+from calibration.imatrix import floored
 from xent_quant.tensors import InputStatistics
-
-COLUMN_FLOOR = 1e-4
-"""No column's importance falls below this share of the mean: a column that calibration never excited must survive."""
 
 FEWEST_ROWS = 64
 """Rows on which an importance must stand: an expert with fewer gets the missing ones from its layer."""
@@ -95,6 +93,13 @@ class Moments:
         if gap is not None:
             self.gaps = _added(self.gaps, gap.float().T @ wide)
 
+    def _shares(self, layer: "Moments | None") -> tuple[float, float]:
+        """Factors of the own sums and of the layer's in means made up to `fewest_rows`; both 0 where there are no rows."""
+        missing = max(0, fewest_rows(self.columns, self.hessian) - self.rows) if layer is not None and layer.rows else 0
+        total = self.rows + missing
+        own = self.rows / self.weight / total if self.weight else 0.0
+        return own, missing / layer.rows / total if layer is not None and missing else 0.0
+
     def statistics(self, layer: "Moments | None" = None) -> InputStatistics | None:
         """Means over the rows, made up to `fewest_rows` with the mean of `layer`; None where neither has any row.
 
@@ -102,48 +107,38 @@ class Moments:
         no token reached gets its layer's statistics, one with enough rows its own, unchanged. The diagonal and every column's
         importance keep a floor of COLUMN_FLOOR of their mean.
         """
-        missing = 0
-        if layer is not None and layer.rows:
-            missing = max(0, fewest_rows(self.columns, self.hessian) - self.rows)
-        total = self.rows + missing
-        if not total:
+        own, theirs = self._shares(layer)
+        if not own and not theirs:
             return None
-        own = self.rows / self.weight if self.weight else 0.0
         squares = self.squares * own
-        if missing and layer is not None:
-            squares += layer.squares * (missing / layer.rows)
-        importance = (squares / total).numpy()
-        importance = np.maximum(importance, COLUMN_FLOOR * importance.mean()).astype(np.float32)
+        if theirs and layer is not None:
+            squares += layer.squares * theirs
+        importance = floored(squares.numpy())
         hessian = None
         if self.hessian:
             mean = torch.zeros(self.columns, self.columns)
             if self.products is not None:
-                mean += self.products.cpu() * (own / total)
-            if missing and layer is not None and layer.products is not None:
-                mean += layer.products.cpu() * (missing / layer.rows / total)
+                mean += self.products.cpu() * own
+            if theirs and layer is not None and layer.products is not None:
+                mean += layer.products.cpu() * theirs
             hessian = (mean.triu_() + mean.triu(1).T).numpy()
-            np.fill_diagonal(hessian, np.maximum(hessian.diagonal(), COLUMN_FLOOR * hessian.diagonal().mean()))
-        held_out = self.held_out or (layer.held_out if missing and layer is not None else [])
+            np.fill_diagonal(hessian, floored(hessian.diagonal()))
+        held_out = self.held_out or (layer.held_out if theirs and layer is not None else [])
         return InputStatistics(importance, hessian, self.rows, torch.cat(held_out).numpy() if held_out else None)
 
     def correction(self, statistics: InputStatistics, layer: "Moments | None" = None) -> Correction | None:
-        """For weights whose inputs have these `statistics`, made up alike; None where nothing drifted or is held out."""
-        held_out, drifts = self.held_out, self.held_out_drift
-        missing = 0
-        if layer is not None and layer.drift is not None:
-            missing = max(0, fewest_rows(self.columns, self.hessian) - self.rows)
-            if missing and not held_out:
-                held_out, drifts = layer.held_out, layer.held_out_drift
-        if self.drift is None or not drifts or statistics.hessian is None:
+        """For weights whose inputs have these `statistics`, drift and gaps made up alike: with the layer's drift where that is
+        known, else with none. None where nothing drifted, is held out, or has any energy."""
+        own, theirs = self._shares(layer)
+        known = [(self, own), (layer, theirs)]
+        drifts = [moments.drift.cpu() * share for moments, share in known if share and moments and moments.drift is not None]
+        apart = next((moments for moments, share in known if share and moments and moments.held_out_drift), None)
+        if not drifts or apart is None or statistics.hessian is None or not statistics.hessian.any():
             return None
-        total = self.rows + missing
-        own = self.rows / self.weight / total
-        drift = self.drift.cpu() * own
-        if missing and layer is not None and layer.drift is not None:
-            drift += layer.drift.cpu() * (missing / layer.rows / total)
         gap = torch.cat(self.held_out_gap).numpy() if self.held_out_gap else None
         gaps = None if self.gaps is None or gap is None else (self.gaps.cpu() * own).numpy()
-        return Correction(statistics.hessian, drift.numpy(), gaps, torch.cat(held_out).numpy(), torch.cat(drifts).numpy(), gap)
+        inputs, drifted = torch.cat(apart.held_out).numpy(), torch.cat(apart.held_out_drift).numpy()
+        return Correction(statistics.hessian, sum(drifts[1:], drifts[0]).numpy(), gaps, inputs, drifted, gap)
 
 
 def _added(total: Tensor | None, more: Tensor) -> Tensor:

@@ -116,6 +116,8 @@ class RunningCalibration(StatisticsSource):
         if not step.last:
             return
         del self._open[step.weights]
+        if not torch.isfinite(moments.squares).all():
+            raise CalibrationError(f"{step.weights[0]}: its inputs are NaN or infinite; the checkpoint is damaged")
         prior = None
         if step.gates is not None:
             prior = self._layer

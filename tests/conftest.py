@@ -1,12 +1,14 @@
-"""Small random XVERSE checkpoints with a small tokenizer, in the layout of a released one."""
+"""Small random XVERSE checkpoints with a small tokenizer, in the layout of a released one; and how many threads work on them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -77,3 +79,14 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return write_checkpoint(tmp_path / "model", config, random_weights(config))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small matrices on a busy machine: threads would wait for each other most of the time."""
+    before = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    yield
+    torch.set_num_threads(before[0])
+    numba.set_num_threads(before[1])

@@ -169,12 +169,14 @@ def test_wrong_paths_and_text_fail_in_one_line(checkpoint, tmp_path: Path, capsy
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path: Path, how: signal.Signals) -> None:
-    folder, out = checkpoint(num_experts=32, num_hidden_layers=6, intermediate_size=480), tmp_path / "out"
-    arguments = [*COMMAND, str(folder), *PLAIN, "--type", "Q8_0", "--output", str(out)]
+    folder, out = checkpoint(num_experts=16, num_hidden_layers=3, intermediate_size=512), tmp_path / "out"
+    # A type that takes its time: the process must not end before it is told to.
+    arguments = [*COMMAND, str(folder), *PLAIN, "--type", "IQ3_S", "--threads", "1", "--output", str(out)]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and not list(out.glob(".*.part")):
         time.sleep(0.002)
+    assert process.poll() is None
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if how is signal.SIGKILL else 130)
@@ -183,4 +185,4 @@ def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path
     assert not [path for path in out.glob("*") if not path.name.startswith(".")]
     if how is not signal.SIGKILL:
         assert not list(out.glob(".*"))
-    assert run(folder, *PLAIN, "--type", "Q8_0", "--output", out).returncode == 0
+    assert subprocess.run(arguments, capture_output=True).returncode == 0

@@ -11,8 +11,6 @@ Source: bitsandbytes 0.50, `QuantState.as_dict`, `Linear8bitLt._save_to_state_di
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
@@ -24,6 +22,7 @@ from numpy.typing import NDArray
 from xent_quant import formats
 from xent_quant.errors import ConfigError
 from xent_quant.formats.base import F32, U8
+from xent_quant.linalg import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +102,7 @@ class FourBit(Kind):
         functional = bitsandbytes_functional()
         packed, state = functional.quantize_4bit(_half(name, weights, "BF16"), blocksize=BLOCK, quant_type=self.quant_type)
         # What `compress_statistics=True` does, on one thread: the last bit of the mean depends on their number.
-        with _one_thread():
+        with one_thread():
             state.offset = state.absmax.mean()
             state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - state.offset, blocksize=NESTED_BLOCK)
         state.nested = True
@@ -142,18 +141,6 @@ def bitsandbytes_functional() -> ModuleType:
         advice.setLevel(level)
     functional: ModuleType = bitsandbytes.functional
     return functional
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _half(name: str, weights: F32, dtype: Literal["BF16", "F16"]) -> "Tensor":

@@ -65,6 +65,38 @@ def test_never_worse_on_held_out_rows_however_few_the_others(rows) -> None:
     assert after < before
 
 
+@pytest.mark.parametrize("drifted", [False, True])
+def test_a_rare_experts_drift_is_made_up_as_its_hessian_is(monkeypatch, drifted) -> None:
+    """Of a layer whose drift is not known, its rows count as rows without any."""
+    monkeypatch.setattr("calibration.moments.FEWEST_ROWS", 1)
+    rare, layer = Moments(COLUMNS, hessian=True), Moments(COLUMNS, hessian=True)
+    own, others = problem(10, 0.3), problem(300, 0.3)
+    for moments, (exact, inputs, _) in ((rare, own), (layer, others)):
+        mask = torch.arange(len(inputs)) % 5 == 4
+        known = torch.from_numpy(exact) if drifted or moments is rare else None
+        moments.add(torch.from_numpy(inputs), mask, exact=known)
+    statistics = rare.statistics(layer)
+    assert statistics is not None
+    found = rare.correction(statistics, layer)
+    assert found is not None
+
+    def mean(side: tuple[np.ndarray, ...]) -> np.ndarray:
+        exact, inputs = (rows[np.arange(len(rows)) % 5 != 4].astype(np.float64) for rows in side[:2])
+        return (exact - inputs).T @ inputs / len(inputs)
+
+    wanted = (8 * mean(own) + (COLUMNS - 8) * (mean(others) if drifted else 0)) / COLUMNS
+    np.testing.assert_allclose(found.drift, wanted, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_array_equal(found.inputs, own[1][4::5])
+
+
+def test_weights_whose_inputs_have_no_energy_stay() -> None:
+    moments = Moments(COLUMNS, hessian=True)
+    moments.add(torch.zeros(64, COLUMNS), torch.arange(64) > 50, exact=torch.zeros(64, COLUMNS))
+    statistics = moments.statistics()
+    assert statistics is not None
+    assert moments.correction(statistics) is None
+
+
 def test_a_regression_that_misleads_is_not_followed() -> None:
     correction, _, _ = corrected(400, 0.3, False)
     weights = RANDOM.normal(size=(ROWS, COLUMNS)).astype(np.float32)

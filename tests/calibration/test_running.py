@@ -9,7 +9,8 @@ import torch
 from safetensors.numpy import load_file
 
 from calibration.correction import RIDGE
-from calibration.moments import COLUMN_FLOOR, fewest_rows
+from calibration.imatrix import COLUMN_FLOOR
+from calibration.moments import fewest_rows
 from calibration.running import RunningCalibration
 from tests.model.test_streaming import Rough
 from tests.reference.forward import forward
@@ -197,3 +198,14 @@ def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, 
     assert corrected >= 3
     # Nothing is held that was not asked for; where the head is the embedding, nothing asks for the last weight.
     assert len(running._quantized) <= source.architecture.tie_word_embeddings
+
+
+def test_overflowing_inputs_name_the_weight(checkpoint) -> None:
+    class Loud(Checkpoint):
+        def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+            return super().read(name, start, stop) * np.float32(1e25 if "layers.1.mlp.up" in name else 1)
+
+    source = RunningCalibration(StreamingModel(Loud.open(checkpoint(num_experts=None))), torch.from_numpy(WINDOWS), hessian=True)
+    source.get("model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.down_proj\.weight: its inputs are NaN or infinite"):
+        source.get("model.layers.1.mlp.down_proj.weight")

@@ -1,10 +1,8 @@
 """What we export is the same function in stock ONNX Runtime: against our float32 forward on the dequantised weights."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -30,18 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     "not renormalised": {"norm_topk_prob": False},
 }
 IDS = [2, 17, 300, 5, 9, 42, 260, 261, 11, 7, 290, 33]
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = Settings(onnx_dtype="fp32", accuracy_level=0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small matrices on a busy machine: threads would wait for each other most of the time."""
-    before = torch.get_num_threads(), numba.get_num_threads()
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    numba.set_num_threads(before[1])
 
 
 def write(folder: Path, output: Path, settings: Settings) -> Path:

@@ -1,25 +1,18 @@
 """Exports of the miniature, made once, and short texts. Fixed seeds; one thread: small matrices on a busy machine."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numba
 import pytest
-import torch
 
 import xent_quant
 from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads(), numba.get_num_threads()
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    numba.set_num_threads(before[1])
+@pytest.fixture(autouse=True, scope="module")
+def few_threads(one_thread: None) -> None:
+    """For every test here."""
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,6 @@ Rows are independent of each other. Types without a grid, and weights without a 
 the weighted search.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numba as nb
@@ -25,6 +23,7 @@ from numpy.typing import NDArray
 from xent_quant.errors import QuantizationError
 from xent_quant.formats._codes import CodedFormat
 from xent_quant.formats.base import F32, U8, Effort, QuantFormat
+from xent_quant.linalg import damped, factorise, inverse, product
 from xent_quant.methods.search import Search
 from xent_quant.tensors import InputStatistics
 
@@ -105,46 +104,6 @@ def descend(weights, gradient, hessian, scale, offset, levels, uniform, codes, e
                 gradient[row, c] += change * hessian[j, c]
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """LAPACK's results depend on the number of threads; ours must not."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def factorise(hessian: F64) -> F32:
-    """U, unit upper triangular, with hessian = U diag(D) Uᵀ; [n, n] float64 to float32, computed in float64."""
-    import torch
-
-    with one_thread():
-        lower = torch.linalg.cholesky(torch.from_numpy(hessian[::-1, ::-1].copy())).numpy()
-    upper = lower[::-1, ::-1]
-    return np.ascontiguousarray(upper / upper.diagonal(), dtype=np.float32)
-
-
-def inverse(hessian: F64) -> F32:
-    """[n, n] float64 to float32."""
-    import torch
-
-    with one_thread():
-        found: F32 = torch.cholesky_inverse(torch.linalg.cholesky(torch.from_numpy(hessian))).float().numpy()
-    return found
-
-
-def product(a: F32, b: F32) -> F32:
-    """a @ b, of the same bits whatever the number of threads."""
-    import torch
-
-    result: F32 = torch.mm(torch.from_numpy(np.ascontiguousarray(a)), torch.from_numpy(np.ascontiguousarray(b))).numpy()
-    return result
-
-
 @dataclass(frozen=True)
 class Curvature:
     """A damped Hessian [n, n] float32 and its factor U; `source` is the array that it was made from. Keeps the blocks along the
@@ -157,8 +116,7 @@ class Curvature:
 
     @classmethod
     def of(cls, hessian: F32) -> "Curvature":
-        wide = hessian.astype(np.float64)
-        wide[np.diag_indices_from(wide)] += DAMPING * wide.diagonal().mean()
+        wide = damped(hessian, DAMPING)
         return cls(hessian, wide.astype(np.float32), factorise(wide))
 
     def block(self, first: int, last: int) -> tuple[F32, F32, F32]:
