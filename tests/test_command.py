@@ -170,9 +170,9 @@ def test_wrong_paths_and_text_fail_in_one_line(checkpoint, tmp_path: Path, capsy
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path: Path, how: signal.Signals) -> None:
     folder, out = checkpoint(num_experts=16, num_hidden_layers=3, intermediate_size=512), tmp_path / "out"
-    # A type that takes its time: the process must not end before it is told to.
+    # A type that takes its time, and low priority: the process must not end before it is told to.
     arguments = [*COMMAND, str(folder), *PLAIN, "--type", "IQ3_S", "--threads", "1", "--output", str(out)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(["nice", *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and not list(out.glob(".*.part")):
         time.sleep(0.002)
