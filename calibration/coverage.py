@@ -1,6 +1,6 @@
 """How many calibration tokens each expert saw."""
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -30,11 +30,9 @@ class Coverage:
     def __post_init__(self) -> None:
         self.tokens = [[0] * self.experts for _ in range(self.layers)]
 
-    def count(self, weight: str, tokens: int) -> None:
-        """Add the tokens that reached the expert of this checkpoint tensor."""
-        match = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\..*", weight)
-        if match:
-            self.tokens[int(match[1])][int(match[2])] += tokens
+    def count(self, layer: int, tokens: Sequence[int]) -> None:
+        """The tokens that reached each expert of a layer."""
+        self.tokens[layer] = list(tokens)
 
     def rows(self) -> list[LayerCoverage]:
         return [

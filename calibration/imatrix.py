@@ -11,33 +11,18 @@ gate that scales the expert's output for that row. llama.cpp reads past tensors 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
-from numpy.typing import NDArray
 
-from xent_quant.checkpoint import architecture as names
+from calibration.rare import FEWEST_ROWS, floored, missing_rows
 from xent_quant.checkpoint.architecture import Architecture
-from xent_quant.checkpoint.llama_names import llama_name
+from xent_quant.checkpoint.llama_names import HEAD, llama_name
 from xent_quant.errors import CalibrationError
-from xent_quant.tensors import InputStatistics, StatisticsSource
+from xent_quant.formats.base import F32
+from xent_quant.tensors import InputStatistics, Role, StatisticsSource, TensorSpec
 
-F32 = NDArray[np.float32]
 GATED, GATES = ".in_sum2_gated", ".gate_sum2"
-
-PRIOR_ROWS = 64.0
-"""An expert's statistics count as its own rows plus this many rows of its tensor's average over experts, so an expert
-that no token reached gets the average, and one that saw thousands is left as measured."""
-
-COLUMN_FLOOR = 1e-4
-"""No column's importance falls below this share of the mean: a column that calibration never excited must survive."""
-
-
-def floored(means: NDArray[Any]) -> F32:
-    """Means of x² [n_columns] of any float type to float32, none below COLUMN_FLOOR of their mean."""
-    result: F32 = np.maximum(means, COLUMN_FLOOR * means.mean()).astype(np.float32)
-    return result
 
 
 @dataclass(frozen=True)
@@ -144,12 +129,10 @@ class Imatrix(StatisticsSource):
         """Refuse statistics of another model: all their tensors must be there, with their experts and columns. Raises
         CalibrationError."""
         wanted: dict[str, tuple[int, int]] = {}
-        for name, shape in model.tensors().items():
-            tensor, expert = llama_name(name)
-            wanted[tensor] = (expert + 1, shape[-1])
-        head = llama_name(names.HEAD)[0]
+        for spec in model.tensors().values():
+            wanted[llama_name(spec)] = ((spec.expert or 0) + 1, spec.shape[-1])
         for tensor in sorted(self.entries):
-            if tensor == head and model.tie_word_embeddings:
+            if tensor == HEAD and model.tie_word_embeddings:
                 continue
             if tensor not in wanted:
                 raise CalibrationError(f"{self.source}: has statistics of {tensor}, which this model lacks; calibrate this model")
@@ -160,17 +143,16 @@ class Imatrix(StatisticsSource):
                     "calibrate this model"
                 )
 
-    def get(self, name: str) -> InputStatistics | None:
-        """See `StatisticsSource`."""
-        tensor, expert = llama_name(name)
-        importance = self.importance(tensor, expert)
-        return None if importance is None else InputStatistics(importance, None, int(self.entries[tensor].counts[expert]))
+    def get(self, tensor: TensorSpec) -> InputStatistics | None:
+        """See `StatisticsSource`. A tied head has the embedding's name, and the statistics of llama.cpp's output.weight."""
+        name, expert = HEAD if tensor.role is Role.EMBEDDING else llama_name(tensor), tensor.expert or 0
+        importance = self.importance(name, expert)
+        return None if importance is None else InputStatistics(importance, None, int(self.entries[name].counts[expert]))
 
     def importance(self, name: str, expert: int = 0) -> F32 | None:
         """Mean x² per input column of one matrix, [n_columns] float32, or None where the file has no such tensor.
 
-        A rare expert is shrunk towards the tensor's average over experts, (Σx² + k·mean) / (rows + k) with k =
-        PRIOR_ROWS, and no column falls below COLUMN_FLOOR of the mean.
+        A rare expert is made up with the tensor's average over experts, see `calibration.rare`.
         """
         entry = self.entries.get(name)
         if entry is None:
@@ -179,5 +161,6 @@ class Imatrix(StatisticsSource):
         if total == 0:
             return None
         average = entry.sums.sum(axis=0, dtype=np.float64) / total  # [n_columns]
-        blended = (entry.sums[expert] + PRIOR_ROWS * average) / (float(entry.counts[expert]) + PRIOR_ROWS)
-        return floored(blended)
+        rows = float(entry.counts[expert])
+        missing = missing_rows(rows, FEWEST_ROWS)
+        return floored((entry.sums[expert] + missing * average) / (rows + missing))

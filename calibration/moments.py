@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 
 from calibration.correction import Correction
-from calibration.imatrix import floored
+from calibration.rare import fewest_rows, floored, missing_rows
+from xent_quant.model.stages import Batch
 from xent_quant.tensors import InputStatistics
-
-FEWEST_ROWS = 64
-"""Rows on which an importance must stand: an expert with fewer gets the missing ones from its layer."""
-
-FEWEST_ROWS_PER_COLUMN = 1.0
-"""The same for a Hessian, per input column: with fewer rows than columns it has no inverse."""
 
 STRIPE = 256
 """Rows of Σ x xᵀ that are computed at a time, from their first column on: its lower half is the upper one mirrored."""
@@ -26,17 +21,13 @@ HELD_OUT_ROWS = 1024
 """Rows kept for judging, at most."""
 
 
-def fewest_rows(columns: int, hessian: bool) -> int:
-    return max(FEWEST_ROWS, int(FEWEST_ROWS_PER_COLUMN * columns)) if hessian else FEWEST_ROWS
-
-
 @dataclass
 class Moments:
     """Σ w x² per column (`squares` [in] float64) and, if `hessian`, Σ w x xᵀ (`products` [in, in] float32, on and above the
     diagonal) over `rows` rows of weights w, which add up to `weight`.
 
-    Where the rows come with what they should have been, also Σ w (exact − x) xᵀ (`drift` [in, in]) and, with gaps, Σ w gap xᵀ
-    (`gaps` [out, in]), both float32.
+    Where the rows come with what they should have been, also Σ w (exact − x) xᵀ (`drift` [in, in]) and, where the output goes
+    to the residual stream, Σ w r xᵀ of what that lacks (`residuals` [out, in]), both float32.
     """
 
     columns: int
@@ -46,36 +37,31 @@ class Moments:
     squares: Tensor = field(init=False)
     products: Tensor | None = field(init=False, default=None)
     drift: Tensor | None = field(init=False, default=None)
-    gaps: Tensor | None = field(init=False, default=None)
+    residuals: Tensor | None = field(init=False, default=None)
     held_out: list[Tensor] = field(init=False, default_factory=list)
     held_out_drift: list[Tensor] = field(init=False, default_factory=list)
-    held_out_gap: list[Tensor] = field(init=False, default_factory=list)
+    held_out_residual: list[Tensor] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.squares = torch.zeros(self.columns, dtype=torch.float64)
 
-    def add(
-        self,
-        inputs: Tensor,
-        held_out: Tensor | None = None,
-        gates: Tensor | None = None,
-        exact: Tensor | None = None,
-        gap: Tensor | None = None,
-    ) -> None:
-        """Rows [n, in] of any float type, `exact` [n, in] and `gap` [n, out] as in `Step`; those of the mask `held_out` [n] are
-        kept as they are instead. A row's weight is the square of its gate, [n], or 1."""
-        wide, weight = inputs.float(), torch.ones(len(inputs), device=inputs.device) if gates is None else gates.float()
+    def add(self, batch: Batch, held_out: Tensor | None = None, gated: bool = False) -> None:
+        """The rows of a batch; those of the mask `held_out` [n] are kept as they are instead. A row's weight is 1 or, if
+        `gated`, the square of its gate."""
+        wide, exact, residual = batch.inputs.float(), batch.exact, batch.residual
+        gates = batch.gates if gated else None
+        weight = torch.ones(len(wide), device=wide.device) if gates is None else gates.float()
         drift = None if exact is None else exact.float() - wide
         if gates is not None:
             wide = wide * weight[:, None]
-            drift, gap = (None if rows is None else rows * weight[:, None] for rows in (drift, gap))
+            drift, residual = (None if rows is None else rows * weight[:, None] for rows in (drift, residual))
         if held_out is not None and held_out.any():
             room = max(0, HELD_OUT_ROWS - sum(len(kept) for kept in self.held_out))
-            for rows, kept in ((wide, self.held_out), (drift, self.held_out_drift), (gap, self.held_out_gap)):
+            for rows, kept in ((wide, self.held_out), (drift, self.held_out_drift), (residual, self.held_out_residual)):
                 if rows is not None:
                     kept.append(rows[held_out][:room].float().cpu())
             wide, weight = wide[~held_out], weight[~held_out]
-            drift, gap = (None if rows is None else rows[~held_out] for rows in (drift, gap))
+            drift, residual = (None if rows is None else rows[~held_out] for rows in (drift, residual))
         if not len(wide):
             return
         self.rows += len(wide)
@@ -90,12 +76,12 @@ class Moments:
             self.products[stripe, start:].addmm_(wide[:, stripe].T, wide[:, start:])
         if drift is not None:
             self.drift = _added(self.drift, drift.T @ wide)
-        if gap is not None:
-            self.gaps = _added(self.gaps, gap.float().T @ wide)
+        if residual is not None:
+            self.residuals = _added(self.residuals, residual.float().T @ wide)
 
     def _shares(self, layer: "Moments | None") -> tuple[float, float]:
         """Factors of the own sums and of the layer's in means made up to `fewest_rows`; both 0 where there are no rows."""
-        missing = max(0, fewest_rows(self.columns, self.hessian) - self.rows) if layer is not None and layer.rows else 0
+        missing = missing_rows(self.rows, fewest_rows(self.columns, self.hessian)) if layer is not None and layer.rows else 0.0
         total = self.rows + missing
         own = self.rows / self.weight / total if self.weight else 0.0
         return own, missing / layer.rows / total if layer is not None and missing else 0.0
@@ -103,9 +89,7 @@ class Moments:
     def statistics(self, layer: "Moments | None" = None) -> InputStatistics | None:
         """Means over the rows, made up to `fewest_rows` with the mean of `layer`; None where neither has any row.
 
-        mean = (Σ own + missing · mean of layer) / (own rows + missing), missing = max(0, fewest − own rows): an expert that
-        no token reached gets its layer's statistics, one with enough rows its own, unchanged. The diagonal and every column's
-        importance keep a floor of COLUMN_FLOOR of their mean.
+        See `calibration.rare`; the diagonal of the Hessian keeps the floor too.
         """
         own, theirs = self._shares(layer)
         if not own and not theirs:
@@ -127,18 +111,19 @@ class Moments:
         return InputStatistics(importance, hessian, self.rows, torch.cat(held_out).numpy() if held_out else None)
 
     def correction(self, statistics: InputStatistics, layer: "Moments | None" = None) -> Correction | None:
-        """For weights whose inputs have these `statistics`, drift and gaps made up alike: with the layer's drift where that is
-        known, else with none. None where nothing drifted, is held out, or has any energy."""
+        """For weights whose inputs have these `statistics`, drift and residuals made up alike: with the layer's drift where
+        that is known, else with none. None where nothing drifted, is held out, or has any energy."""
         own, theirs = self._shares(layer)
         known = [(self, own), (layer, theirs)]
         drifts = [moments.drift.cpu() * share for moments, share in known if share and moments and moments.drift is not None]
         apart = next((moments for moments, share in known if share and moments and moments.held_out_drift), None)
-        if not drifts or apart is None or statistics.hessian is None or not statistics.hessian.any():
+        if not drifts or apart is None or statistics.curvature is None:
             return None
-        gap = torch.cat(self.held_out_gap).numpy() if self.held_out_gap else None
-        gaps = None if self.gaps is None or gap is None else (self.gaps.cpu() * own).numpy()
+        residual = torch.cat(self.held_out_residual).numpy() if self.held_out_residual else None
+        residuals = None if self.residuals is None or residual is None else (self.residuals.cpu() * own).numpy()
         inputs, drifted = torch.cat(apart.held_out).numpy(), torch.cat(apart.held_out_drift).numpy()
-        return Correction(statistics.hessian, sum(drifts[1:], drifts[0]).numpy(), gaps, inputs, drifted, gap)
+        drift = sum(drifts[1:], drifts[0]).numpy()
+        return Correction(statistics.curvature, drift, residuals, inputs, drifted, residual)
 
 
 def _added(total: Tensor | None, more: Tensor) -> Tensor:

@@ -8,21 +8,8 @@ TAGS = ("mixture-of-experts", "xverse")
 PROMPT = "The old lamp in the window"
 
 
-def opening(
-    base: BaseModel,
-    library: str,
-    tags: Sequence[str],
-    title: str,
-    sentence: str,
-    tensors: Iterable[tuple[str, str, int]],
-    notes: Sequence[str],
-) -> list[str]:
-    """Lines up to those that tell how to run it. `sentence` goes on after the base model's name; `tensors` are (what to call
-    it, type, bytes) and share a row by the first."""
-    rows: dict[str, tuple[set[str], int]] = {}
-    for group, kind, nbytes in tensors:
-        types, size = rows.get(group, (set(), 0))
-        rows[group] = (types | {kind}, size + nbytes)
+def opening(base: BaseModel, library: str, tags: Sequence[str], title: str, sentence: str) -> list[str]:
+    """Lines up to what is said of the export itself. `sentence` goes on after the base model's name."""
     return [
         *base.front_matter(library, (*tags, *TAGS)),
         "",
@@ -30,13 +17,20 @@ def opening(
         "",
         f"{base.link} {sentence}. Made by xent-quant. {base.terms}",
         "",
+        "A base model: it continues text, there is no chat template.",
+        "",
+    ]
+
+
+def table(tensors: Iterable[tuple[str, str, int]]) -> list[str]:
+    """Lines of a table of (what to call it, type, bytes); tensors that are called the same share a row."""
+    rows: dict[str, tuple[set[str], int]] = {}
+    for group, kind, nbytes in tensors:
+        types, size = rows.get(group, (set(), 0))
+        rows[group] = (types | {kind}, size + nbytes)
+    return [
         "| tensors | type | size |",
         "|---|---|---|",
         *(f"| {group} | {', '.join(sorted(types))} | {human_size(size)} |" for group, (types, size) in rows.items()),
-        "",
-        *(f"{note}\n" for note in notes),
-        "## Run it",
-        "",
-        "A base model: it continues text, there is no chat template.",
         "",
     ]

@@ -1,15 +1,16 @@
-"""What exporters share. The pipeline walks the checkpoint once and hands every tensor to every exporter's Sink."""
+"""What exporters share. An exporter plans, and places bytes; the walk (`xent_quant.walk`) decides which, and when."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 from xent_quant.checkpoint.architecture import Architecture
-from xent_quant.formats.base import F32
-from xent_quant.tensors import InputStatistics
+from xent_quant.formats.base import U8, Encoding
+from xent_quant.methods.interface import Method
+from xent_quant.storage import Move, Shared, Target
+from xent_quant.tensors import Role, TensorSpec
 
 CONTEXT = 8192
 """Tokens for which the memory on a GPU is estimated: the released models' context."""
@@ -113,34 +114,59 @@ def kv_cache_bytes(model: Architecture, context: int, item: int = 2) -> int:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """Where one tensor of the checkpoint goes in an export, and as what. Exporters add what places it in their files.
+
+    `role` is what it does there: a tied embedding may be written once as embedding and once as head. `rows` and `columns` are the
+    extents of its matrix in the file, padding included; a vector has one row.
+    """
+
+    tensor: TensorSpec
+    role: Role
+    encoding: Encoding
+    rows: int
+    columns: int
+
+    @property
+    def label(self) -> str:
+        """What to call it before a person."""
+        return self.tensor.name
+
+
+@dataclass(frozen=True)
 class Exported:
-    """Files written, the one to open first; `notes` for the person."""
+    """A complete export under its staged names: what gets which name (the one to open first comes first), files that it shares
+    with other exports of its folder, all files as they will be called, and notes for the person."""
 
+    moves: tuple[Move, ...]
     files: tuple[Path, ...]
-    notes: tuple[str, ...]
+    shared: tuple[Shared, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def unmeasured_notes(measured: Mapping[str, bool]) -> tuple[str, ...]:
-    """For the person: which tensors had no statistics, where others had; `measured` is tensor to whether it had."""
-    missing = [name for name, known in measured.items() if not known]
-    if not missing or len(missing) == len(measured):
+def unmeasured_notes(missing: Sequence[str], measured: int) -> tuple[str, ...]:
+    """For the person: tensors that had no statistics, where `measured` others had some."""
+    if not missing or not measured:
         return ()
     return (f"There are no statistics for {len(missing)} tensors ({missing[0]}, …): quantised without.",)
 
 
-class Sink(Protocol):
-    """An export under way; bytes go to temporary names."""
+class Writer(Protocol):
+    """An export under way, in files of a private folder."""
 
-    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> Callable[[], F32]:
-        """Rows `start`… of the checkpoint tensor `name`: [rows, columns] float32, a vector as [1, n].
+    def put(self, slot: Any, start: int, packed: U8) -> None:
+        """Rows `start`… of a slot as its encoding packs them, [rows, row_bytes], padding included; of an encoding that is not
+        `by_rows` all of it, [1, bytes]. In any order; the same rows may come again, with the same bytes."""
 
-        Tensors come in the order of `Architecture.tensors()`, each once and whole: in one piece, or, where it is larger
-        than `Checkpoint.SLICE` weights, in consecutive slices of rows. `weights` belongs to the caller and is not changed.
-        Returns what makes the rows as the export has them, dequantised, in the same shape.
-        """
+    def sync(self) -> None:
+        """What was put is safe from a loss of power when this returns."""
 
-    def finish(self) -> Exported:
-        """All tensors were put: write what is left. The files appear under their names when the context ends."""
+    def finish(self, notes: Sequence[str]) -> Exported:
+        """Everything was put: write what is left. May be called again, in another process too, when the files were not
+        published."""
+
+    def close(self) -> None:
+        """Let go of the files; they stay."""
 
 
 class Exporter(Protocol):
@@ -149,6 +175,29 @@ class Exporter(Protocol):
     @property
     def summary(self) -> PlanSummary: ...
 
-    def open(self, provenance: Mapping[str, str | int]) -> AbstractContextManager[Sink]:
-        """Check the target and start writing. `provenance` is what a file can say of the statistics that it was made with, as
-        `quantize.imatrix.*` keys of GGUF. Leaving the context without `finish` removes everything written."""
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What appears, the one to open first at the beginning; no other run may write these at the same time."""
+
+    @property
+    def slots(self) -> Mapping[str, Sequence[Slot]]:
+        """By the checkpoint's name of the tensor; every tensor has at least one."""
+
+    @property
+    def method(self) -> Method | None:
+        """What chooses the codes; None where the encodings know one way only."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the bytes depend on besides the checkpoint, the statistics and the method, as JSON."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files together, about and at most."""
+
+    def check(self, force: bool) -> None:
+        """Raise ExportError for what stands in the way besides `targets`; looked at once more before any work."""
+
+    def open(self, folder: Path, provenance: Mapping[str, str | int], *, fresh: bool) -> Writer:
+        """Begin in the private `folder`, or go on there. `provenance` is what a file can say of the statistics that it was made
+        with, as `quantize.imatrix.*` keys of GGUF."""

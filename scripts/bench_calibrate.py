@@ -48,7 +48,6 @@ def run_pass(options: argparse.Namespace, method: str) -> dict[str, float]:
 
     import numpy as np
     import torch
-
     from calibration.running import RunningCalibration
 
     opened = session(options)
@@ -69,8 +68,8 @@ def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
 
     import numpy as np
     import torch
-
     from calibration.running import RunningCalibration
+
     from xent_quant import formats
     from xent_quant.methods import METHODS, gptq
     from xent_quant.methods.search import Search

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from calibration.running import RunningCalibration
+from exporters.stream import export
 from make_checkpoint import PRESETS
 from transformers import PreTrainedTokenizerFast
 
-from calibration.running import RunningCalibration
 from exporters.gguf.export import GGUFExporter
 from exporters.gguf.plan import plan
-from exporters.stream import export
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from calibration.collect import collect
 from calibration.running import RunningCalibration
+
 from calibration.text import Source, load, sources
 from exporters.gguf.plan import PlannedTensor, plan
 from xent_quant import formats, recipes

@@ -95,7 +95,7 @@ def main() -> None:
 
     shards: list[list[str]] = [[]]
     size = total = 0
-    tensors = model.tensors()
+    tensors = {name: spec.shape for name, spec in model.tensors().items()}
     for name, shape in tensors.items():
         nbytes = int(np.prod(shape)) * item
         if shards[-1] and size + nbytes > SHARD:

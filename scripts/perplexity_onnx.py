@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from exporters.stream import export
 from onnxruntime.capi import _pybind_state as stock
 
 import xent_quant
 from exporters.onnx.export import ONNXExporter
 from exporters.onnx.plan import Settings, plan
-from exporters.stream import export
 from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32, U8, QuantFormat

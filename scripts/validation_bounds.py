@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from calibration.running import RunningCalibration
 
 import xent_quant
-from calibration.running import RunningCalibration
 from xent_quant import formats
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.hub import resolve

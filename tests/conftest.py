@@ -56,7 +56,8 @@ def small_tokenizer() -> Tokenizer:
 def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     weights = {}
-    for name, shape in Architecture.from_config(config).tensors().items():
+    for name, spec in Architecture.from_config(config).tensors().items():
+        shape = spec.shape
         scale = 1.5 * shape[-1] ** -0.5 if len(shape) > 1 else 0.1
         weights[name] = (random.standard_normal(shape) * scale + (len(shape) == 1)).astype(np.float32)
     return weights

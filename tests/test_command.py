@@ -44,8 +44,8 @@ def test_quantises_and_reports_json(checkpoint, tmp_path: Path) -> None:
     result = run(folder, *PLAIN, "--type", "Q8_0", "--output", out, "--json")
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
-    assert {Path(file).name for file in facts["files"]} == {"model-Q8_0.gguf", "README.md", "Modelfile"}
-    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "README.md", "model-Q8_0.gguf"]
+    assert {Path(file).name for file in facts["files"]} == {"model-Q8_0.gguf", "README.md", "model-Q8_0.Modelfile"}
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model-Q8_0.Modelfile", "model-Q8_0.gguf"]
     described = json.loads(run("inspect", out / "model-Q8_0.gguf", "--json").stdout)
     assert described["general.architecture"] == "bailingmoe"
     fails(run(folder, *PLAIN, "--type", "Q8_0", "--output", out), "exists already", "--force")
@@ -172,17 +172,25 @@ def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path
     folder, out = checkpoint(num_experts=16, num_hidden_layers=3, intermediate_size=512), tmp_path / "out"
     # A type that takes its time, and low priority: the process must not end before it is told to.
     arguments = [*COMMAND, str(folder), *PLAIN, "--type", "IQ3_S", "--threads", "1", "--output", str(out)]
-    process = subprocess.Popen(["nice", *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        ["nice", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline and not list(out.glob(".*.part")):
+    while process.poll() is None and time.monotonic() < deadline and not list(out.glob(".xent-quant-*/*.gguf")):
         time.sleep(0.002)
     assert process.poll() is None
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if how is signal.SIGKILL else 130)
     if how is not signal.SIGKILL:
-        assert errors == "xent-quant: interrupted; nothing unfinished was left behind.\n"
+        kept = list(out.glob(".xent-quant-*"))
+        became = "the same command goes on where this one stopped" if kept else "nothing unfinished was left behind"
+        assert errors == f"xent-quant: interrupted; {became}.\n"
+        assert kept or not list(out.iterdir())
     assert not [path for path in out.glob("*") if not path.name.startswith(".")]
-    if how is not signal.SIGKILL:
-        assert not list(out.glob(".*"))
     assert subprocess.run(arguments, capture_output=True).returncode == 0
+    assert len(list(out.iterdir())) == 3  # and nothing hidden

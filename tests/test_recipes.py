@@ -186,7 +186,7 @@ def test_own_mixes_tell_what_every_token_uses_from_what_few_do(name: str, expert
     chosen = recipe(type=name)
     for role, part in ((Role.GATE, "gate"), (Role.UP, "up"), (Role.DOWN, "down")):
         assert chosen.type_of(f"blk.3.ffn_{part}_exps.weight", role, 3, model()) == experts
-        assert chosen.type_of(f"blk.3.ffn_{part}_shexp.weight", role, 3, model()) == active
+        assert chosen.type_of(f"blk.3.ffn_{part}_shexp.weight", role, 3, model(), shared=True) == active
         assert chosen.type_of(f"blk.3.ffn_{part}_exps.weight", role, 3, model(experts=8)) == experts
     for role in (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_OUTPUT, Role.EMBEDDING, Role.HEAD):
         assert chosen.type_of("x.weight", role, 3, model()) == active

@@ -5,6 +5,10 @@ class XentQuantError(Exception):
     """Base of every error that a user can cause; the command line prints it in one line and exits 1."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or a polite kill; the message says what became of the work."""
+
+
 class ConfigError(XentQuantError):
     """An option, a config.json or a recipe that cannot be followed."""
 

@@ -92,7 +92,7 @@ def _describe_bnb(path: Path) -> dict[str, Any]:
         # Scales and tables count with their weight.
         owner = re.sub(r"\.weight\..+$|\.SCB$|\.weight_format$", ".weight", name)
         sizes[owner] = sizes.get(owner, 0) + location.info.nbytes
-    rows = [TensorRow(name, shape, source.type(name), sizes[name]) for name, shape in architecture.tensors().items()]
+    rows = [TensorRow(name, spec.shape, source.type(name), sizes[name]) for name, spec in architecture.tensors().items()]
     return {
         "path": str(path),
         "kind": "bitsandbytes",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +43,45 @@ def inverse(hessian: F64) -> F32:
     return found
 
 
-def damped(hessian: F32, share: float) -> F64:
-    """H [n, n] with `share` of its mean diagonal added to the diagonal; float32 to float64."""
-    wide = hessian.astype(np.float64)
-    wide[np.diag_indices_from(wide)] += share * wide.diagonal().mean()
-    return wide
+DAMPING = 0.01
+"""Added to a Hessian's diagonal before it is factorised, as a share of the diagonal's mean."""
+
+
+class Curvature:
+    """A damped Hessian [n, n] and what is made of it, each thing once and when it is first asked for.
+
+    Holds the Hessian in float64 and float32, and what was asked for: up to two more [n, n] float32, and the blocks along the
+    diagonal, less than another two for blocks of half the columns or fewer. Raises numpy's and torch's errors for one that is not
+    positive definite.
+    """
+
+    def __init__(self, hessian: F32) -> None:
+        self._wide = hessian.astype(np.float64)
+        self._wide[np.diag_indices_from(self._wide)] += DAMPING * self._wide.diagonal().mean()
+        self._blocks: dict[tuple[int, int], tuple[F32, F32, F32]] = {}
+
+    @cached_property
+    def hessian(self) -> F32:
+        """H + λ."""
+        return self._wide.astype(np.float32)
+
+    @cached_property
+    def inverse(self) -> F32:
+        """(H + λ)⁻¹."""
+        return inverse(self._wide)
+
+    @cached_property
+    def factor(self) -> F32:
+        """U of H + λ, see `factorise`."""
+        return factorise(self._wide)
+
+    def block(self, first: int, last: int) -> tuple[F32, F32, F32]:
+        """The Hessian of columns first…last alone, its inverse, and its factor."""
+        if (first, last) not in self._blocks:
+            hessian = np.ascontiguousarray(self.hessian[first:last, first:last])
+            wide = hessian.astype(np.float64)
+            self._blocks[first, last] = hessian, inverse(wide), factorise(wide)
+        return self._blocks[first, last]
 
 
 def product(a: F32, b: F32) -> F32:

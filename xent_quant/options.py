@@ -117,12 +117,18 @@ class StatisticsOptions(CalibrationOptions):
 class TensorOptions(_Choices):
     """Which type each tensor gets."""
 
-    type: str | None = None
-    """A type or mix by its llama.cpp name (Q4_K_M), instead of --bits."""
+    type: tuple[str, ...] = ()
+    """A type or mix by its llama.cpp name (Q4_K_M), instead of --bits; repeatable: all from one pass."""
     tensor_types: tuple[str, ...] = ()
     """REGEX=TYPE on GGUF tensor names; repeatable, first match wins."""
     pad: Literal["auto", "never"] = "auto"
     """Zero-pad the expert width where that saves bytes; the function stays the same."""
+
+    def __post_init__(self) -> None:
+        given: Any = self.type
+        if isinstance(given, str) or given is None:  # from Python one name will do
+            object.__setattr__(self, "type", (given,) if given else ())
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +163,8 @@ class OutputOptions(_Choices):
     """CPU threads. Default: all."""
     force: bool = False
     """Replace existing output."""
+    restart: bool = False
+    """Begin anew instead of going on with what an interrupted run left."""
 
     @property
     def split_bytes(self) -> int | None:

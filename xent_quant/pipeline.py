@@ -1,5 +1,6 @@
 """The whole job as library calls: open, plan, quantise and export. Knows interfaces only; draws and prints nothing."""
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from xent_quant.errors import ConfigError, ExportError
 from xent_quant.options import CalibrationOptions, Options, ValidationOptions, takes
-from xent_quant.progress import Progress
+from xent_quant.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from calibration.coverage import Coverage
     from calibration.imatrix import Imatrix
     from exporters.interface import PlanSummary
     from xent_quant.checkpoint.reader import Checkpoint
-    from xent_quant.tensors import StatisticsSource
     from xent_quant.validation.report import Report
 
 
@@ -24,18 +24,16 @@ class QuantizeResult:
     """What an export wrote."""
 
     files: tuple[Path, ...]
+    exports: tuple[Path, ...]
+    """What to open of each: a GGUF file (the first shard), a folder of the others."""
     plans: tuple["PlanSummary", ...]
     source_bytes: int
     seconds: float
     threads: int
     notes: tuple[str, ...]
     coverage: "Coverage | None" = None
-
-    @property
-    def exports(self) -> tuple[Path, ...]:
-        """What to open of each format: a GGUF file (the first shard), a folder of the others."""
-        files = [path for path in self.files if path.suffix == ".gguf"][:1]
-        return (*files, *(path.parent for path in self.files if path.name == "config.json"))
+    resumed: int = 0
+    """Layers that an earlier, interrupted run had done."""
 
     @property
     def nbytes(self) -> int:
@@ -49,6 +47,7 @@ class QuantizeResult:
             "bytes": self.nbytes,
             "seconds": self.seconds,
             "threads": self.threads,
+            "resumed_layers": self.resumed,
             "notes": list(self.notes),
             "plans": [plan.to_json() for plan in self.plans],
             "coverage": self.coverage.to_json() if self.coverage else None,
@@ -104,8 +103,8 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     of a tensor, at a time, and the hidden states of the text. Raises the errors of `xent_quant.errors`; nothing that looks
     finished is left after one.
     """
-    from exporters.stream import export
     from xent_quant.targets import Methods, exporters_of
+    from xent_quant.walk.job import run
 
     started = time.perf_counter()
     wanted = Options(**options)
@@ -115,28 +114,42 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     matrix = _read_imatrix(wanted, checkpoint)
     # Names are checked and targets planned before the text is read, which takes torch.
     exporters = exporters_of(checkpoint, wanted, methods)
-    passes: Sequence[StatisticsSource | None] = [matrix] * len(exporters)
-    running, provenance = None, matrix.keys() if matrix else {}
-    if matrix is None and methods.use_statistics:
+    session = None
+    identity: dict[str, str] = {"--effort": wanted.effort}
+    if matrix is not None:
+        identity["--imatrix"] = hashlib.sha256(Path(wanted.imatrix or "").read_bytes()).hexdigest()
+    elif methods.use_statistics:
         from calibration.session import Session
 
         session = Session(checkpoint, wanted)
-        # A pass for each export: it goes on with what that one made of the weights. bitsandbytes' types need none.
-        lazy = [
-            None if exporter.summary.format == "bnb" else session.running(methods.need_hessian, progress)
-            for exporter in exporters
-        ]
-        passes, running, provenance = lazy, next(filter(None, lazy)), session.keys()
-    done = export(checkpoint, exporters, passes, progress, provenance)
-    notes = tuple(note for exported in done for note in exported.notes)
+    if session or any(exporter.method is None for exporter in exporters):  # bitsandbytes runs on torch
+        import torch
+
+        torch.set_num_threads(used)
+    done = run(
+        checkpoint,
+        exporters,
+        Path(wanted.output),
+        statistics=matrix,
+        text=session,
+        provenance=matrix.keys() if matrix else session.keys() if session else {},
+        identity=identity,
+        force=wanted.force,
+        restart=wanted.restart,
+        progress=progress,
+    )
+    coverage = done.coverage
     return QuantizeResult(
-        files=tuple(file for exported in done for file in exported.files),
+        files=tuple(file for exported in done.exported for file in exported.files),
+        exports=tuple(exporter.targets[0].path for exporter in exporters),
         plans=tuple(exporter.summary for exporter in exporters),
         source_bytes=checkpoint.nbytes,
         seconds=time.perf_counter() - started,
         threads=used,
-        notes=(*notes, *running.coverage.notes()) if running else notes,
-        coverage=running.coverage if running else None,
+        notes=tuple(dict.fromkeys(note for exported in done.exported for note in exported.notes))
+        + (coverage.notes() if coverage else ()),
+        coverage=coverage,
+        resumed=done.resumed,
     )
 
 
@@ -146,6 +159,7 @@ def calibrate(
     *,
     output: str | Path,
     force: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> CalibrateResult:
@@ -160,12 +174,10 @@ def calibrate(
     if file.is_dir():
         raise ExportError(f"{file}: is a folder; name the file to write, such as {file / 'imatrix.gguf'}")
     from calibration.session import Session
-    from exporters.atomic import staged, writing
+    from xent_quant.walk.collecting import collect
 
-    with writing([file], force=force), staged([file]) as temporary:
-        temporary[0].touch()  # so that a folder that cannot be written is told before the text is read
-        matrix, coverage = Session(checkpoint, wanted).imatrix(progress)
-        matrix.write(temporary[0])
+    session = Session(checkpoint, wanted)
+    matrix, coverage = collect(session, file, force=force, restart=restart, progress=progress or Silent())
     seconds = time.perf_counter() - started
     return CalibrateResult(file, matrix.chunk_count * matrix.chunk_size, seconds, coverage, coverage.notes())
 

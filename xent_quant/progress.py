@@ -12,6 +12,12 @@ class Progress(Protocol):
     def advance(self, amount: int) -> None:
         """`amount` further units are done."""
 
+    def phase(self, text: str) -> None:
+        """What is being done now, within the job."""
+
+    def note(self, text: str) -> None:
+        """Something that a person should know now, not at the end."""
+
     def finish(self) -> None:
         """The job is over."""
 
@@ -22,5 +28,9 @@ class Silent:
     def start(self, label: str, total: int, unit: str = "weights") -> None: ...
 
     def advance(self, amount: int) -> None: ...
+
+    def phase(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def finish(self) -> None: ...

@@ -8,27 +8,12 @@ know under that name. Routers and norms stay F32.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, StrEnum, auto
+from enum import Enum, auto
 
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ConfigError
-
-
-class Role(StrEnum):
-    """What a tensor does; decides its type together with its depth."""
-
-    EMBEDDING = "embedding"
-    HEAD = "head"
-    NORM = "norm"
-    ROUTER = "router"
-    ATTENTION_Q = "attention q"
-    ATTENTION_K = "attention k"
-    ATTENTION_V = "attention v"
-    ATTENTION_OUTPUT = "attention output"
-    GATE = "gate"
-    UP = "up"
-    DOWN = "down"
+from xent_quant.tensors import KEPT_ROLES, Role
 
 
 class Layers(Enum):
@@ -219,9 +204,10 @@ class Recipe:
     overrides: tuple[tuple[re.Pattern[str], str], ...] = ()
     imatrix: bool = False
 
-    def type_of(self, name: str, role: Role, layer: int, model: Architecture) -> str:
-        """The type asked for, before any fallback for the row length. `layer` is ignored outside of layers."""
-        if role in (Role.NORM, Role.ROUTER):
+    def type_of(self, name: str, role: Role, layer: int, model: Architecture, shared: bool = False) -> str:
+        """The type asked for, before any fallback for the row length, of a tensor that the file calls `name`. `layer` is ignored
+        outside of layers; `shared` marks shared experts."""
+        if role in KEPT_ROLES:
             return "F32"
         for pattern, kind in self.overrides:
             if pattern.search(name):
@@ -239,7 +225,7 @@ class Recipe:
         for rule in mix.rules:
             if (
                 rule.role is role
-                and (not rule.shared or "_shexp." in name)
+                and (not rule.shared or shared)
                 and rule.layers.contains(layer, model.num_layers)
                 and self._holds(rule.when, model)
             ):

@@ -1,6 +1,7 @@
-"""From options to exporters, one for each format asked for. Adding a format: a function here, and a line in EXPORTERS."""
+"""From options to exporters, one for each format and type asked for. Adding a format: a function here, and a line in
+EXPORTERS."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from exporters.interface import Exporter
     from xent_quant.checkpoint.reader import Checkpoint
     from xent_quant.methods.interface import Method
+
+
+FLOATS = ("F32", "F16", "BF16")
 
 
 class Methods:
@@ -32,7 +36,7 @@ class Methods:
                 )
             self._name = WITH_FILE
         # Neither floats nor bitsandbytes' types are a Method's business.
-        floats = options.type.upper() in ("F32", "F16", "BF16") if options.type else options.bits == 16
+        floats = all(name.upper() in FLOATS for name in options.type) if options.type else options.bits == 16
         quantises = any(kind != "bnb" for kind in options.formats) and not (floats and not options.tensor_types)
         self.use_statistics = self._name != "rtn" and quantises
         self._made: list[Method] = []
@@ -51,31 +55,37 @@ class Methods:
 
 
 def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -> "list[Exporter]":
-    """One exporter for each format, in the order asked for. Raises what planning raises: what can be refused is refused here."""
+    """One exporter for each format asked for, and of GGUF for each type, in that order. Raises what planning raises: what can be
+    refused is refused here."""
     name = options.name or checkpoint.path.resolve().name
-    return [EXPORTERS[kind](checkpoint, options, name, methods) for kind in dict.fromkeys(options.formats)]
+    return [
+        exporter for kind in dict.fromkeys(options.formats) for exporter in EXPORTERS[kind](checkpoint, options, name, methods)
+    ]
 
 
-def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Exporter":
+def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
     from exporters.gguf.export import GGUFExporter
     from exporters.gguf.plan import plan
     from xent_quant.recipes import recipe
 
-    chosen = recipe(bits=options.bits, type=options.type, tensor_types=options.tensor_types, imatrix=methods.use_statistics)
-    planned = plan(checkpoint.architecture, chosen, pad=options.pad)
-    return GGUFExporter(
-        checkpoint,
-        planned,
-        Path(options.output),
-        name,
-        methods.new(),
-        split_size=options.split_bytes,
-        force=options.force,
-        allow_tokenizer_mismatch=options.allow_tokenizer_mismatch,
-    )
+    done: set[str] = set()
+    for kind in options.type or (None,):
+        chosen = recipe(bits=options.bits, type=kind, tensor_types=options.tensor_types, imatrix=methods.use_statistics)
+        if chosen.name in done:
+            continue
+        done.add(chosen.name)
+        yield GGUFExporter(
+            checkpoint,
+            plan(checkpoint.architecture, chosen, pad=options.pad),
+            Path(options.output),
+            name,
+            methods.new(),
+            split_size=options.split_bytes,
+            allow_tokenizer_mismatch=options.allow_tokenizer_mismatch,
+        )
 
 
-def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Exporter":
+def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
     try:
         from exporters.onnx.export import ONNXExporter
     except ModuleNotFoundError as error:
@@ -85,22 +95,20 @@ def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
     from exporters.onnx.plan import Settings, plan
 
     settings = Settings(bits=options.bits, **{field.name: getattr(options, field.name) for field in fields(OnnxOptions)})
-    planned = plan(checkpoint.architecture, settings)
-    return ONNXExporter(checkpoint, planned, Path(options.output), name, methods.new(), force=options.force)
+    yield ONNXExporter(checkpoint, plan(checkpoint.architecture, settings), Path(options.output), name, methods.new())
 
 
-def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Exporter":
+def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
     from exporters.bitsandbytes.export import BnbExporter
     from exporters.bitsandbytes.plan import plan
 
     planned = plan(checkpoint.architecture, bits=options.bits, bnb_type=options.bnb_type, pad=options.pad)
-    if options.bits < 16:
-        import numba
-        import torch
-
-        torch.set_num_threads(numba.get_num_threads())  # --threads, for bitsandbytes
-    return BnbExporter(checkpoint, planned, Path(options.output), name, split_size=options.split_bytes, force=options.force)
+    yield BnbExporter(checkpoint, planned, Path(options.output), name, split_size=options.split_bytes)
 
 
-EXPORTERS: "dict[str, Callable[[Checkpoint, Options, str, Methods], Exporter]]" = {"gguf": _gguf, "onnx": _onnx, "bnb": _bnb}
+EXPORTERS: "dict[str, Callable[[Checkpoint, Options, str, Methods], Iterator[Exporter]]]" = {
+    "gguf": _gguf,
+    "onnx": _onnx,
+    "bnb": _bnb,
+}
 """Format to the function that plans it."""

@@ -1,12 +1,60 @@
 """Frozen records that travel between the parts."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property
 from math import prod
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from xent_quant.linalg import Curvature
+
+
+class Role(StrEnum):
+    """What a tensor does; decides its type together with its depth."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    ROUTER = "router"
+    ATTENTION_Q = "attention q"
+    ATTENTION_K = "attention k"
+    ATTENTION_V = "attention v"
+    ATTENTION_OUTPUT = "attention output"
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+
+
+KEPT_ROLES = frozenset({Role.NORM, Role.ROUTER})
+"""Roles that no export rounds: they are few and everything depends on them."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of the model as data: what a checkpoint calls it, its row-major shape ([out, in], or [n]), what it does and where.
+
+    `layer` is None outside of layers; `expert` counts a layer's routed experts from 0, None for all else; `shared` marks the
+    shared experts' MLP, which every token uses.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    layer: int | None = None
+    expert: int | None = None
+    shared: bool = False
+
+    @property
+    def n_weights(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def measured(self) -> bool:
+        """Whether calibration measures its inputs: rows of the embedding are looked up, norms and routers are kept."""
+        return self.role not in KEPT_ROLES and self.role is not Role.EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -45,6 +93,11 @@ class InputStatistics:
     rows: int
     held_out: NDArray[np.float32] | None = None
 
+    @cached_property
+    def curvature(self) -> Curvature | None:
+        """Of the Hessian; None where there is none, or all of it is 0."""
+        return Curvature(self.hessian) if self.hessian is not None and self.hessian.any() else None
+
     def padded(self, columns: int) -> "InputStatistics":
         """The statistics of inputs that are followed by zeros up to `columns`."""
         missing = columns - len(self.importance)
@@ -60,18 +113,7 @@ class InputStatistics:
 
 
 class StatisticsSource(Protocol):
-    """Where statistics come from: a file, or a calibration pass that runs along.
+    """Statistics that are there before a walk begins: a file of them."""
 
-    Asked in the order of `Architecture.tensors()`; a running pass need not answer for tensors it has passed.
-    """
-
-    def get(self, name: str) -> InputStatistics | None:
-        """Of one checkpoint tensor, or None where nothing is known (norms, routers, tensors a file lacks)."""
-
-    def target(self, name: str, start: int, weights: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What to quantise in place of rows `start`… [rows, columns] of a tensor: the same, unless the source knows better."""
-        return weights
-
-    def quantized(self, name: str, start: int, weights: Callable[[], NDArray[np.float32]]) -> None:
-        """Told what those rows became; `weights` makes them, [rows, columns], for a source that runs on with them."""
-        return
+    def get(self, tensor: TensorSpec) -> InputStatistics | None:
+        """Of one tensor, or None where nothing is known (norms, routers, tensors that a file lacks)."""

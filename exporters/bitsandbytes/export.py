@@ -1,25 +1,21 @@
 """Writes a folder that transformers loads as it is: quantised by bitsandbytes weight by weight, or plain bfloat16.
 
-Holds one weight, and what bitsandbytes takes to quantise it; no model is built. The folder appears under its name when it
-is complete.
+No model is built.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from exporters.bitsandbytes import folder
-from exporters.bitsandbytes.kinds import bitsandbytes_functional
+from exporters.bitsandbytes.kinds import Whole, bitsandbytes_functional
 from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor, shards
 from exporters.bitsandbytes.shard import Shard
-from exporters.folder import exported_folder
 from exporters.hub_files import json_bytes
 from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.formats.base import F32
-from xent_quant.tensors import InputStatistics
+from xent_quant.formats.base import U8
+from xent_quant.storage import Move, Target, replace_bytes
 
 FOLDER = "bnb"
 
@@ -30,19 +26,12 @@ class BnbExporter:
     Raises CheckpointError where the tokenizer is missing or damaged, ConfigError where bitsandbytes is not installed.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        plan: BnbPlan,
-        output: Path,
-        name: str,
-        *,
-        split_size: int | None = None,
-        force: bool = False,
-    ) -> None:
+    method = None
+
+    def __init__(self, checkpoint: Checkpoint, plan: BnbPlan, output: Path, name: str, *, split_size: int | None = None) -> None:
         if plan.bits < 16:
             bitsandbytes_functional()
-        self.plan, self.target, self.force = plan, output / FOLDER, force
+        self.plan, self.target = plan, output / FOLDER
         self.files = folder.files(checkpoint, plan, name)
         self.parts = shards(plan.tensors, split_size)
         count = len(self.parts)
@@ -56,80 +45,75 @@ class BnbExporter:
         rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in self.plan.tensors)
         return PlanSummary("bnb", rows, self.plan.vram_bytes(CONTEXT), self.plan.notes)
 
-    @contextmanager
-    def open(self, provenance: Mapping[str, str | int]) -> Iterator["BnbSink"]:
-        """See `Exporter.open` and `exported_folder`."""
-        with exported_folder(self.target, self.files, self.plan.nbytes, force=self.force) as temporary:
-            sink = BnbSink(self, temporary)
-            try:
-                yield sink
-            finally:
-                sink.close()
-            if not sink.finished:
-                raise AssertionError("an export was left without finish()")
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return (Target(self.target, folder=True),)
+
+    @property
+    def slots(self) -> dict[str, list[PlannedTensor]]:
+        return {tensor.name: [tensor] for tensor in self.plan.tensors}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Exporter.identity`."""
+        return {"type": self.plan.type, "expert width": self.plan.width, "shards": self.shards}
+
+    @property
+    def nbytes(self) -> int:
+        return self.plan.nbytes + sum(map(len, self.files.values()))
+
+    def check(self, force: bool) -> None:
+        """See `Exporter.check`."""
+
+    def open(self, work: Path, provenance: Mapping[str, str | int], *, fresh: bool) -> "BnbWriter":
+        """See `Exporter.open`."""
+        if fresh:
+            (work / FOLDER).mkdir()
+        return BnbWriter(self, work, fresh=fresh)
 
 
-class BnbSink:
-    """See `Sink`."""
+class BnbWriter:
+    """See `Writer`."""
 
-    def __init__(self, exporter: BnbExporter, temporary: Path) -> None:
-        self._exporter, self._folder = exporter, temporary
+    def __init__(self, exporter: BnbExporter, work: Path, *, fresh: bool) -> None:
+        self._exporter, self._staged = exporter, work / FOLDER
         self._shards: dict[str, Shard] = {}
-        self._places: dict[str, tuple[PlannedTensor, Shard]] = {}
+        self._of: dict[str, Shard] = {}
         for file, tensors in zip(exporter.shards, exporter.parts, strict=True):
-            self._shards[file] = Shard(temporary / file, [part for tensor in tensors for part in tensor.parts])
-            self._places |= {tensor.name: (tensor, self._shards[file]) for tensor in tensors}
-        self._source_shapes = exporter.plan.architecture.tensors()
-        self._slices: list[F32] = []
-        self._missing = sum(shape[0] if len(shape) > 1 else 1 for shape in self._source_shapes.values())
-        self.finished = False
+            parts = [part for tensor in tensors for part in tensor.parts]
+            self._shards[file] = Shard(self._staged / file, work / f"{file}.bounded", parts, fresh=fresh)
+            self._of |= {tensor.name: self._shards[file] for tensor in tensors}
 
-    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> Callable[[], F32]:
-        """See `Sink.put`. bitsandbytes' levels are fixed and its scales are maxima: statistics have no say."""
-        tensor, shard = self._places[name]
-        if tensor.kind.by_rows:
-            # Rows are not padded where a kind is written by rows: only quantised weights are.
-            (part,) = tensor.parts
-            row_bytes = part.nbytes // (part.shape[0] if len(part.shape) > 1 else 1)
-            (data,) = tensor.kind.encode(name, weights)
-            shard.write(part, data, start * row_bytes)
+    def put(self, slot: PlannedTensor, start: int, packed: U8) -> None:
+        """See `Writer.put`."""
+        shard, parts = self._of[slot.name], slot.parts
+        if isinstance(slot.encoding, Whole):
+            for part, data in zip(parts, slot.encoding.split(packed, parts), strict=True):
+                shard.write(part, data)
         else:
-            whole = self._whole(name, start, weights)
-            if whole is not None:
-                missing = [(0, wanted - given) for wanted, given in zip(tensor.shape, whole.shape, strict=True)]
-                padded = np.pad(whole, missing) if any(after for _, after in missing) else whole
-                for part, data in zip(tensor.parts, tensor.kind.encode(name, padded), strict=True):
-                    shard.write(part, data)
-        self._missing -= len(weights)
-        return lambda: weights  # no calibration goes on with them
+            shard.write(parts[0], packed, start * packed.shape[1])
 
-    def _whole(self, name: str, start: int, weights: F32) -> F32 | None:
-        """The tensor once its last slice is there, else None; slices before it are held."""
-        rows = self._source_shapes[name][0]
-        if len(weights) == rows:
-            return weights
-        self._slices.append(weights.copy())
-        if start + len(weights) < rows:
-            return None
-        whole = np.concatenate(self._slices)
-        self._slices.clear()
-        return whole
+    def sync(self) -> None:
+        """See `Writer.sync`."""
+        for shard in self._shards.values():
+            shard.sync()
 
-    def finish(self) -> Exported:
-        """See `Sink.finish`."""
-        if self._missing:
-            raise AssertionError(f"{self._missing} rows were not put")
+    def finish(self, notes: Sequence[str]) -> Exported:
+        """See `Writer.finish`."""
         exporter = self._exporter
         weight_map = {name: file for file, shard in self._shards.items() for name in shard.finish()}
-        names = [*exporter.shards, *exporter.files]
+        files = dict(exporter.files)
         if len(self._shards) > 1:
             total = sum(shard.nbytes for shard in self._shards.values())
-            index = json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
-            (self._folder / folder.INDEX).write_bytes(index)
-            names.append(folder.INDEX)
-        self.finished = True
-        return Exported(tuple(exporter.target / name for name in ("config.json", *(n for n in names if n != "config.json"))), ())
+            files[folder.INDEX] = json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
+        for name, content in files.items():
+            replace_bytes(self._staged / name, content)
+        names = ("config.json", *exporter.shards, *(name for name in files if name != "config.json"))
+        return Exported(
+            (Move(self._staged, exporter.target),), tuple(exporter.target / name for name in names), notes=tuple(notes)
+        )
 
     def close(self) -> None:
+        """See `Writer.close`."""
         for shard in self._shards.values():
             shard.close()

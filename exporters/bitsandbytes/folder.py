@@ -4,10 +4,11 @@ from importlib import resources
 from typing import Any
 
 from exporters.base_model import BaseModel, human_size
-from exporters.bitsandbytes.plan import BnbPlan
-from exporters.card import PROMPT, opening
+from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor
+from exporters.card import PROMPT, opening, table
 from exporters.hub_files import generation_config, json_bytes, tokenizer_files
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.tensors import Role
 
 INDEX = "model.safetensors.index.json"
 MODELLING = ("configuration_xverse.py", "modeling_xverse.py")
@@ -22,22 +23,15 @@ KINDS = {
     "INT8": "8-bit integers (bitsandbytes LLM.int8())",
     "BF16": "bfloat16",
 }
+ATTENTION = (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_OUTPUT)
 
 
-GROUPS = (
-    (".shared_experts.", "shared experts"),
-    (".experts.", "experts"),
-    (".router.", "router"),
-    (".mlp.", "MLP"),
-    (".self_attn.", "attention"),
-    ("norm.", "norms"),
-    ("embed_tokens", "embedding"),
-)
-
-
-def _group(name: str) -> str:
+def _group(tensor: PlannedTensor) -> str:
     """What to call a tensor in the card's table."""
-    return next((text for key, text in GROUPS if key in name), "head")
+    part = tensor.tensor
+    if part.role in (Role.GATE, Role.UP, Role.DOWN):
+        return "experts" if part.expert is not None else "shared experts" if part.shared else "MLP"
+    return "norms" if part.role is Role.NORM else "attention" if part.role in ATTENTION else part.role
 
 
 def files(checkpoint: Checkpoint, plan: BnbPlan, name: str) -> dict[str, bytes]:
@@ -76,9 +70,11 @@ def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
             ("bitsandbytes", "quantized") if plan.bits < 16 else (),
             f"{name}-{plan.type}",
             f"for transformers 4.57 and 5 in {KINDS[plan.type]}: {human_size(plan.nbytes)}",
-            [(_group(tensor.name), tensor.type, tensor.nbytes) for tensor in plan.tensors],
-            plan.notes,
         ),
+        *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors),
+        *(f"{note}\n" for note in plan.notes),
+        "## Run it",
+        "",
         "It runs on CUDA and, slowly, on the CPU.",
         "",
         "```",

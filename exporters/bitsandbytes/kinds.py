@@ -11,6 +11,7 @@ Source: bitsandbytes 0.50, `QuantState.as_dict`, `Linear8bitLt._save_to_state_di
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from xent_quant import formats
 from xent_quant.errors import ConfigError
-from xent_quant.formats.base import F32, U8
+from xent_quant.formats.base import F32, U8, Effort
 from xent_quant.linalg import one_thread
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ class Part:
         return prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
-class Kind(ABC):
-    """A way to store a weight. `by_rows`: any slice of rows gives the rows' bytes, in its one part."""
+class Whole(ABC):
+    """An encoding (see `xent_quant.formats.base.Encoding`) of a weight as bitsandbytes' layers save it, whole: its row of bytes
+    holds the stored parts one after the other."""
 
     name: str
     by_rows = False
@@ -62,25 +64,19 @@ class Kind(ABC):
 
     @abstractmethod
     def encode(self, name: str, weights: F32) -> list[U8]:
-        """The parts' bytes for `weights` [rows, columns]. Raises QuantizationError naming the tensor."""
+        """The parts' bytes for `weights` [rows, columns]; only the last may be shorter than planned. Raises QuantizationError."""
+
+    def quantize(self, weights: F32, importance: F32 | None = None, *, effort: Effort = "normal", name: str = "tensor") -> U8:
+        """See `Encoding.quantize`. Levels are fixed and scales are maxima: importance and effort have no say."""
+        return np.concatenate([part.reshape(-1) for part in self.encode(name, weights)])[None]
+
+    def split(self, packed: U8, parts: Sequence[Part]) -> list[U8]:
+        """The parts' bytes out of [1, bytes]."""
+        ends = np.cumsum([part.nbytes for part in parts])[:-1]
+        return np.split(packed[0], ends)
 
 
-class Float(Kind):
-    """BF16 or F32, as xent-quant's formats of those names."""
-
-    by_rows = True
-
-    def __init__(self, dtype: Literal["BF16", "F32"]) -> None:
-        self.name: Literal["BF16", "F32"] = dtype
-
-    def parts(self, name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        return (Part(name, self.name, shape),)
-
-    def encode(self, name: str, weights: F32) -> list[U8]:
-        return [formats.get(self.name).quantize(weights, name=name)]
-
-
-class FourBit(Kind):
+class FourBit(Whole):
     """NF4 or FP4 of the weight in bfloat16, in blocks of 64 with double-quantised scales."""
 
     def __init__(self, quant_type: Literal["nf4", "fp4"]) -> None:
@@ -110,7 +106,7 @@ class FourBit(Kind):
         return [_bytes(tensors[part.name.removeprefix(name)]) for part in self.parts(name, weights.shape)]
 
 
-class Int8(Kind):
+class Int8(Whole):
     """LLM.int8(): the weight in float16, one scale a row. Outliers are the activations', found when the model runs."""
 
     name = "INT8"

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from exporters.bitsandbytes.kinds import BLOCK, Float, FourBit, Int8, Kind, Part
-from exporters.interface import kv_cache_bytes
-from xent_quant.checkpoint import architecture as names
+from exporters.bitsandbytes.kinds import BLOCK, FourBit, Int8, Part, Whole
+from exporters.interface import Slot, kv_cache_bytes
+from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ConfigError
+from xent_quant.formats.base import Encoding
+from xent_quant.tensors import KEPT_ROLES, Role, TensorSpec
 
 SHARD_BYTES = 5 * 10**9
 RUNTIME_BYTES = 600 * 2**20
@@ -23,20 +25,24 @@ THRESHOLD = 6.0
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
+class PlannedTensor(Slot):
     """A weight and what is stored for it. `shape` includes padding."""
 
-    name: str
     shape: tuple[int, ...]
-    kind: Kind
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
 
     @property
     def type(self) -> str:
-        return self.kind.name
+        return self.encoding.name
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return self.kind.parts(self.name, self.shape)
+        if isinstance(self.encoding, Whole):
+            return self.encoding.parts(self.name, self.shape)
+        return (Part(self.name, self.encoding.name, self.shape),)  # type: ignore[arg-type]
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +100,8 @@ def plan(model: Architecture, *, bits: int = 4, bnb_type: str = "nf4", pad: str 
         raise ConfigError(f"--bits {bits}: bitsandbytes has 4 and 8; 16 writes bfloat16")
     if bnb_type not in ("nf4", "fp4"):
         raise ConfigError(f"--bnb-type {bnb_type}: there are nf4 and fp4")
-    quantised: Kind = {4: FourBit(bnb_type), 8: Int8(), 16: Float("BF16")}[bits]  # type: ignore[arg-type]
+    kinds: dict[int, Encoding] = {4: FourBit(bnb_type), 8: Int8(), 16: formats.get("BF16")}  # type: ignore[arg-type]
+    quantised = kinds[bits]
     width = model.intermediate_size
     notes = []
     if bits == 4 and width % BLOCK and pad == "auto":
@@ -105,25 +112,22 @@ def plan(model: Architecture, *, bits: int = 4, bnb_type: str = "nf4", pad: str 
         )
     if bits == 4 and (model.hidden_size % BLOCK or width % BLOCK):
         notes.append(f"Rows are not multiples of {BLOCK} weights: bitsandbytes runs this on CUDA, slowly, and not on every CPU.")
-    tensors = tuple(
-        PlannedTensor(name, _padded(name, shape, model, width), _kind(name, shape, quantised))
-        for name, shape in model.tensors().items()
-    )
+    tensors = tuple(_planned(tensor, model, width, quantised) for tensor in model.tensors().values())
     return BnbPlan(model, bits, bnb_type, width, tensors, tuple(notes))  # type: ignore[arg-type]
 
 
-def _kind(name: str, shape: tuple[int, ...], quantised: Kind) -> Kind:
-    if len(shape) == 1 or name.endswith(".router.weight"):
-        return Float("F32")
-    return Float("BF16") if name in (names.EMBEDDING, names.HEAD) else quantised
-
-
-def _padded(name: str, shape: tuple[int, ...], model: Architecture, width: int) -> tuple[int, ...]:
-    """The shape with experts `width` wide; a shared MLP, which is as wide as num_shared_experts of them, likewise."""
-    if ".mlp." not in name or name.endswith(".router.weight"):
-        return shape
-    wide = width * (model.num_shared_experts if ".shared_experts." in name else 1)
-    return (shape[0], wide) if name.endswith(".down_proj.weight") else (wide, shape[1])
+def _planned(tensor: TensorSpec, model: Architecture, width: int, quantised: Encoding) -> PlannedTensor:
+    """With experts `width` wide; a shared MLP, which is as wide as num_shared_experts of them, likewise."""
+    shape, encoding = tensor.shape, quantised
+    if tensor.role in KEPT_ROLES:
+        encoding = formats.get("F32")
+    elif tensor.role in (Role.EMBEDDING, Role.HEAD):
+        encoding = formats.get("BF16")
+    elif tensor.role in (Role.GATE, Role.UP, Role.DOWN):
+        wide = width * (model.num_shared_experts if tensor.shared else 1)
+        shape = (shape[0], wide) if tensor.role is Role.DOWN else (wide, shape[1])
+    rows = shape[0] if len(shape) > 1 else 1
+    return PlannedTensor(tensor, tensor.role, encoding, rows, shape[-1], shape)
 
 
 def shards(tensors: Sequence[PlannedTensor], split_size: int | None) -> list[list[PlannedTensor]]:

@@ -1,18 +1,22 @@
-"""The texts beside a GGUF: the model card (Hub YAML front matter) and ollama's Modelfile."""
+"""The texts beside GGUF files: one model card for all of a folder (Hub YAML front matter), and ollama's Modelfile for each."""
 
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from exporters.base_model import BaseModel, human_size
-from exporters.card import PROMPT, opening
+from exporters.card import PROMPT, opening, table
 from exporters.gguf.plan import GGUFPlan, PlannedTensor
 from exporters.hub_files import REPETITION_PENALTY
 from exporters.interface import CONTEXT
-from xent_quant.recipes import Role
+from xent_quant.errors import ExportError
+from xent_quant.tensors import Role
 
 TAGS = ("gguf", "quantized")
 CARDS_GB = (8, 12, 16, 24)
+SECTION = re.compile(r"<!-- xent-quant: (.+?) -->\n(.*?)\n<!-- /xent-quant -->", re.DOTALL)
+"""What a README.md says of one export, and its name."""
 
 
 def experts_on_cpu(plan: GGUFPlan, vram: int) -> int | None:
@@ -22,36 +26,31 @@ def experts_on_cpu(plan: GGUFPlan, vram: int) -> int | None:
     for layer in range(plan.architecture.num_layers + 1):
         if needed <= vram:
             return layer
-        needed -= sum(tensor.nbytes for tensor in plan.tensors if tensor.layer == layer and "_exps." in tensor.name)
+        needed -= sum(tensor.nbytes for tensor in plan.tensors if tensor.layer == layer and tensor.routed)
     return None
 
 
 def _group(tensor: PlannedTensor) -> str:
     """What to call a tensor in the table."""
-    prefix = "expert " if "_exps." in tensor.name else "shared expert " if "_shexp." in tensor.name else ""
-    return prefix + tensor.role
+    return ("expert " if tensor.routed else "shared expert " if tensor.shared else "") + tensor.role
 
 
-def readme(base: BaseModel, plan: GGUFPlan, targets: Sequence[Path], name: str) -> str:
-    """The model card. `targets` are the GGUF files in order."""
-
-    first, stem = targets[0].name, f"{name}-{plan.recipe.name}"
+def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str) -> str:
+    """What the model card says of one export; `files` are its GGUF files in order."""
+    first = files[0].name
     lines = [
-        *opening(
-            base,
-            "gguf",
-            TAGS,
-            stem,
-            f"in GGUF for llama.cpp and ollama: {human_size(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight",
-            [(_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors if tensor.role is not Role.NORM],
-            plan.notes,
-        ),
+        f"## {stem}",
+        "",
+        f"{human_size(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight.",
+        "",
+        *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors if tensor.role is not Role.NORM),
+        *(f"{note}\n" for note in plan.notes),
         "```",
         f'llama-completion -m {first} -no-cnv --repeat-penalty {REPETITION_PENALTY} -c {CONTEXT} -p "{PROMPT}"',
         "```",
         "",
     ]
-    if len(targets) > 1:
+    if len(files) > 1:
         lines += [
             "llama.cpp loads the first file and finds the others. ollama wants a single one:",
             "",
@@ -61,7 +60,7 @@ def readme(base: BaseModel, plan: GGUFPlan, targets: Sequence[Path], name: str) 
     else:
         lines += ["With ollama:", "", "```"]
     tag = re.sub(r"[^a-z0-9._-]+", "-", stem.lower())
-    lines += [f"ollama create {tag} -f Modelfile", f'ollama run {tag} "{PROMPT}"', "```", ""]
+    lines += [f"ollama create {tag} -f {modelfile}", f'ollama run {tag} "{PROMPT}"', "```", ""]
     if plan.architecture.num_experts:
         lines += [
             f"On a GPU add `-ngl 99` and, where it does not fit, leave the experts of some layers in RAM. "
@@ -78,10 +77,29 @@ def readme(base: BaseModel, plan: GGUFPlan, targets: Sequence[Path], name: str) 
     return "\n".join(lines)
 
 
-def modelfile(targets: Sequence[Path], stem: str) -> str:
+def check_readme(path: Path, force: bool) -> None:
+    """Raise ExportError where the card is not one of ours and `force` is False."""
+    if path.is_file() and not force and "xent-quant" not in path.read_text("utf-8", errors="replace"):
+        raise ExportError(
+            f"{path}: exists already and is not xent-quant's; add --force to replace it, or choose another --output"
+        )
+
+
+def joined(folder: Path, base: BaseModel, stem: str, section: str, before: bytes | None) -> bytes:
+    """README.md of a folder of GGUF files with the section of `stem` in it, in place of an older one; sections of files that
+    are still there are kept."""
+    known = {found[1]: found[2] for found in SECTION.finditer(before.decode("utf-8", "replace"))} if before else {}
+    known = {name: text for name, text in known.items() if any(folder.glob(f"{glob.escape(name)}*.gguf"))}
+    known[stem] = section
+    head = opening(base, "gguf", TAGS, f"{base.name} GGUF", "in GGUF for llama.cpp and ollama")
+    parts = [f"<!-- xent-quant: {name} -->\n{known[name].strip()}\n<!-- /xent-quant -->\n" for name in sorted(known)]
+    return "\n".join([*head, *parts]).encode()
+
+
+def modelfile(files: Sequence[Path], stem: str) -> str:
     """ollama's recipe: raw completion with the base model's generation defaults. It wants one file, so shards must be
     merged into `stem`.gguf first."""
-    merge = [f"# First: llama-gguf-split --merge {targets[0].name} {stem}.gguf"] if len(targets) > 1 else []
+    merge = [f"# First: llama-gguf-split --merge {files[0].name} {stem}.gguf"] if len(files) > 1 else []
     return "\n".join(
         [
             *merge,

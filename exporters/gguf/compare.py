@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from exporters.gguf.export import rotary_rows
-from exporters.gguf.plan import slots
+from exporters.gguf.plan import layout
 from xent_quant import formats
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, UnsupportedError
 from xent_quant.progress import Progress, Silent
+from xent_quant.recipes import recipe
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -59,7 +60,7 @@ def tensor_errors(path: Path, checkpoint: Checkpoint, progress: Progress | None 
     if gate is None:
         raise CheckpointError(f"{path}: has no blk.0.ffn_gate tensor; it is not a model of this architecture")
     shared = stored.get("blk.0.ffn_gate_exps.weight", gate)
-    wanted = {slot.name: slot for slot in slots(model, int(shared.shape[1]))}
+    wanted = {tensor.name: tensor for tensor in layout(model, recipe(type="F32"), int(shared.shape[1]))}
     if set(wanted) != set(stored):
         odd = sorted(set(wanted) ^ set(stored))
         raise CheckpointError(f"{path}: {odd[0]} is in the file or the checkpoint but not in both; compare with its own model")
@@ -75,10 +76,10 @@ def tensor_errors(path: Path, checkpoint: Checkpoint, progress: Progress | None 
         losses, energies = [], []
         for index, source in enumerate(slot.sources):
             loss = energy = 0.0
-            for start, weights in checkpoint.slices(source):
+            for start, weights in checkpoint.slices(source.name):
                 rows = np.arange(start, start + len(weights))
                 if slot.heads:
-                    rows = rotary_rows(rows, slot.source_rows // slot.heads)
+                    rows = rotary_rows(rows, slot.rows // slot.heads)
                 got = kind.dequantize(np.ascontiguousarray(packed[index][rows]))
                 got[:, : weights.shape[1]] -= weights
                 loss += float(np.einsum("ij,ij->", got, got, dtype=np.float64))

@@ -1,37 +1,27 @@
-"""Writes a planned GGUF: header first, then every tensor's rows at their offsets as the checkpoint streams by.
+"""Writes a planned GGUF: header first, then every tensor's rows at their offsets, in any order. Holds nothing."""
 
-Holds the slice that it is given and its packed bytes. Files are written under a temporary name beside the target, synced,
-and renamed at success only.
-"""
-
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.atomic import staged, write_at, writing
 from exporters.base_model import BaseModel
 from exporters.gguf import card, metadata, tokenizer, tokenizer_check
-from exporters.gguf.plan import GGUFPlan, PlannedTensor
-from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow, unmeasured_notes
+from exporters.gguf.plan import GGUFPlan, GGUFSlot, PlannedTensor
+from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
 from xent_quant import formats
-from xent_quant.checkpoint.reader import Checkpoint, check_free_space
+from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ExportError
-from xent_quant.formats.base import F32, U8
+from xent_quant.formats.base import U8
 from xent_quant.methods.interface import Method
-from xent_quant.recipes import Role
-from xent_quant.tensors import InputStatistics
+from xent_quant.storage import Move, PositionalFile, Shared, Target, replace_bytes
 
 ALIGNMENT = int(gguf.GGUF_DEFAULT_ALIGNMENT)
 MAX_SHARDS = 65535  # split.count is a u16
-
-STATISTICS_FREE = {Role.NORM, Role.ROUTER, Role.EMBEDDING, Role.HEAD}
-"""Roles for which llama-imatrix collects nothing, or that are not quantised."""
 
 
 def shards(tensors: Sequence[PlannedTensor], split_size: int | None, header_bytes: int = 0) -> list[list[PlannedTensor]]:
@@ -54,7 +44,8 @@ def shards(tensors: Sequence[PlannedTensor], split_size: int | None, header_byte
 
 
 class GGUFExporter:
-    """`output/name-TYPE.gguf` (or its shards of at most `split_size` bytes), a Modelfile and a model card.
+    """`output/name-TYPE.gguf` (or its shards of at most `split_size` bytes), its Modelfile, and a section of the folder's
+    README.md.
 
     Raises ExportError for an impossible name, and what reading the tokenizer raises.
     """
@@ -68,13 +59,11 @@ class GGUFExporter:
         method: Method,
         *,
         split_size: int | None = None,
-        force: bool = False,
         allow_tokenizer_mismatch: bool = False,
     ) -> None:
         if not name or name.startswith(".") or any(char in name for char in "/\\\0"):
             raise ExportError(f"--name {name!r}: not a file name; give one without slashes")
         self.checkpoint, self.plan, self.output, self.name, self.method = checkpoint, plan, output, name, method
-        self.force = force
         strict = not allow_tokenizer_mismatch
         self.tokenizer = tokenizer.load(checkpoint.path, checkpoint.architecture, strict=strict)
         self.tokenizer_notes = tokenizer_check.verify(checkpoint.path, self.tokenizer, strict=strict)
@@ -84,48 +73,62 @@ class GGUFExporter:
         self.parts = shards(plan.tensors, split_size, self.header_bytes)
         self.stem = f"{name}-{plan.recipe.name}"
         count = len(self.parts)
-        self.targets = [
+        self.files = [
             output / (f"{self.stem}.gguf" if count == 1 else f"{self.stem}-{index:05d}-of-{count:05d}.gguf")
             for index in range(1, count + 1)
         ]
-        self.extras = {
-            output / "README.md": card.readme(self.base, plan, self.targets, name),
-            output / "Modelfile": card.modelfile(self.targets, self.stem),
-        }
+        self.modelfile = output / f"{self.stem}.Modelfile"
 
     @property
     def summary(self) -> PlanSummary:
         rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in self.plan.tensors)
         return PlanSummary("gguf", rows, self.plan.vram_bytes(CONTEXT), self.plan.notes)
 
-    @contextmanager
-    def open(self, provenance: Mapping[str, str | int]) -> Iterator["GGUFSink"]:
-        """See `Exporter.open`. Raises ExportError where the output exists without `force`, cannot be written or does not
-        fit; after any error none of these files is left, unless it was there before."""
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(Target(path, folder=False) for path in (*self.files, self.modelfile))
+
+    @property
+    def slots(self) -> dict[str, list[GGUFSlot]]:
+        return self.plan.slots()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Exporter.identity`."""
+        return {
+            "files": [path.name for path in self.files],
+            "types": {tensor.name: tensor.type for tensor in self.plan.tensors},
+            "expert width": self.plan.expert_width,
+        }
+
+    @property
+    def nbytes(self) -> int:
+        return self.plan.nbytes + self.header_bytes + sum(_info_bytes(tensor) for tensor in self.plan.tensors)
+
+    def check(self, force: bool) -> None:
+        """See `Exporter.check`."""
+        card.check_readme(self.output / "README.md", force)
+
+    def open(self, folder: Path, provenance: Mapping[str, str | int], *, fresh: bool) -> "GGUFWriter":
+        """See `Exporter.open`."""
         if provenance:
             provenance = {"quantize.imatrix.file": f"xent-quant --method {self.method.name}", **provenance}
-        targets = [*self.targets, *self.extras]
-        with writing(targets, force=self.force):
-            infos = sum(_info_bytes(tensor) for tensor in self.plan.tensors)
-            check_free_space(self.output, self.plan.nbytes + self.header_bytes + infos)
-            with staged(targets) as temporary, ExitStack() as files:
-                places: dict[str, list[_Place]] = {}
-                for index, (path, part) in enumerate(zip(temporary[: len(self.parts)], self.parts, strict=True)):
-                    self._write_header(path, part, index, provenance)
-                    stream = files.enter_context(path.open("r+b"))
-                    offset = stream.seek(0, os.SEEK_END)  # aligned by _write_header
-                    for tensor in part:
-                        for expert, source in enumerate(tensor.sources):
-                            own = offset + expert * (tensor.nbytes // len(tensor.sources))
-                            places.setdefault(source, []).append(_Place(tensor, stream.fileno(), own))
-                        offset += _aligned(tensor.nbytes)
-                    stream.truncate(offset)
-                for path, text in zip(temporary[len(self.parts) :], self.extras.values(), strict=True):
-                    path.write_text(text, "utf-8")
-                sink = GGUFSink(self, places)
-                yield sink
-                if not sink.finished:
-                    raise AssertionError("an export was left without finish()")
+        files: list[PositionalFile] = []
+        offsets: dict[str, tuple[PositionalFile, int]] = {}
+        for index, (target, part) in enumerate(zip(self.files, self.parts, strict=True)):
+            path = folder / target.name
+            if fresh:
+                self._write_header(path, part, index, provenance)
+            files.append(PositionalFile.open(path))
+            end = files[-1].size
+            sizes = [_aligned(tensor.nbytes) for tensor in part]
+            offset = end if fresh else end - sum(sizes)  # the header ends aligned
+            for tensor, size in zip(part, sizes, strict=True):
+                offsets[tensor.name] = files[-1], offset
+                offset += size
+            if fresh:
+                files[-1].truncate(offset)
+        return GGUFWriter(self, folder, files, offsets)
 
     def _write_header(
         self, path: Path, tensors: Sequence[PlannedTensor], index: int, provenance: Mapping[str, str | int]
@@ -160,56 +163,56 @@ class GGUFExporter:
             writer.close()
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where one source's rows go: an open file, and the offset of its first row."""
+class GGUFWriter:
+    """See `Writer`. Rows of q and k change places on the way."""
 
-    tensor: PlannedTensor
-    file: int
-    offset: int
+    def __init__(
+        self,
+        exporter: GGUFExporter,
+        folder: Path,
+        files: Sequence[PositionalFile],
+        offsets: Mapping[str, tuple[PositionalFile, int]],
+    ) -> None:
+        self._exporter, self._folder, self._files, self._offsets = exporter, folder, files, offsets
 
-
-class GGUFSink:
-    """See `Sink`. Rows of q and k change places on the way; padding rows and columns are zeros, of importance 0."""
-
-    def __init__(self, exporter: GGUFExporter, places: Mapping[str, Sequence[_Place]]) -> None:
-        self._exporter = exporter
-        self._places = places
-        self._written = 0
-        self._measured: dict[str, bool] = {}
-        self.finished = False
-
-    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> Callable[[], F32]:
-        """See `Sink.put`."""
-        for place in self._places[name]:
-            tensor, kind = place.tensor, formats.get(place.tensor.type)
-            last = start + len(weights) == tensor.source_rows
-            missing = (tensor.rows - tensor.source_rows if last else 0, tensor.columns - tensor.source_columns)
-            padded = np.pad(weights, ((0, missing[0]), (0, missing[1]))) if any(missing) else weights
-            known = statistics and statistics.padded(tensor.columns)
-            packed = self._exporter.method.quantize(padded, kind, known, name=name)
-            self._write(place, start, packed)
-            if tensor.role not in STATISTICS_FREE:
-                self._measured[tensor.name] = known is not None and self._measured.get(tensor.name, True)
-        return lambda: kind.dequantize(packed)[: len(weights), : weights.shape[1]]
-
-    def _write(self, place: _Place, start: int, packed: U8) -> None:
-        """Packed rows [rows, row_bytes] to their places."""
-        if place.tensor.heads:
-            rows = rotary_rows(np.arange(start, start + len(packed)), place.tensor.source_rows // place.tensor.heads)
+    def put(self, slot: GGUFSlot, start: int, packed: U8) -> None:
+        """See `Writer.put`."""
+        tensor, row_bytes = slot.planned, packed.shape[1]
+        file, offset = self._offsets[tensor.name]
+        offset += slot.matrix * (tensor.nbytes // len(tensor.sources))
+        if tensor.heads:
+            rows = rotary_rows(np.arange(start, start + len(packed)), tensor.rows // tensor.heads)
             for row, data in zip(rows, packed, strict=True):
-                write_at(place.file, data, place.offset + int(row) * packed.shape[1])
+                file.write_at(data, offset + int(row) * row_bytes)
         else:
-            write_at(place.file, packed, place.offset + start * packed.shape[1])
-        self._written += packed.nbytes
+            file.write_at(packed, offset + start * row_bytes)
 
-    def finish(self) -> Exported:
-        """See `Sink.finish`."""
+    def sync(self) -> None:
+        """See `Writer.sync`."""
+        for file in self._files:
+            file.sync()
+
+    def finish(self, notes: Sequence[str]) -> Exported:
+        """See `Writer.finish`."""
         exporter = self._exporter
-        if self._written != exporter.plan.nbytes:
-            raise AssertionError(f"{self._written} bytes written, {exporter.plan.nbytes} planned")
-        self.finished = True
-        return Exported((*exporter.targets, *exporter.extras), (*exporter.tokenizer_notes, *unmeasured_notes(self._measured)))
+        modelfile = self._folder / exporter.modelfile.name
+        replace_bytes(modelfile, card.modelfile(exporter.files, exporter.stem).encode())
+        moves = [Move(self._folder / path.name, path) for path in exporter.files]
+        section = card.section(exporter.plan, exporter.files, exporter.stem, exporter.modelfile.name)
+        readme = Shared(
+            exporter.output / "README.md", partial(card.joined, exporter.output, exporter.base, exporter.stem, section)
+        )
+        return Exported(
+            (*moves, Move(modelfile, exporter.modelfile)),
+            (*exporter.files, readme.target, exporter.modelfile),
+            (readme,),
+            (*exporter.tokenizer_notes, *notes),
+        )
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+        for file in self._files:
+            file.close()
 
 
 def rotary_rows(rows: NDArray[np.int64], head_dim: int) -> NDArray[np.int64]:

@@ -17,12 +17,7 @@ def size_label(model: Architecture) -> str:
 
 def parameters(model: Architecture) -> tuple[int, int]:
     """(all, active in one token) of the checkpoint's tensors."""
-    total = 0
-    for shape in model.tensors().values():
-        size = 1
-        for extent in shape:
-            size *= extent
-        total += size
+    total = sum(tensor.n_weights for tensor in model.tensors().values())
     idle = max(model.num_experts - model.experts_per_token, 0)
     return total, total - model.num_layers * idle * 3 * model.hidden_size * model.intermediate_size
 

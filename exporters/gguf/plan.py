@@ -1,22 +1,19 @@
 """What a GGUF export will write, tensor by tensor, decided from headers alone."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from exporters.interface import kv_cache_bytes
+from exporters.interface import Slot, kv_cache_bytes
 from xent_quant import formats
-from xent_quant.checkpoint import architecture as names
-from xent_quant.checkpoint.architecture import PROJECTIONS, Architecture, Projection
-from xent_quant.checkpoint.llama_names import llama_name
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.llama_names import HEAD, llama_name
 from xent_quant.errors import ConfigError, UnsupportedError
-from xent_quant.recipes import Recipe, Role, fitting
+from xent_quant.recipes import Recipe, fitting
+from xent_quant.tensors import Role, TensorSpec
 
 SUPER_BLOCK = 256
 """Weights in a block of the K types; the expert width is padded to a multiple of it."""
-
-PROJECTION_ROLES: dict[Projection, Role] = {"gate": Role.GATE, "up": Role.UP, "down": Role.DOWN}
 
 BATCH = 512
 """Tokens that llama.cpp computes at once by default (n_ubatch)."""
@@ -26,22 +23,33 @@ RUNTIME_BYTES = 300_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
-    """A tensor that llama.cpp's architecture wants, before its type is chosen.
+class PlannedTensor:
+    """A tensor of the file. `asked` is the type that the recipe asked for where rows do not divide into its blocks.
 
     `shape` is row-major, padding included: [out, in], or [experts, out, in], or [n]. `sources` holds one checkpoint
-    tensor per expert, or one. `source_rows` and `source_columns` are the extents of one source; `heads` > 0 asks for the
-    rotary row permutation; `layer` is None outside of layers.
+    tensor per expert, or one. `heads` > 0 asks for the rotary row permutation; `layer` is None outside of layers.
     """
 
     name: str
     role: Role
-    layer: int | None
     shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    source_rows: int
-    source_columns: int
-    heads: int = 0
+    sources: tuple[TensorSpec, ...]
+    heads: int
+    type: str
+    asked: str
+
+    @property
+    def layer(self) -> int | None:
+        return self.sources[0].layer
+
+    @property
+    def routed(self) -> bool:
+        """Whether it holds a layer's routed experts."""
+        return self.sources[0].expert is not None
+
+    @property
+    def shared(self) -> bool:
+        return self.sources[0].shared
 
     @property
     def rows(self) -> int:
@@ -60,19 +68,23 @@ class Slot:
     @property
     def source_weights(self) -> int:
         """Weights of the checkpoint that this tensor holds."""
-        return len(self.sources) * self.source_rows * self.source_columns
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedTensor(Slot):
-    """A slot with its type; `asked` is what the recipe asked for where rows do not divide into that type's blocks."""
-
-    type: str
-    asked: str
+        return sum(source.n_weights for source in self.sources)
 
     @property
     def nbytes(self) -> int:
         return self.n_weights // self.columns * formats.get(self.type).row_bytes(self.columns)
+
+
+@dataclass(frozen=True)
+class GGUFSlot(Slot):
+    """`matrix` is the index of the tensor's matrix in `planned`."""
+
+    planned: PlannedTensor
+    matrix: int
+
+    @property
+    def label(self) -> str:
+        return self.planned.name
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,15 @@ class GGUFPlan:
     def nbytes(self) -> int:
         """Bytes of tensor data."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def slots(self) -> dict[str, list[GGUFSlot]]:
+        """By the checkpoint's name of the tensor."""
+        found: dict[str, list[GGUFSlot]] = {}
+        for planned in self.tensors:
+            for matrix, source in enumerate(planned.sources):
+                slot = GGUFSlot(source, planned.role, formats.get(planned.type), planned.rows, planned.columns, planned, matrix)
+                found.setdefault(source.name, []).append(slot)
+        return found
 
     @property
     def bits_per_weight(self) -> float:
@@ -110,73 +131,41 @@ class GGUFPlan:
         return weights + kv_cache_bytes(model, context) + compute + RUNTIME_BYTES
 
 
-def slots(model: Architecture, width: int) -> Iterator[Slot]:
-    """Every tensor of the file in llama.cpp's order, for experts (or a dense MLP) of `width`."""
-    hidden, kv = model.hidden_size, model.num_kv_heads * model.head_dim
-
-    def slot(role: Role, layer: int | None, source: str, rows: int = 1, heads: int = 0) -> Slot:
-        """A matrix of `rows` rows, or with the role of a norm a vector."""
-        return Slot(
-            name=llama_name(source)[0],
-            role=role,
-            layer=layer,
-            shape=(hidden,) if role is Role.NORM else (rows, hidden),
-            sources=(source,),
-            source_rows=rows,
-            source_columns=hidden,
-            heads=heads,
-        )
-
-    def mlp(projection: Projection, layer: int, sources: Sequence[str], own: int, padded: int, stacked: bool = False) -> Slot:
-        rows, columns = (hidden, own) if projection == "down" else (own, hidden)
-        shape = (hidden, padded) if projection == "down" else (padded, hidden)
-        return Slot(
-            name=llama_name(sources[0])[0],
-            role=PROJECTION_ROLES[projection],
-            layer=layer,
-            shape=(len(sources), *shape) if stacked else shape,
-            sources=tuple(sources),
-            source_rows=rows,
-            source_columns=columns,
-        )
-
-    yield slot(Role.EMBEDDING, None, names.EMBEDDING, model.vocab_size)
-    for layer in range(model.num_layers):
-        yield slot(Role.NORM, layer, names.input_norm(layer))
-        yield slot(Role.ATTENTION_Q, layer, names.attention(layer, "q"), hidden, model.num_heads)
-        yield slot(Role.ATTENTION_K, layer, names.attention(layer, "k"), kv, model.num_kv_heads)
-        yield slot(Role.ATTENTION_V, layer, names.attention(layer, "v"), kv)
-        yield slot(Role.ATTENTION_OUTPUT, layer, names.attention(layer, "o"), hidden)
-        yield slot(Role.NORM, layer, names.post_attention_norm(layer))
-        if not model.num_experts:
-            for projection in PROJECTIONS:
-                yield mlp(projection, layer, (names.dense_mlp(layer, projection),), model.intermediate_size, width)
-            continue
-        yield slot(Role.ROUTER, layer, names.router(layer), model.num_experts)
-        for projection in PROJECTIONS:
-            experts = tuple(names.expert(layer, index, projection) for index in range(model.num_experts))
-            yield mlp(projection, layer, experts, model.intermediate_size, width, stacked=True)
-        if model.num_shared_experts:
-            # llama.cpp takes the shared width to be expert width times count, so both are padded in step.
-            for projection in PROJECTIONS:
-                shared = (names.shared_expert(layer, projection),)
-                yield mlp(projection, layer, shared, model.shared_size, width * model.num_shared_experts)
-    yield slot(Role.NORM, None, names.FINAL_NORM)
+def layout(model: Architecture, recipe: Recipe, width: int) -> tuple[PlannedTensor, ...]:
+    """Every tensor of the file in llama.cpp's order, for experts (or a dense MLP) of `width`, with the recipe's types, or their
+    fallbacks where rows ask for one."""
+    found: dict[str, list[TensorSpec]] = {}
+    for source in model.tensors().values():
+        found.setdefault(llama_name(source), []).append(source)
+    tensors = [_planned(name, tuple(sources), sources[0].role, model, recipe, width) for name, sources in found.items()]
     if model.tie_word_embeddings:
         # llama.cpp wants output.weight in these architectures even where the checkpoint ties it to the embedding.
-        yield replace(slot(Role.HEAD, None, names.EMBEDDING, model.vocab_size), name=llama_name(names.HEAD)[0])
-    else:
-        yield slot(Role.HEAD, None, names.HEAD, model.vocab_size)
+        (embedding,) = tensors[0].sources
+        tensors.append(_planned(HEAD, (embedding,), Role.HEAD, model, recipe, width))
+    return tuple(tensors)
 
 
-def layout(model: Architecture, recipe: Recipe, width: int) -> tuple[PlannedTensor, ...]:
-    """`slots` with the recipe's types, or their fallbacks where rows ask for one."""
-
-    def typed(slot: Slot) -> PlannedTensor:
-        asked = recipe.type_of(slot.name, slot.role, slot.layer or 0, model)
-        return PlannedTensor(**{**asdict(slot), "role": slot.role}, asked=asked, type=fitting(asked, slot.columns))
-
-    return tuple(typed(slot) for slot in slots(model, width))
+def _planned(
+    name: str, sources: tuple[TensorSpec, ...], role: Role, model: Architecture, recipe: Recipe, width: int
+) -> PlannedTensor:
+    first = sources[0]
+    shape = first.shape
+    if role in (Role.GATE, Role.UP, Role.DOWN):
+        # llama.cpp takes the shared width to be expert width times count, so both are padded in step.
+        padded = width * (model.num_shared_experts if first.shared else 1)
+        shape = (shape[0], padded) if role is Role.DOWN else (padded, shape[1])
+    if first.expert is not None:
+        shape = (len(sources), *shape)
+    asked = recipe.type_of(name, role, first.layer or 0, model, first.shared)
+    return PlannedTensor(
+        name=name,
+        role=role,
+        shape=shape,
+        sources=sources,
+        heads={Role.ATTENTION_Q: model.num_heads, Role.ATTENTION_K: model.num_kv_heads}.get(role, 0),
+        type=fitting(asked, shape[-1]),
+        asked=asked,
+    )
 
 
 def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from exporters.base_model import BaseModel, human_size
-from exporters.card import PROMPT, opening
+from exporters.card import PROMPT, opening, table
 from exporters.onnx.plan import ONNXPlan
 
 MINIMUM = (1, 31)
@@ -49,9 +49,11 @@ def _readme(base: BaseModel, plan: ONNXPlan, name: str) -> str:
             f"{name}-{settings.name}-ONNX",
             f"for stock ONNX Runtime ({MINIMUM[0]}.{MINIMUM[1]} or newer) and onnxruntime-genai: {human_size(plan.data_bytes)}, "
             f"computing in {settings.onnx_dtype}",
-            [(_group(weight.name), weight.type, weight.nbytes if weight.pieces else 0) for weight in plan.weights.values()],
-            plan.notes,
         ),
+        *table((_group(weight.name), weight.type, weight.nbytes if weight.pieces else 0) for weight in plan.weights.values()),
+        *(f"{note}\n" for note in plan.notes),
+        "## Run it",
+        "",
         "```",
         "pip install onnxruntime-genai tokenizers",
         f'python run_onnx.py "{PROMPT}"',

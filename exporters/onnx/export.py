@@ -1,27 +1,24 @@
-"""Writes a planned ONNX folder: model.onnx.data row by row at its offsets as the checkpoint streams by, then the rest.
+"""Writes a planned ONNX folder: model.onnx.data row by row at its offsets, in any order, and what lies beside it.
 
-Holds the slice that it is given, its packed bytes and, of a gate or up projection, the rows between which its own go.
+Holds, of a gate or up projection, the rows between which its own go.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from exporters.atomic import write_at
-from exporters.folder import exported_folder
-from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow, unmeasured_notes
+from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
 from exporters.onnx import card, config
 from exporters.onnx.graph import DATA_FILE, build
-from exporters.onnx.plan import FLOATS, ONNXPlan, Part, Piece, Weight
+from exporters.onnx.plan import FLOATS, ONNXPlan, ONNXSlot, Part
 from xent_quant import formats
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.formats.base import F32, U8
+from xent_quant.formats.base import U8
 from xent_quant.formats.int_group import IntGroup
 from xent_quant.methods.interface import Method
-from xent_quant.tensors import InputStatistics
+from xent_quant.storage import Move, PositionalFile, Target, replace_bytes
 
 FOLDER = "onnx"
 
@@ -32,10 +29,8 @@ class ONNXExporter:
     Raises CheckpointError where the checkpoint has no tokenizer or its configuration files are damaged.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, plan: ONNXPlan, output: Path, name: str, method: Method, *, force: bool = False
-    ) -> None:
-        self.checkpoint, self.plan, self.method, self.force = checkpoint, plan, method, force
+    def __init__(self, checkpoint: Checkpoint, plan: ONNXPlan, output: Path, name: str, method: Method) -> None:
+        self.checkpoint, self.plan, self.method = checkpoint, plan, method
         self.target = output / FOLDER
         self.files = config.files(checkpoint, plan)
         self.files |= card.files(checkpoint.path, plan, name)
@@ -45,76 +40,88 @@ class ONNXExporter:
         rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in self.plan.weights.values() if t.pieces)
         return PlanSummary("onnx", rows, self.plan.vram_bytes(CONTEXT), self.plan.notes)
 
-    @contextmanager
-    def open(self, provenance: Mapping[str, str | int]) -> Iterator["ONNXSink"]:
-        """See `Exporter.open` and `exported_folder`."""
-        with exported_folder(self.target, self.files, self.plan.data_bytes, force=self.force) as folder:
-            (folder / "model.onnx").write_bytes(build(self.plan).SerializeToString(deterministic=True))
-            with (folder / DATA_FILE).open("w+b") as stream:
-                stream.truncate(self.plan.data_bytes)
-                sink = ONNXSink(self, stream.fileno())
-                yield sink
-            if not sink.finished:
-                raise AssertionError("an export was left without finish()")
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return (Target(self.target, folder=True),)
+
+    @property
+    def slots(self) -> dict[str, list[ONNXSlot]]:
+        return self.plan.slots()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Exporter.identity`."""
+        return {"settings": vars(self.plan.settings), "expert width": self.plan.expert_width}
+
+    @property
+    def nbytes(self) -> int:
+        return self.plan.data_bytes + sum(map(len, self.files.values()))
+
+    def check(self, force: bool) -> None:
+        """See `Exporter.check`."""
+
+    def open(self, folder: Path, provenance: Mapping[str, str | int], *, fresh: bool) -> "ONNXWriter":
+        """See `Exporter.open`."""
+        staged = folder / FOLDER
+        if fresh:
+            staged.mkdir()
+            data = PositionalFile.create(staged / DATA_FILE)
+            data.truncate(self.plan.data_bytes)
+        else:
+            data = PositionalFile.open(staged / DATA_FILE)
+        writer = ONNXWriter(self, staged, data)
+        if fresh:
+            writer.write_tables()
+        return writer
 
 
-class ONNXSink:
-    """See `Sink`."""
+class ONNXWriter:
+    """See `Writer`."""
 
-    def __init__(self, exporter: ONNXExporter, file: int) -> None:
-        self._exporter, self._file = exporter, file
-        self._places: dict[str, list[tuple[Weight, Piece]]] = {}
-        for weight in exporter.plan.weights.values():
-            for piece in weight.pieces:
-                self._places.setdefault(piece.source, []).append((weight, piece))
-        self._missing = sum(piece.rows for places in self._places.values() for _, piece in places)
-        self._measured: dict[str, bool] = {}
-        self.finished = False
-        self._write_tables()
+    def __init__(self, exporter: ONNXExporter, staged: Path, data: PositionalFile) -> None:
+        self._exporter, self._staged, self._data = exporter, staged, data
 
-    def put(self, name: str, start: int, weights: F32, statistics: InputStatistics | None) -> Callable[[], F32]:
-        """See `Sink.put`."""
-        for weight, piece in self._places[name]:
-            missing = weight.columns - piece.columns
-            padded = np.pad(weights, ((0, 0), (0, missing))) if missing else weights
-            if isinstance(weight.kind, IntGroup):
-                known = statistics and statistics.padded(weight.columns)
-                packed = self._exporter.method.quantize(padded, weight.kind, known, name=name)
-                planes = [plane for plane in weight.kind.split(packed) if plane is not None]
-                if ".layers." in name:
-                    self._measured[name] = known is not None
-            else:
-                packed = weight.kind.quantize(padded, name=name)
-                planes = [packed]
-            for part, rows in zip(weight.parts, planes, strict=True):
-                self._write(part, piece.first + piece.stride * start, piece.stride, rows)
-            self._missing -= len(weights)
-        return lambda: weight.kind.dequantize(packed)[:, : weights.shape[1]]
+    def put(self, slot: ONNXSlot, start: int, packed: U8) -> None:
+        """See `Writer.put`."""
+        kind, piece = slot.weight.kind, slot.piece
+        planes = [plane for plane in kind.split(packed) if plane is not None] if isinstance(kind, IntGroup) else [packed]
+        for part, rows in zip(slot.weight.parts, planes, strict=True):
+            self._write(part, piece.first + piece.stride * start, piece.stride, rows)
 
     def _write(self, part: Part, first: int, stride: int, rows: U8) -> None:
         """Rows [n, row_bytes] to the part's rows first, first + stride, …"""
         offset = part.offset + first * part.row_bytes
         if stride > 1:
             span = (stride * (len(rows) - 1) + 1) * part.row_bytes
-            between = np.frombuffer(os.pread(self._file, span, offset), np.uint8).reshape(-1, part.row_bytes).copy()
+            between = self._data.read_at(span, offset).reshape(-1, part.row_bytes)
             between[::stride] = rows
             rows = between
-        write_at(self._file, rows, offset)
+        self._data.write_at(rows, offset)
 
-    def _write_tables(self) -> None:
+    def write_tables(self) -> None:
         """cos and sin of position · theta^(−2i / head_dim), computed in float64."""
         plan = self._exporter.plan
         model, kind = plan.architecture, formats.get(FLOATS[plan.settings.onnx_dtype])
         frequencies = model.rope_theta ** (-np.arange(0, model.head_dim, 2) / model.head_dim)
         angles = np.arange(model.max_position_embeddings)[:, None] * frequencies
         for part, values in zip(plan.tables, (np.cos(angles), np.sin(angles)), strict=True):
-            write_at(self._file, kind.quantize(values.astype(np.float32), name=part.name), part.offset)
+            self._data.write_at(kind.quantize(values.astype(np.float32), name=part.name), part.offset)
 
-    def finish(self) -> Exported:
-        """See `Sink.finish`."""
-        if self._missing:
-            raise AssertionError(f"{self._missing} rows were not written")
-        self.finished = True
+    def sync(self) -> None:
+        """See `Writer.sync`."""
+        self._data.sync()
+
+    def finish(self, notes: Sequence[str]) -> Exported:
+        """See `Writer.finish`."""
         exporter = self._exporter
+        files = {"model.onnx": build(exporter.plan).SerializeToString(deterministic=True), **exporter.files}
+        for name, content in files.items():
+            replace_bytes(self._staged / name, content)
         names = ("model.onnx", DATA_FILE, *exporter.files)
-        return Exported(tuple(exporter.target / name for name in names), unmeasured_notes(self._measured))
+        return Exported(
+            (Move(self._staged, exporter.target),), tuple(exporter.target / name for name in names), notes=tuple(notes)
+        )
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+        self._data.close()

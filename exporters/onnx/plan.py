@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from exporters.interface import kv_cache_bytes
+from exporters.interface import Slot, kv_cache_bytes
 from xent_quant import formats
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.architecture import Architecture
@@ -13,6 +13,7 @@ from xent_quant.errors import ConfigError, UnsupportedError
 from xent_quant.formats.base import QuantFormat
 from xent_quant.formats.int_group import IntGroup, ScaleType, int_group
 from xent_quant.options import OnnxOptions
+from xent_quant.tensors import TensorSpec
 
 BITS = (4, 8, 16)
 FLOATS: dict[str, ScaleType] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -78,12 +79,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a checkpoint tensor of `rows` × `columns` goes: its row r is the weight's row first + stride·r, counted through
-    all experts. Rows of a weight that no piece fills are padding: zero bytes, so scales of 0 and weights of 0."""
+    """Where a checkpoint tensor goes: its row r is the weight's row first + stride·r, counted through all experts. Rows of a
+    weight that no piece fills are padding: zero bytes, so scales of 0 and weights of 0."""
 
-    source: str
-    rows: int
-    columns: int
+    source: TensorSpec
     first: int = 0
     stride: int = 1
 
@@ -116,6 +115,14 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class ONNXSlot(Slot):
+    """A piece of a weight."""
+
+    weight: Weight
+    piece: Piece
+
+
+@dataclass(frozen=True)
 class ONNXPlan:
     """All weights by name in file order, the rotary tables ([positions, head_dim / 2]) after them. `expert_width` is the
     width written, `data_bytes` the size of the data file."""
@@ -128,6 +135,17 @@ class ONNXPlan:
     tables: tuple[Part, Part]
     data_bytes: int
     notes: tuple[str, ...]
+
+    def slots(self) -> dict[str, list[ONNXSlot]]:
+        """By the checkpoint's name of the tensor."""
+        found: dict[str, list[ONNXSlot]] = {}
+        for weight in self.weights.values():
+            for piece in weight.pieces:
+                source = piece.source
+                rows = source.shape[0] if len(source.shape) > 1 else 1
+                slot = ONNXSlot(source, source.role, weight.kind, rows, weight.columns, weight, piece)
+                found.setdefault(source.name, []).append(slot)
+        return found
 
     def vram_bytes(self, context: int) -> int:
         """What the model takes on a GPU with `context` tokens, about: weights, KV cache, and RUNTIME_BYTES."""
@@ -181,51 +199,51 @@ def _up(size: int, step: int) -> int:
 
 def _weights(model: Architecture, settings: Settings, width: int, shared: int) -> Iterator[Weight]:
     hidden, kv = model.hidden_size, model.num_kv_heads * model.head_dim
-    active, experts = settings.active, settings.experts
+    active, experts, at = settings.active, settings.experts, model.tensors()
 
     def norm(name: str, source: str) -> Weight:
         kind = formats.get(FLOATS[settings.onnx_dtype])
         part = Part(name, FLOATS[settings.onnx_dtype], (hidden,), hidden * kind.block_bytes)
-        return Weight(name, (hidden,), kind, (part,), (Piece(source, 1, hidden),))
+        return Weight(name, (hidden,), kind, (part,), (Piece(at[source]),))
 
-    def swiglu(layer: int, mlp: str, sources: list[str], own: int, padded: int) -> Iterator[Weight]:
+    def swiglu(layer: int, mlp: str, sources: list[str], padded: int) -> Iterator[Weight]:
         """gate and up as one matrix, gate's rows first; down."""
         gate, up, down = sources
-        pieces = (Piece(gate, own, hidden), Piece(up, own, hidden, padded))
+        pieces = (Piece(at[gate]), Piece(at[up], padded))
         yield _matrix(f"layers.{layer}.{mlp}.gate_up", active, 2 * padded, hidden, pieces)
-        yield _matrix(f"layers.{layer}.{mlp}.down", active, hidden, padded, (Piece(down, hidden, own),))
+        yield _matrix(f"layers.{layer}.{mlp}.down", active, hidden, padded, (Piece(at[down]),))
 
-    embedding = (Piece(names.EMBEDDING, model.vocab_size, hidden),)
+    embedding = (Piece(at[names.EMBEDDING]),)
     yield _matrix("embedding", active, model.vocab_size, hidden, embedding, gathered=True)
     for layer in range(model.num_layers):
         yield norm(f"layers.{layer}.attention.norm", names.input_norm(layer))
         q, k, v, o = (names.attention(layer, which) for which in ("q", "k", "v", "o"))
-        qkv = (Piece(q, hidden, hidden), Piece(k, kv, hidden, hidden), Piece(v, kv, hidden, hidden + kv))
+        qkv = (Piece(at[q]), Piece(at[k], hidden), Piece(at[v], hidden + kv))
         yield _matrix(f"layers.{layer}.attention.qkv", active, hidden + 2 * kv, hidden, qkv)
-        yield _matrix(f"layers.{layer}.attention.output", active, hidden, hidden, (Piece(o, hidden, hidden),))
+        yield _matrix(f"layers.{layer}.attention.output", active, hidden, hidden, (Piece(at[o]),))
         yield norm(f"layers.{layer}.mlp.norm", names.post_attention_norm(layer))
         if not model.num_experts:
             dense = [names.dense_mlp(layer, projection) for projection in names.PROJECTIONS]
-            yield from swiglu(layer, "mlp", dense, model.intermediate_size, width)
+            yield from swiglu(layer, "mlp", dense, width)
             continue
-        routed = (Piece(names.router(layer), model.num_experts, hidden),)
+        routed = (Piece(at[names.router(layer)]),)
         yield _matrix(f"layers.{layer}.router", formats.get("F32"), model.num_experts, hidden, routed)
         # QMoE wants gate's and up's rows interleaved.
         gate_up, down = [], []
         for index in range(model.num_experts):
             gate, up, out = (names.expert(layer, index, projection) for projection in names.PROJECTIONS)
             first = 2 * width * index
-            gate_up.append(Piece(gate, model.intermediate_size, hidden, first, 2))
-            gate_up.append(Piece(up, model.intermediate_size, hidden, first + 1, 2))
-            down.append(Piece(out, hidden, model.intermediate_size, hidden * index))
+            gate_up.append(Piece(at[gate], first, 2))
+            gate_up.append(Piece(at[up], first + 1, 2))
+            down.append(Piece(at[out], hidden * index))
         yield _matrix(f"layers.{layer}.experts.gate_up", experts, 2 * width, hidden, tuple(gate_up), model.num_experts)
         yield _matrix(f"layers.{layer}.experts.down", experts, hidden, width, tuple(down), model.num_experts)
         if model.num_shared_experts:
             both = [names.shared_expert(layer, projection) for projection in names.PROJECTIONS]
-            yield from swiglu(layer, "shared", both, model.shared_size, shared)
+            yield from swiglu(layer, "shared", both, shared)
     yield norm("norm", names.FINAL_NORM)
     if not model.tie_word_embeddings:
-        yield _matrix("head", active, model.vocab_size, hidden, (Piece(names.HEAD, model.vocab_size, hidden),))
+        yield _matrix("head", active, model.vocab_size, hidden, (Piece(at[names.HEAD]),))
 
 
 def _matrix(

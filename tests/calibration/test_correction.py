@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.correction import RIDGE, Correction
+from calibration.correction import Correction
 from calibration.moments import Moments
+from xent_quant.linalg import DAMPING
+from xent_quant.model.stages import Batch
 
 RANDOM = np.random.default_rng(5)
 COLUMNS, ROWS = 24, 10
@@ -31,7 +33,7 @@ def corrected(rows: int, noise: float, gaps: bool) -> tuple[Correction, tuple[np
     mask = torch.arange(rows + 100) >= rows
     for part in torch.split(torch.arange(rows + 100), rows // 2):
         exact, inputs, gap = (side[part] for side in together)
-        moments.add(inputs, mask[part], exact=exact, gap=gap if gaps else None)
+        moments.add(Batch(inputs, part, exact=exact, residual=gap if gaps else None), mask[part])
     statistics = moments.statistics()
     assert statistics is not None
     found = moments.correction(statistics)
@@ -44,7 +46,7 @@ def test_equals_ridge_regression_on_all_rows(gaps) -> None:
     correction, (exact, inputs, gap), (exact_apart, inputs_apart, gap_apart) = corrected(400, 0.3, gaps)
     weights = RANDOM.normal(size=(ROWS, COLUMNS)).astype(np.float32)
     wide = inputs.astype(np.float64)
-    ridge = np.sqrt(RIDGE * np.square(wide).sum(0).mean()) * np.eye(COLUMNS)
+    ridge = np.sqrt(DAMPING * np.square(wide).sum(0).mean()) * np.eye(COLUMNS)
     wish = (exact - wide) @ weights.T + (gap if gaps else 0)
     change = np.linalg.lstsq(np.concatenate([wide, ridge]), np.concatenate([wish, np.zeros((COLUMNS, ROWS))]))[0].T
     reach = inputs_apart @ change.T
@@ -68,13 +70,13 @@ def test_never_worse_on_held_out_rows_however_few_the_others(rows) -> None:
 @pytest.mark.parametrize("drifted", [False, True])
 def test_a_rare_experts_drift_is_made_up_as_its_hessian_is(monkeypatch, drifted) -> None:
     """Of a layer whose drift is not known, its rows count as rows without any."""
-    monkeypatch.setattr("calibration.moments.FEWEST_ROWS", 1)
+    monkeypatch.setattr("calibration.rare.FEWEST_ROWS", 1)
     rare, layer = Moments(COLUMNS, hessian=True), Moments(COLUMNS, hessian=True)
     own, others = problem(10, 0.3), problem(300, 0.3)
     for moments, (exact, inputs, _) in ((rare, own), (layer, others)):
         mask = torch.arange(len(inputs)) % 5 == 4
         known = torch.from_numpy(exact) if drifted or moments is rare else None
-        moments.add(torch.from_numpy(inputs), mask, exact=known)
+        moments.add(Batch(torch.from_numpy(inputs), mask, exact=known), mask)
     statistics = rare.statistics(layer)
     assert statistics is not None
     found = rare.correction(statistics, layer)
@@ -91,7 +93,7 @@ def test_a_rare_experts_drift_is_made_up_as_its_hessian_is(monkeypatch, drifted)
 
 def test_weights_whose_inputs_have_no_energy_stay() -> None:
     moments = Moments(COLUMNS, hessian=True)
-    moments.add(torch.zeros(64, COLUMNS), torch.arange(64) > 50, exact=torch.zeros(64, COLUMNS))
+    moments.add(Batch(torch.zeros(64, COLUMNS), torch.arange(64), exact=torch.zeros(64, COLUMNS)), torch.arange(64) > 50)
     statistics = moments.statistics()
     assert statistics is not None
     assert moments.correction(statistics) is None

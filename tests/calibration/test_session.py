@@ -11,33 +11,49 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import xent_quant
-from calibration.collect import collect
+from calibration.coverage import Coverage
 from calibration.imatrix import Imatrix
-from calibration.session import Session
-from tests.calibration.test_running import rows_and_gates
+from calibration.session import Session, Windows
+from calibration.text import CalibrationText
+from tests.calibration.test_measuring import rows_and_gates
 from tests.test_command import fails, run
 from xent_quant import formats
 from xent_quant.checkpoint.llama_names import llama_name
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CalibrationError
 from xent_quant.methods import METHODS
-from xent_quant.model.streaming import StreamingModel
 from xent_quant.options import CalibrationOptions
+from xent_quant.progress import Silent
+from xent_quant.walk.collecting import collect
 
 SMALL = CalibrationOptions(calib=("fiction-en",), tokens=600, seqlen=40)
 WINDOWS = np.random.default_rng(0).integers(4, 300, (4, 10))
 
 
+class Given(Windows):
+    """Given windows in place of a session's text."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(torch.from_numpy(WINDOWS))
+        self.checkpoint = Checkpoint.open(folder)
+        self.text = CalibrationText(WINDOWS, WINDOWS[:0], ("a", "b"))
+        self.device = torch.device("cpu")
+
+
+def collected(folder: Path, file: Path) -> Coverage:
+    return collect(Given(folder), file, force=True, restart=False, progress=Silent())[1]
+
+
 def test_imatrix_holds_raw_sums_and_counts_under_llama_names(checkpoint, tmp_path: Path) -> None:
     folder = checkpoint()
-    matrix, coverage = collect(StreamingModel(Checkpoint.open(folder)), torch.from_numpy(WINDOWS), ["a", "b"])
-    matrix.write(tmp_path / "m.gguf")
+    coverage = collected(folder, tmp_path / "m.gguf")
     read = Imatrix.read(tmp_path / "m.gguf")
     read.check(Checkpoint.open(folder).architecture)
     assert (read.datasets, read.chunk_count, read.chunk_size) == (("a", "b"), 4, 10)
     seen, gates = rows_and_gates(folder, WINDOWS)
+    specs = Checkpoint.open(folder).architecture.tensors()
     for name, rows in seen.items():
-        tensor, expert = llama_name(name)
+        tensor, expert = llama_name(specs[name]), specs[name].expert or 0
         entry = read.entries[tensor]
         assert (entry.gated is not None) == ("_exps" in tensor)
         if entry.gated is not None and entry.gates is not None:
@@ -45,7 +61,7 @@ def test_imatrix_holds_raw_sums_and_counts_under_llama_names(checkpoint, tmp_pat
             np.testing.assert_allclose(entry.gates[expert], np.square(gates[name]).sum(), rtol=1e-4)
         np.testing.assert_allclose(read.entries[tensor].sums[expert], np.square(rows).sum(0), rtol=1e-4)
         assert read.entries[tensor].counts[expert] == len(rows)
-    assert read.entries.keys() == {llama_name(name)[0] for name in seen}
+    assert read.entries.keys() == {llama_name(specs[name]) for name in seen}
     assert sum(map(sum, coverage.tokens)) == WINDOWS.size * 2 * 2
     names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors]
     stock = [name for name in names if name.endswith((".in_sum2", ".counts"))]
@@ -166,8 +182,7 @@ def test_nan_activations_name_layer_and_expert(checkpoint, tmp_path: Path, loud:
 
 def test_statistics_of_another_model_are_refused(checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
-    matrix, _ = collect(StreamingModel(Checkpoint.open(checkpoint())), torch.from_numpy(WINDOWS))
-    matrix.write(file)
+    collected(checkpoint(), file)
     fails(run(checkpoint(num_experts=7), "--imatrix", file), "m.gguf", "ffn_down_exps.weight", "the model needs [7, 96]")
     read = Imatrix.read(file)
     for overrides in ({"num_experts": None}, {"num_hidden_layers": 1}, {"num_shared_experts": 0}):

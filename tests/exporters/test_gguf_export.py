@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,29 +13,30 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from exporters.atomic import staged
+from calibration.correction import NOTHING
 from exporters.base_model import BaseModel
 from exporters.gguf import card
 from exporters.gguf.export import GGUFExporter
 from exporters.gguf.plan import GGUFPlan, layout, plan
-from exporters.stream import export
 from tests.reference.forward import forward
+from tests.walking import export
 from xent_quant import formats
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, ExportError
 from xent_quant.methods.search import Search
 from xent_quant.recipes import recipe
-from xent_quant.tensors import InputStatistics, StatisticsSource
+from xent_quant.tensors import InputStatistics, Role, StatisticsSource, TensorSpec
 from xent_quant.validation.llama_cpp import LlamaCpp
+from xent_quant.walk.lanes import Lane
 
 IDS = [2, 17, 300, 5, 9, 42, 260, 261, 11, 7]
 
 
 def write_plan(
-    checkpoint: Checkpoint, planned: GGUFPlan, output: Path, name: str, statistics=None, provenance=None, **options
+    checkpoint: Checkpoint, planned: GGUFPlan, output: Path, name: str, statistics=None, provenance=None, force=False, **options
 ) -> list[Path]:
     exporter = GGUFExporter(checkpoint, planned, output, name, Search("fast"), **options)
-    return list(export(checkpoint, [exporter], [statistics], provenance=provenance)[0].files)
+    return list(export(checkpoint, [exporter], output, statistics, provenance=provenance, force=force)[0].files)
 
 
 def write(folder: Path, output: Path, *, type: str = "Q8_0", name: str = "Tiny", **options) -> list[Path]:
@@ -94,12 +94,10 @@ def test_padding_dequantises_to_exact_zeros(checkpoint, tmp_path: Path, kind: st
     random = np.random.default_rng(1)
 
     class Statistics(StatisticsSource):
-        def get(self, name: str) -> InputStatistics | None:
-            if "layers" not in name or "norm" in name:
+        def get(self, tensor: TensorSpec) -> InputStatistics | None:
+            if tensor.layer is None or not tensor.measured:
                 return None
-            width = 480 if "experts." in name and "down" in name else 256
-            width = 960 if "shared_experts.down" in name else width
-            return InputStatistics(random.uniform(0, 2, width).astype(np.float32), None, 100)
+            return InputStatistics(random.uniform(0, 2, tensor.shape[-1]).astype(np.float32), None, 100)
 
     file = write(folder, tmp_path, type=kind, statistics=Statistics() if measured else None)[0]
     weights, found = load_file(folder / "model.safetensors"), tensors(file)
@@ -131,7 +129,7 @@ def test_values_are_the_formats_own(checkpoint, tmp_path: Path, kind: str) -> No
         assert stored.tensor_type == kind_of.ggml_type
         assert stored.n_bytes == tensor.nbytes
         for index, source in enumerate(tensor.sources):
-            plain = np.atleast_2d(weights[source])
+            plain = np.atleast_2d(weights[source.name])
             if tensor.heads:  # row 2i of a head is row i, row 2i + 1 is row i + half
                 half = plain.shape[0] // tensor.heads // 2
                 order = [h * 2 * half + i + part * half for h in range(tensor.heads) for i in range(half) for part in (0, 1)]
@@ -200,7 +198,7 @@ def test_splits_hold_the_same_tensors(checkpoint, tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensor.data, seen[name].data)
     with LlamaCpp(whole) as one, LlamaCpp(parts[0]) as two:
         np.testing.assert_array_equal(one.logits(IDS), two.logits(IDS))
-    assert f"--merge {parts[0].name}" in (tmp_path / "many" / "Modelfile").read_text()
+    assert f"--merge {parts[0].name}" in (tmp_path / "many" / "Tiny-Q8_0.Modelfile").read_text()
 
 
 def test_slices_change_no_byte_and_bound_the_memory(checkpoint, tmp_path: Path, monkeypatch) -> None:
@@ -210,14 +208,15 @@ def test_slices_change_no_byte_and_bound_the_memory(checkpoint, tmp_path: Path, 
     opened = Checkpoint.open(folder)
     assert opened.infos["model.embed_tokens.weight"].n_weights > 70 * Checkpoint.SLICE
     exporter = GGUFExporter(opened, plan(opened.architecture, recipe(type="Q4_K_M")), tmp_path / "sliced", "Tiny", Search("fast"))
-    with exporter.open({}) as sink:
-        tracemalloc.start()
-        for name in opened.infos:
-            for start, weights in opened.slices(name):
-                sink.put(name, start, weights, None)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        sliced = sink.finish().files[0]
+    lane = Lane(exporter, exporter.open(tmp_path, {}, fresh=True), None)
+    tracemalloc.start()
+    for tensor in opened.architecture.tensors().values():
+        for start, weights in opened.slices(tensor.name):
+            lane.put(tensor, start, weights, NOTHING, head=tensor.role is Role.HEAD)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    sliced = lane.writer.finish(()).moves[0].staged
+    lane.writer.close()
     assert peak < 5 * 4 * Checkpoint.SLICE  # raw bytes, float32, checks and packed rows of a slice or two
     assert whole.read_bytes() == sliced.read_bytes()
 
@@ -258,7 +257,7 @@ def test_full_disk_leaves_nothing(checkpoint, tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", script, str(folder), str(out)], capture_output=True, text=True)
     assert result.returncode
     assert "ExportError" in result.stderr
-    assert "nothing was written" in result.stderr
+    assert "put that right" in result.stderr
     assert not list(out.iterdir())
 
 
@@ -266,36 +265,6 @@ def test_full_disk_leaves_nothing(checkpoint, tmp_path: Path) -> None:
 def test_impossible_names_are_refused(checkpoint, tmp_path: Path, name: str) -> None:
     with pytest.raises(ExportError, match="--name"):
         write(checkpoint(), tmp_path / "out", name=name)
-
-
-def test_staged_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
-    targets = [tmp_path / name for name in ("first", "second", "third")]
-
-    def attempt(text: str, fail: Callable[[], None] = lambda: None) -> None:
-        with staged(targets) as temporary:
-            for path in temporary:
-                path.write_text(text)
-            assert not any(path.name in {target.name for target in targets} for path in temporary)
-            fail()
-
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        attempt("one", stop)
-    assert not list(tmp_path.iterdir())
-    attempt("two")
-    with pytest.raises(KeyboardInterrupt):
-        attempt("three", stop)
-    assert [path.read_text() for path in targets] == ["two"] * 3
-    attempt("four")
-    assert [path.read_text() for path in targets] == ["four"] * 3
-    targets[1].unlink()
-    targets[1].mkdir()  # cannot be replaced by a file
-    with pytest.raises(OSError, match="directory"):
-        attempt("five")
-    assert not targets[0].exists()  # no set of old and new files behind a first one that opens
-    assert {path.name for path in tmp_path.iterdir()} == {"second"}
 
 
 A42B = {"vocab_size": 100534, "hidden_size": 2560, "intermediate_size": 1728, "num_hidden_layers": 28, "num_attention_heads": 32}
@@ -312,7 +281,7 @@ def test_card_and_modelfile(checkpoint, tmp_path: Path) -> None:
     assert "gguf" in header["tags"]
     assert "| router | F32 |" in text
     assert "llama-completion -m Tiny-Q4_K_M.gguf" in text
-    assert (tmp_path / "out" / "Modelfile").read_text() == (
+    assert (tmp_path / "out" / "Tiny-Q4_K_M.Modelfile").read_text() == (
         'FROM ./Tiny-Q4_K_M.gguf\nTEMPLATE "{{ .Prompt }}"\nPARAMETER repeat_penalty 1.1\nPARAMETER num_ctx 8192\n'
     )
 
@@ -327,7 +296,7 @@ def test_advice_for_cards_that_the_model_does_not_fit_on() -> None:
     assert 0 < moved[16] < moved[12] < moved[8] <= 28
     assert moved[4] is None
     for size in (8, 12, 16):
-        left = [t.nbytes for t in planned.tensors if "_exps." in t.name and t.layer < moved[size]]
+        left = [t.nbytes for t in planned.tensors if t.routed and t.layer < moved[size]]
         assert planned.vram_bytes(8192) - sum(left) <= size * 10**9
 
 

@@ -9,7 +9,7 @@ import torch
 
 from exporters.onnx.export import ONNXExporter
 from exporters.onnx.plan import Settings, plan
-from exporters.stream import export
+from tests.walking import export
 from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.methods.search import Search
@@ -34,7 +34,9 @@ EXACT = Settings(onnx_dtype="fp32", accuracy_level=0)
 
 def write(folder: Path, output: Path, settings: Settings) -> Path:
     checkpoint = Checkpoint.open(folder)
-    export(checkpoint, [ONNXExporter(checkpoint, plan(checkpoint.architecture, settings), output, "Tiny", Search("fast"))])
+    export(
+        checkpoint, [ONNXExporter(checkpoint, plan(checkpoint.architecture, settings), output, "Tiny", Search("fast"))], output
+    )
     return output / "onnx"
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +17,17 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 import xent_quant
-from exporters.atomic import staged_folder
+from calibration.correction import NOTHING
 from exporters.onnx.export import ONNXExporter
 from exporters.onnx.plan import ALIGNMENT, Settings, plan
-from exporters.stream import export
+from tests.walking import export
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, ConfigError, ExportError, UnsupportedError
 from xent_quant.methods.search import Search
-from xent_quant.tensors import InputStatistics, StatisticsSource
+from xent_quant.tensors import InputStatistics, Role, StatisticsSource, TensorSpec
 from xent_quant.validation import onnx_runtime
 from xent_quant.validation.onnx_source import OnnxSource
+from xent_quant.walk.lanes import Lane
 
 FILES = {
     "model.onnx",
@@ -45,7 +45,7 @@ FILES = {
 def write(folder: Path, output: Path, settings: Settings | None = None, statistics=None, *, force: bool = False) -> Path:
     checkpoint = Checkpoint.open(folder)
     planned = plan(checkpoint.architecture, settings or Settings())
-    export(checkpoint, [ONNXExporter(checkpoint, planned, output, "Tiny", Search("fast"), force=force)], [statistics])
+    export(checkpoint, [ONNXExporter(checkpoint, planned, output, "Tiny", Search("fast"))], output, statistics, force=force)
     return output / "onnx"
 
 
@@ -96,8 +96,8 @@ def test_padding_is_exactly_zero_and_weights_are_near(checkpoint, tmp_path: Path
     source = checkpoint(intermediate_size=96, num_hidden_layers=1)
 
     class Statistics(StatisticsSource):
-        def get(self, name: str) -> InputStatistics | None:
-            columns = weights[name].shape[-1]
+        def get(self, tensor: TensorSpec) -> InputStatistics | None:
+            columns = tensor.shape[-1]
             random = np.random.default_rng(columns)
             return InputStatistics(random.uniform(0.1, 2, columns).astype(np.float32), None, 100)
 
@@ -122,16 +122,17 @@ def test_slices_change_no_byte_and_bound_the_memory(checkpoint, tmp_path: Path, 
     monkeypatch.setattr(Checkpoint, "SLICE", 64 * 1024)
     opened = Checkpoint.open(source)
     exporter = ONNXExporter(opened, plan(opened.architecture, Settings()), tmp_path / "sliced", "Tiny", Search("fast"))
-    with exporter.open({}) as sink:
-        tracemalloc.start()
-        for name in opened.infos:
-            for start, weights in opened.slices(name):
-                sink.put(name, start, weights, None)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        sink.finish()
+    lane = Lane(exporter, exporter.open(tmp_path, {}, fresh=True), None)
+    tracemalloc.start()
+    for tensor in opened.architecture.tensors().values():
+        for start, weights in opened.slices(tensor.name):
+            lane.put(tensor, start, weights, NOTHING, head=tensor.role is Role.HEAD)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    sliced = lane.writer.finish(()).moves[0].staged
+    lane.writer.close()
     assert peak < 5 * 4 * Checkpoint.SLICE
-    assert contents(tmp_path / "sliced" / "onnx") == whole
+    assert contents(sliced) == whole
 
 
 def test_both_formats_from_one_pass(checkpoint, tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_full_disk_leaves_nothing(checkpoint, tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(checkpoint()), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode
-    assert re.search("ExportError.*nothing was written", result.stderr)
+    assert re.search("ExportError.*put that right", result.stderr)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -239,39 +240,14 @@ def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path
     command = [sys.executable, "-m", "xent_quant.cli.main", str(source), *options]
     process = subprocess.Popen(["nice", *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline and not list(out.glob(".*/model.onnx")):
+    while process.poll() is None and time.monotonic() < deadline and not list(out.glob(".*/onnx/model.onnx.data")):
         time.sleep(0.002)
     assert process.poll() is None
     process.send_signal(how)
     assert process.wait(60) != 0
     assert not list(out.glob("onnx"))
-    if how is not signal.SIGKILL:
-        assert not list(out.glob(".*"))
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert [path.name for path in out.iterdir()] == ["onnx"]
-
-
-def test_staged_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "result"
-
-    def attempt(text: str, fail: Callable[[], None] = lambda: None) -> None:
-        with staged_folder(target) as folder:
-            (folder / text).write_text(text)
-            fail()
-
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        attempt("one", stop)
-    assert not list(tmp_path.iterdir())
-    attempt("two")
-    with pytest.raises(KeyboardInterrupt):
-        attempt("three", stop)
-    assert contents(target) == {"two": b"two"}
-    attempt("four")
-    assert contents(target) == {"four": b"four"}
-    assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 
 def test_an_older_runtime_is_refused_by_name_and_version(monkeypatch) -> None:

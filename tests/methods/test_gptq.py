@@ -38,7 +38,7 @@ def fed(kind: CodedFormat, columns: int = COLUMNS) -> Rows:
     known = statistics(columns)
     assert known.hessian is not None
     weights = np.ascontiguousarray(WEIGHTS[:, :columns])
-    rows = Rows(weights, kind, Curvature.of(known.hessian), known.importance, "fast", "w")
+    rows = Rows(weights, kind, Curvature(known.hessian), known.importance, "fast", "w")
     rows.feed()
     return rows
 

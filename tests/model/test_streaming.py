@@ -10,9 +10,12 @@ from safetensors.numpy import load_file
 
 from tests.exporters.test_gguf_exact import CASES, IDS
 from tests.reference.forward import forward
+from tests.walking import stages
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CalibrationError
-from xent_quant.model.streaming import Step, StreamingModel
+from xent_quant.model.stages import Stage
+from xent_quant.model.streaming import StreamingModel
+from xent_quant.tensors import Role
 
 
 @pytest.mark.parametrize("overrides", [*CASES.values(), {"norm_topk_prob": False}], ids=[*CASES.keys(), "not renormalised"])
@@ -40,43 +43,43 @@ def test_steps_show_every_weight_every_token_in_the_order_of_the_checkpoint(chec
     source = Checkpoint.open(checkpoint())
     model = source.architecture
     whole = StreamingModel(source, torch.float64).hidden_states(torch.tensor([IDS, IDS[::-1]]))
-    monkeypatch.setattr("xent_quant.model.streaming.PART_TOKENS", 3)
+    monkeypatch.setattr("xent_quant.model.stages.PART_TOKENS", 3)
     rows: Counter[str] = Counter()
     finished: list[str] = []
 
-    def observe(step: Step) -> None:
-        for name in step.weights:
-            rows[name] += len(step.inputs)
-            assert step.inputs.shape == (len(step.tokens), source.infos[name].shape[1])
-            assert name not in finished
-            if step.last:
-                finished.append(name)
-        assert step.gates is None or len(step.gates) == len(step.inputs)
+    def observe(stage: Stage) -> None:
+        for batch in stage.batches(0):
+            assert batch.gates is None or len(batch.gates) == len(batch.inputs)
+            for spec in stage.weights:
+                rows[spec.name] += len(batch.inputs)
+                assert batch.inputs.shape == (len(batch.tokens), source.infos[spec.name].shape[1])
+        assert not set(finished) & {spec.name for spec in stage.weights}
+        finished.extend(spec.name for spec in stage.weights)
 
     in_parts = StreamingModel(source, torch.float64).hidden_states(torch.tensor([IDS, IDS[::-1]]), observe)
     assert torch.allclose(in_parts, whole, rtol=1e-10)
     experts = sum(count for name, count in rows.items() if ".experts." in name and "gate_proj" in name)
     assert experts == 2 * len(IDS) * model.experts_per_token * model.num_layers
     assert rows["lm_head.weight"] == rows["model.layers.0.self_attn.q_proj.weight"] == 2 * len(IDS)
-    assert set(finished) == {name for name, shape in model.tensors().items() if len(shape) == 2} - {"model.embed_tokens.weight"}
-    early = [name for name in finished if "shared_experts.down" in name or "shared_experts" not in name]
-    assert early == [name for name in model.tensors() if name in early]
+    wanted = [name for name, spec in model.tensors().items() if spec.measured or spec.role is Role.ROUTER]
+    assert sorted(finished) == sorted(wanted)
+    early = [name for name in finished if "shared_experts" not in name or "down" in name]
+    assert early == [name for name in wanted if name in early]
 
 
 def test_a_rare_expert_shows_what_it_would_see_of_other_tokens(checkpoint) -> None:
     source = Checkpoint.open(checkpoint())
-    experts = {}
-    for step in StreamingModel(source).steps(torch.tensor([IDS]), fewest=4):
-        if ".experts." in step.weights[0] and "down" in step.weights[0]:
-            experts[step.weights[0]] = step
-    assert len(experts) == source.architecture.num_experts * source.architecture.num_layers
-    for name, step in experts.items():
-        assert (step.others is not None) == (len(step.inputs) < 4)
-        if step.others is not None:
-            assert step.others.shape == (4, source.infos[name].shape[1])
-            same = {int(token): row for token, row in zip(step.tokens, step.inputs, strict=True)}
-            for token, row in zip(range(0, len(IDS), len(IDS) // 4), step.others, strict=False):
-                assert token not in same or torch.allclose(same[token], row, atol=1e-6)
+    seen = 0
+    for stage in stages(source, torch.tensor([IDS]), torch.float32):
+        others = stage.others(0, 4)
+        if others is None:
+            continue
+        seen += 1
+        assert others.shape == (4, stage.weights[0].shape[1])
+        same = {int(token): row for batch in stage.batches(0) for token, row in zip(batch.tokens, batch.inputs, strict=True)}
+        for token, row in zip(range(0, len(IDS), len(IDS) // 4), others, strict=False):
+            assert token not in same or torch.allclose(same[token], row, atol=1e-6)
+    assert seen == source.architecture.num_experts * source.architecture.num_layers
 
 
 def test_overflowing_activations_are_refused(checkpoint) -> None:
@@ -97,12 +100,10 @@ def test_a_text_shorter_than_a_window_is_refused(checkpoint) -> None:
 
 
 class Rough:
-    """The model with every matrix but the routers rounded to eighths of its largest magnitude; a WeightSource and a Follower."""
+    """The model with every matrix but the routers rounded to eighths of its largest magnitude; a WeightSource."""
 
-    def __init__(self, checkpoint: Checkpoint, windows: torch.Tensor) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.architecture = checkpoint, checkpoint.architecture
-        self.embedded = torch.from_numpy(self.read("model.embed_tokens.weight"))[windows].double()
-        self.asked: list[str] = []
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         weights = self.checkpoint.read(name)
@@ -114,18 +115,19 @@ class Rough:
 
 @pytest.mark.parametrize("overrides", [{}, {"num_experts": None}, {"num_shared_experts": 0}, {"tie_word_embeddings": True}])
 def test_a_follower_runs_as_it_would_alone_and_shows_the_models_rows(checkpoint, monkeypatch, overrides) -> None:
-    """Rows, and the gap between the two residual streams, against both models run apart."""
-    monkeypatch.setattr("xent_quant.model.streaming.PART_TOKENS", 7)
+    """Rows, and what one residual stream holds more than the other, against both models run apart."""
+    monkeypatch.setattr("xent_quant.model.stages.PART_TOKENS", 7)
     source, windows = Checkpoint.open(checkpoint(**overrides)), torch.tensor([IDS, IDS[::-1]])
-    rough = Rough(source, windows)
+    rough = Rough(source)
     rows: list[dict[str, dict[int, torch.Tensor]]] = []
     streams: list[list[torch.Tensor]] = []
     for weights in (source, rough):
         seen: dict[str, dict[int, torch.Tensor]] = {}
 
-        def observe(step: Step, seen=seen) -> None:
-            for name in step.weights:
-                seen.setdefault(name, {}).update(zip(step.tokens.tolist(), step.inputs, strict=True))
+        def observe(stage: Stage, seen=seen) -> None:
+            for batch in stage.batches(0):
+                for spec in stage.weights:
+                    seen.setdefault(spec.name, {}).update(zip(batch.tokens.tolist(), batch.inputs.clone(), strict=True))
 
         behind = [torch.from_numpy(weights.read("model.embed_tokens.weight"))[windows].double()]
         model = StreamingModel(weights, torch.float64)
@@ -134,28 +136,30 @@ def test_a_follower_runs_as_it_would_alone_and_shows_the_models_rows(checkpoint,
         streams.append(behind)
     exact, own = rows
 
-    elsewhere = compared = gaps = 0
-    for step in StreamingModel(source, torch.float64).steps(windows, follower=rough):
-        assert step.exact is not None
-        for name in step.weights:
-            for index, token in enumerate(step.tokens.tolist()):
-                assert torch.allclose(step.inputs[index], own[name].pop(token), rtol=1e-9, atol=1e-12)
+    elsewhere = compared = residuals = 0
+    for stage in stages(source, windows, torch.float64, rough):
+        for batch, spec in ((batch, spec) for batch in stage.batches(1) for spec in stage.weights):
+            name = spec.name
+            assert batch.exact is not None
+            for index, token in enumerate(batch.tokens.tolist()):
+                assert torch.allclose(batch.inputs[index], own[name].pop(token), rtol=1e-9, atol=1e-12)
                 if token in exact[name]:
-                    assert torch.allclose(step.exact[index], exact[name][token], rtol=1e-9, atol=1e-12)
+                    assert torch.allclose(batch.exact[index], exact[name][token], rtol=1e-9, atol=1e-12)
                     compared += 1
                 else:
                     elsewhere += 1  # the two chose different experts
-        assert (step.gap is not None) == (".o_proj" in name or (".down_proj" in name and ".experts." not in name))
-        if step.gap is not None:
-            layer = int(name.split(".")[2])
-            states = [stream[layer + (".o_proj" not in name)].flatten(0, 1)[step.tokens] for stream in streams]
-            if ".o_proj" not in name:  # before this last output was added
-                for side, weights in enumerate((source, rough)):
-                    inputs = step.exact if side == 0 else step.inputs
+            to_stream = spec.role is Role.ATTENTION_OUTPUT or (spec.role is Role.DOWN and spec.expert is None)
+            assert (batch.residual is not None) == to_stream
+            if batch.residual is None or spec.layer is None:
+                continue
+            down = spec.role is Role.DOWN
+            states = [stream[spec.layer + down].flatten(0, 1)[batch.tokens] for stream in streams]
+            if down:  # before this last output was added
+                for side, (weights, inputs) in enumerate(((source, batch.exact), (rough, batch.inputs))):
                     states[side] = states[side] - inputs @ torch.from_numpy(weights.read(name)).double().T
-            assert torch.allclose(step.gap, states[0] - states[1], rtol=1e-8, atol=1e-10)
-            gaps += 1
+            assert torch.allclose(batch.residual, states[0] - states[1], rtol=1e-8, atol=1e-10)
+            residuals += 1
     assert not any(own.values())
-    assert gaps
+    assert residuals
     assert compared > 100
     assert elsewhere or not source.architecture.num_experts

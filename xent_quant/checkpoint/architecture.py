@@ -4,11 +4,12 @@ The one definition of names and shapes; the reader checks against it, the stream
 transformers class read from it. Source: the released XVERSE-MoE-A4.2B modelling file and config.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from xent_quant.errors import ConfigError, UnsupportedError
+from xent_quant.tensors import Role, TensorSpec
 
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
@@ -165,36 +166,40 @@ class Architecture:
             pad_token_id=token_id("pad_token_id"),
         )
 
-    def mlp_tensors(self, layer: int) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Names and [out, in] shapes of one layer's router, experts and shared MLP (or dense MLP), in storage order."""
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every tensor that the checkpoint must hold, by name, in storage order."""
+        return {spec.name: spec for spec in self._tensors()}
 
-        def swiglu(name: Any, width: int) -> Iterator[tuple[str, tuple[int, int]]]:
-            yield name("gate"), (width, self.hidden_size)
-            yield name("up"), (width, self.hidden_size)
-            yield name("down"), (self.hidden_size, width)
+    def _tensors(self) -> Iterator[TensorSpec]:
+        hidden, kv = self.hidden_size, self.num_kv_heads * self.head_dim
+        yield TensorSpec(EMBEDDING, (self.vocab_size, hidden), Role.EMBEDDING)
+        for layer in range(self.num_layers):
+            yield TensorSpec(input_norm(layer), (hidden,), Role.NORM, layer)
+            yield TensorSpec(attention(layer, "q"), (hidden, hidden), Role.ATTENTION_Q, layer)
+            yield TensorSpec(attention(layer, "k"), (kv, hidden), Role.ATTENTION_K, layer)
+            yield TensorSpec(attention(layer, "v"), (kv, hidden), Role.ATTENTION_V, layer)
+            yield TensorSpec(attention(layer, "o"), (hidden, hidden), Role.ATTENTION_OUTPUT, layer)
+            yield TensorSpec(post_attention_norm(layer), (hidden,), Role.NORM, layer)
+            yield from self._mlp(layer)
+        yield TensorSpec(FINAL_NORM, (hidden,), Role.NORM)
+        if not self.tie_word_embeddings:
+            yield TensorSpec(HEAD, (self.vocab_size, hidden), Role.HEAD)
+
+    def _mlp(self, layer: int) -> Iterator[TensorSpec]:
+        """One layer's router, experts and shared MLP, or its dense MLP."""
+
+        def swiglu(names: Sequence[str], width: int, **where: Any) -> Iterator[TensorSpec]:
+            gate, up, down = names
+            yield TensorSpec(gate, (width, self.hidden_size), Role.GATE, layer, **where)
+            yield TensorSpec(up, (width, self.hidden_size), Role.UP, layer, **where)
+            yield TensorSpec(down, (self.hidden_size, width), Role.DOWN, layer, **where)
 
         if not self.num_experts:
-            yield from swiglu(lambda projection: dense_mlp(layer, projection), self.intermediate_size)
+            yield from swiglu([dense_mlp(layer, projection) for projection in PROJECTIONS], self.intermediate_size)
             return
-        yield router(layer), (self.num_experts, self.hidden_size)
+        yield TensorSpec(router(layer), (self.num_experts, self.hidden_size), Role.ROUTER, layer)
         for index in range(self.num_experts):
-            yield from swiglu(lambda projection, index=index: expert(layer, index, projection), self.intermediate_size)
+            own = [expert(layer, index, projection) for projection in PROJECTIONS]
+            yield from swiglu(own, self.intermediate_size, expert=index)
         if self.num_shared_experts:
-            yield from swiglu(lambda projection: shared_expert(layer, projection), self.shared_size)
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the checkpoint must hold, with its row-major shape (torch order: [out, in])."""
-        hidden, kv = self.hidden_size, self.num_kv_heads * self.head_dim
-        wanted: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, hidden)}
-        for layer in range(self.num_layers):
-            wanted[input_norm(layer)] = (hidden,)
-            wanted[attention(layer, "q")] = (hidden, hidden)
-            wanted[attention(layer, "k")] = (kv, hidden)
-            wanted[attention(layer, "v")] = (kv, hidden)
-            wanted[attention(layer, "o")] = (hidden, hidden)
-            wanted[post_attention_norm(layer)] = (hidden,)
-            wanted.update(self.mlp_tensors(layer))
-        wanted[FINAL_NORM] = (hidden,)
-        if not self.tie_word_embeddings:
-            wanted[HEAD] = (self.vocab_size, hidden)
-        return wanted
+            yield from swiglu([shared_expert(layer, projection) for projection in PROJECTIONS], self.shared_size, shared=True)

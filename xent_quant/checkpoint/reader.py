@@ -1,6 +1,5 @@
 """A checkpoint folder, opened from headers and read one tensor, or one slice of rows, at a time."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.headers import ITEM_SIZE, Location, locate, read_json
-from xent_quant.errors import CheckpointError, ExportError, UnsupportedError
+from xent_quant.errors import CheckpointError, UnsupportedError
 from xent_quant.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -49,13 +48,15 @@ class Checkpoint:
         architecture = Architecture.from_config(config, str(path / "config.json"))
         locations = locate(path)
         infos: dict[str, TensorInfo] = {}
-        for name, shape in architecture.tensors().items():
+        for name, spec in architecture.tensors().items():
             location = locations.get(name)
             if location is None:
                 raise CheckpointError(f"{path}: {name}: missing; the download is incomplete, or config.json is another model's")
             info = location.info
-            if info.shape != shape:
-                raise CheckpointError(f"{location.file}: {name}: shape {list(info.shape)}, config.json asks for {list(shape)}")
+            if info.shape != spec.shape:
+                raise CheckpointError(
+                    f"{location.file}: {name}: shape {list(info.shape)}, config.json asks for {list(spec.shape)}"
+                )
             if info.dtype not in ITEM_SIZE:
                 raise CheckpointError(
                     f"{location.file}: {name}: dtype {info.dtype}; only F32, F16 and BF16 weights can be quantised"
@@ -128,12 +129,3 @@ def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
         wide <<= 16
         return wide.view(np.float32)
     return raw.view({"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32, copy=False)
-
-
-def check_free_space(folder: Path, needed: int) -> None:
-    """Raise ExportError unless the file system of `folder` (which exists) has `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ExportError(
-            f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; make room or choose another --output"
-        )

@@ -47,6 +47,10 @@ def _fail(message: str) -> NoReturn:
     sys.exit(EXIT_ERROR)
 
 
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
     import logging
@@ -61,7 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     for ours in ("xent_quant", "exporters", "calibration"):
         logging.getLogger(ours).setLevel(logging.WARNING - 10 * min(verbosity, 2))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
+    for polite in ("SIGTERM", "SIGHUP"):  # they end as Ctrl-C does; Windows has but the first
+        if hasattr(signal, polite):
+            signal.signal(getattr(signal, polite), _interrupt)
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except UnusedCliTokensError as error:
@@ -71,8 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     except CycloptsError as error:
         print(f"xent-quant: {' '.join(str(error).split())} See xent-quant --help.", file=sys.stderr)
         sys.exit(EXIT_USAGE)
-    except KeyboardInterrupt:
-        print("xent-quant: interrupted; nothing unfinished was left behind.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"xent-quant: interrupted; {stop if stop.args else 'nothing unfinished was left behind'}.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except XentQuantError as error:
         if verbosity >= 2:

@@ -66,11 +66,19 @@ class _Bar:
 
     def start(self, label: str, total: int, unit: str = "weights") -> None:
         self.finish()
+        self._label = label
         self._task = self._bars.add_task(label, total=total, unit=unit)
 
     def advance(self, amount: int) -> None:
         if self._task is not None:
             self._bars.advance(self._task, amount)
+
+    def phase(self, text: str) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, description=f"{self._label}, {text}")
+
+    def note(self, text: str) -> None:
+        note(text)
 
     def finish(self) -> None:
         if self._task is not None:

@@ -1,11 +1,11 @@
 """What every GGUF quant type offers: bytes that mean weights, and a search for good bytes.
 
-A type is one file here and one line in `xent_quant.formats.FORMATS`.
+A type is one file here and one line in the table of `xent_quant.formats`.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,22 @@ class Grid:
         return columns // int(self.scale.shape[1])
 
 
+class Encoding(Protocol):
+    """Bytes that mean weights: block formats of GGUF, groups of ONNX, bitsandbytes' types.
+
+    `by_rows`: any slice of rows gives these rows' bytes. Otherwise a weight is encoded whole, into one row of bytes.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def by_rows(self) -> bool: ...
+
+    def quantize(self, weights: F32, importance: F32 | None = None, *, effort: Effort = "normal", name: str = "tensor") -> U8:
+        """[rows, columns] float32 to [rows, row_bytes] uint8, or [1, bytes]. Raises QuantizationError naming the tensor."""
+
+
 class QuantFormat(ABC):
     """A block format. Subclasses set the variables and write `quantize_rows` and `dequantize_rows`.
 
@@ -47,6 +63,7 @@ class QuantFormat(ABC):
     ggml_type: int
     block_size: int
     block_bytes: int
+    by_rows = True
 
     @property
     def bits_per_weight(self) -> float:

@@ -14,23 +14,18 @@ Rows are independent of each other. Types without a grid, and weights without a 
 the weighted search.
 """
 
-from dataclasses import dataclass, field
-
 import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant.errors import QuantizationError
 from xent_quant.formats._codes import CodedFormat
-from xent_quant.formats.base import F32, U8, Effort, QuantFormat
-from xent_quant.linalg import damped, factorise, inverse, product
+from xent_quant.formats.base import F32, U8, Effort, Encoding
+from xent_quant.linalg import Curvature, product
 from xent_quant.methods.search import Search
 from xent_quant.tensors import InputStatistics
 
 F64 = NDArray[np.float64]
-
-DAMPING = 0.01
-"""Added to H's diagonal, as a share of its mean."""
 
 TOGETHER = 64
 """Columns that pass errors on among themselves one by one; what they leave to later ones of a block is one matrix product."""
@@ -104,32 +99,8 @@ def descend(weights, gradient, hessian, scale, offset, levels, uniform, codes, e
                 gradient[row, c] += change * hessian[j, c]
 
 
-@dataclass(frozen=True)
-class Curvature:
-    """A damped Hessian [n, n] float32 and its factor U; `source` is the array that it was made from. Keeps the blocks along the
-    diagonal that it was asked for: less than another [n, n] for blocks of half the columns or fewer."""
-
-    source: F32
-    hessian: F32
-    factor: F32
-    _blocks: dict[tuple[int, int], tuple[F32, F32, F32]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, hessian: F32) -> "Curvature":
-        wide = damped(hessian, DAMPING)
-        return cls(hessian, wide.astype(np.float32), factorise(wide))
-
-    def block(self, first: int, last: int) -> tuple[F32, F32, F32]:
-        """The Hessian of columns first…last alone, its inverse, and its factor."""
-        if (first, last) not in self._blocks:
-            hessian = np.ascontiguousarray(self.hessian[first:last, first:last])
-            wide = hessian.astype(np.float64)
-            self._blocks[first, last] = hessian, inverse(wide), factorise(wide)
-        return self._blocks[first, last]
-
-
 class GPTQ:
-    """See the module. Holds the Curvature of the last Hessian, since gate and up, q, k and v, and slices share theirs."""
+    """See the module."""
 
     name = "gptq"
     needs_hessian = True
@@ -137,21 +108,19 @@ class GPTQ:
     def __init__(self, effort: Effort = "normal") -> None:
         self._effort: Effort = effort
         self._search = Search(effort)
-        self._curvature: Curvature | None = None
 
-    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+    def quantize(self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str) -> U8:
         """See `Method.quantize`. Holds three copies of the weights and two of the Hessian."""
         searched = self._search.quantize(weights, kind, statistics, name=name)
         if statistics is None or statistics.hessian is None or statistics.held_out is None or not isinstance(kind, CodedFormat):
             return searched
-        if self._curvature is None or self._curvature.source is not statistics.hessian:
-            if not np.isfinite(statistics.hessian).all():
-                raise QuantizationError(f"{name}: the Hessian holds NaN or infinities; calibrate again")
-            self._curvature = Curvature.of(statistics.hessian) if statistics.hessian.any() else None
-        if self._curvature is None:
+        if not np.isfinite(statistics.hessian).all():
+            raise QuantizationError(f"{name}: the Hessian holds NaN or infinities; calibrate again")
+        curvature = statistics.curvature
+        if curvature is None:
             return searched
         weights = np.ascontiguousarray(weights)
-        rows = Rows(weights, kind, self._curvature, statistics.importance, self._effort, name)
+        rows = Rows(weights, kind, curvature, statistics.importance, self._effort, name)
         rows.feed()
         sweeps, rounds = EFFORTS[self._effort]
         for _ in range(sweeps):

@@ -5,7 +5,7 @@ A method is one file here and one line in `xent_quant.methods.METHODS`.
 
 from typing import Protocol
 
-from xent_quant.formats.base import F32, U8, QuantFormat
+from xent_quant.formats.base import F32, U8, Encoding
 from xent_quant.tensors import InputStatistics
 
 
@@ -19,5 +19,5 @@ class Method(Protocol):
     def needs_hessian(self) -> bool:
         """Whether it uses `InputStatistics.hessian`."""
 
-    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+    def quantize(self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str) -> U8:
         """[rows, columns] float32 to [rows, row_bytes] uint8. `name` is for messages. Raises QuantizationError."""

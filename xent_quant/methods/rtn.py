@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from xent_quant.formats.base import F32, U8, QuantFormat
+from xent_quant.formats.base import F32, U8, Encoding
 from xent_quant.tensors import InputStatistics
 
 
@@ -13,6 +13,6 @@ class RoundToNearest:
     name: str = "rtn"
     needs_hessian: bool = False
 
-    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+    def quantize(self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str) -> U8:
         """See `Method.quantize`."""
         return kind.quantize(weights, effort="fast", name=name)

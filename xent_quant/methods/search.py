@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from xent_quant.formats.base import F32, U8, Effort, QuantFormat
+from xent_quant.formats.base import F32, U8, Effort, Encoding
 from xent_quant.tensors import InputStatistics
 
 
@@ -14,6 +14,6 @@ class Search:
     name: str = "imatrix"
     needs_hessian: bool = False
 
-    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+    def quantize(self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str) -> U8:
         """See `Method.quantize`."""
         return kind.quantize(weights, statistics.importance if statistics else None, effort=self.effort, name=name)

@@ -8,6 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEWEST_ROWS = 16
+"""Rows that are multiplied together at least: with fewer, a product's last bits depend on their number and on the threads'."""
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, [n, in] and [out, in] to [n, out]. A row's bits depend on that row alone, not on how many come with it."""
+    missing = FEWEST_ROWS - len(x)
+    if missing <= 0 or not len(x):
+        return F.linear(x, weight)
+    return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[: len(x)]
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., H] to the same, computed in float32 at least and returned in x's dtype."""
@@ -47,4 +58,4 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor
 
 def swiglu(h: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate · h) · (up · h): [T, H] to [T, width], the input of the down projection."""
-    return F.silu(F.linear(h, gate)) * F.linear(h, up)
+    return F.silu(linear(h, gate)) * linear(h, up)

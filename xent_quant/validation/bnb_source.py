@@ -35,7 +35,7 @@ class BnbSource:
         ) != replace(reference, max_position_embeddings=own.max_position_embeddings):
             raise ValidationError(f"{folder / 'config.json'}: describes another model than the reference's config.json")
         self._locations = locate(folder)
-        self._padded, self._shapes = own.tensors(), reference.tensors()
+        self._padded, self._shapes = ({name: spec.shape for name, spec in each.tensors().items()} for each in (own, reference))
         self._kinds = {name: self._kind(name) for name in self._shapes}
 
     def _kind(self, name: str) -> str:

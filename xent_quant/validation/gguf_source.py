@@ -18,6 +18,7 @@ from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.llama_names import llama_name
 from xent_quant.errors import ValidationError
+from xent_quant.tensors import Role
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -105,8 +106,8 @@ class GGUFSource:
         # llama.cpp multiplies by output.weight even where the checkpoint ties it to the embedding.
         self.architecture = replace(reference, tie_word_embeddings=False)
         self.width = self._check_keys(reference)
-        self._shapes = self.architecture.tensors()
-        for name in self._shapes:
+        self._tensors = self.architecture.tensors()
+        for name in self._tensors:
             self._check_shape(name)
 
     def _check_keys(self, model: Architecture) -> int:
@@ -146,23 +147,24 @@ class GGUFSource:
 
     def stored(self, name: str) -> tuple[StoredTensor, int]:
         """The file's tensor that holds a checkpoint tensor, and the index of its matrix there."""
-        tensor, index = llama_name(name)
+        spec = self._tensors[name]
+        tensor, index = llama_name(spec), spec.expert or 0
         if tensor not in self.file.tensors:
             raise ValidationError(f"{self.file.path}: {tensor} is missing; export it again")
         return self.file.tensors[tensor], index
 
     def _padded(self, name: str) -> tuple[int, ...]:
         """The shape that a checkpoint tensor has in the file."""
-        model, shape = self.architecture, self._shapes[name]
-        if ".mlp." not in name or ".router." in name or self.width == model.intermediate_size:
-            return shape
-        width = self.width * (model.num_shared_experts if "shared_experts" in name else 1)
-        return (shape[0], width) if "down_proj" in name else (width, shape[1])
+        spec = self._tensors[name]
+        if spec.role not in (Role.GATE, Role.UP, Role.DOWN) or self.width == self.architecture.intermediate_size:
+            return spec.shape
+        width = self.width * (self.architecture.num_shared_experts if spec.shared else 1)
+        return (spec.shape[0], width) if spec.role is Role.DOWN else (width, spec.shape[1])
 
     def _check_shape(self, name: str) -> None:
         stored, _ = self.stored(name)
         wanted = self._padded(name)
-        if ".experts." in name:
+        if self._tensors[name].expert is not None:
             wanted = (self.architecture.num_experts, *wanted)
         if stored.shape != wanted:
             raise ValidationError(
@@ -197,19 +199,20 @@ class GGUFSource:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> F32:
         """Rows start:stop of a checkpoint tensor (elements of a vector), dequantised, in the checkpoint's order."""
-        shape = self._shapes[name]
+        spec, model = self._tensors[name], self.architecture
+        shape = spec.shape
         stop = shape[0] if stop is None else stop
         if len(shape) == 1:
             return self._rows(name, 0, 1)[0, start:stop]
-        for which, heads in (("q_proj", self.architecture.num_heads), ("k_proj", self.architecture.num_kv_heads)):
-            if which in name:  # row 2i + part of a head holds row i + part · half
-                whole = self._rows(name, 0, shape[0]).reshape(heads, -1, 2, shape[1])
-                return np.ascontiguousarray(whole.swapaxes(1, 2)).reshape(shape)[start:stop]
+        heads = {Role.ATTENTION_Q: model.num_heads, Role.ATTENTION_K: model.num_kv_heads}.get(spec.role)
+        if heads:  # row 2i + part of a head holds row i + part · half
+            whole = self._rows(name, 0, shape[0]).reshape(heads, -1, 2, shape[1])
+            return np.ascontiguousarray(whole.swapaxes(1, 2)).reshape(shape)[start:stop]
         return np.ascontiguousarray(self._rows(name, start, stop)[:, : shape[1]])
 
     def padding(self, name: str) -> float:
         """The largest absolute value in what was padded to a checkpoint tensor, 0 where nothing was."""
-        shape, padded = self._shapes[name], self._padded(name)
+        shape, padded = self._tensors[name].shape, self._padded(name)
         if shape == padded:
             return 0.0
         if padded[0] > shape[0]:

@@ -149,17 +149,22 @@ def kl_from_summary(p: Summary, log_q: F64) -> F64:
     """
     log_top = p.log_p.astype(np.float64)
     at_top = np.take_along_axis(log_q, p.ids.astype(np.int64), 1)
-    exact: F64 = (np.exp(log_top) * (log_top - at_top)).sum(axis=1)
+    exact: F64 = (np.exp(log_top) * (log_top - _single(at_top))).sum(axis=1)
     if not p.sample_ids.shape[1]:
         return exact
     tail_p = np.maximum(p.tail, MASS_FLOOR)
     tail_q = np.maximum(1.0 - np.exp(at_top).sum(axis=1), MASS_FLOOR)
     log_ratio = np.log(tail_p / tail_q)
     at_samples = np.take_along_axis(log_q, p.sample_ids.astype(np.int64), 1)
-    log_r = at_samples - p.sample_log_p.astype(np.float64) + log_ratio[:, None]
+    log_r = _single(at_samples) - p.sample_log_p.astype(np.float64) + log_ratio[:, None]
     within = (np.expm1(log_r) - log_r).mean(axis=1)
     result: F64 = exact + np.where(p.tail > MASS_FLOOR, p.tail * (log_ratio + within), 0.0)
     return result
+
+
+def _single(log_q: F64) -> F64:
+    """Rounded as the summary's log-probabilities are, so that equal distributions are 0 apart and not a rounding error."""
+    return log_q.astype(np.float32).astype(np.float64)
 
 
 def top1_agreement(p: Summary, log_q: F64) -> NDArray[np.bool_]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xent_quant.checkpoint.fingerprint import fingerprint
 from xent_quant.checkpoint.headers import read_json
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
@@ -104,23 +105,6 @@ def tokenize(checkpoint: Checkpoint, suites: Sequence[Suite], context: int, max_
         n_bytes = int((end_bytes[:, -1] - end_bytes[:, target.start - 1]).sum())
         found.append(SuiteTokens(suite.name, suite.text, ids, windows, plain[:, target], n_bytes, bos is not None))
     return found
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash that changes with the weights: config and tokenizer whole; of each weight file its name, size, time of change and
-    64 blocks of 4 KiB. Reading 51 GB whole would take longer than many a validation."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        path = checkpoint.path / name
-        digest.update(path.read_bytes() if path.is_file() else b"-")
-    for file in sorted({location.file for location in checkpoint.locations.values()}):
-        facts = file.stat()
-        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}".encode())
-        with file.open("rb") as stream:
-            for part in range(64):
-                stream.seek(facts.st_size * part // 64)
-                digest.update(stream.read(4096))
-    return digest.hexdigest()
 
 
 def _key(model: str, suite: SuiteTokens) -> str:

@@ -15,8 +15,10 @@ import torch
 from xent_quant.checkpoint.architecture import Architecture, dense_mlp, expert
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ValidationError
-from xent_quant.model.streaming import Step, StreamingModel
+from xent_quant.model.stages import Stage
+from xent_quant.model.streaming import StreamingModel
 from xent_quant.progress import Progress, Silent
+from xent_quant.tensors import Role
 from xent_quant.validation import gates, measures, runtimes
 from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
 from xent_quant.validation.measures import Estimate, Summary
@@ -195,19 +197,17 @@ class _Exact:
 
 
 def _exact(source: TypedSource, texts: Sequence[SuiteTokens], everything: bool, progress: Progress) -> _Exact:
-    model = source.architecture
-    counts = np.zeros((model.num_layers, max(model.num_experts, 1)), np.int64)
+    counts: list[tuple[int, ...]] = []
 
-    def count(step: Step) -> None:
-        name = step.weights[0]
-        if ".experts." in name and "gate_proj" in name:
-            parts = name.split(".")
-            counts[int(parts[2]), int(parts[5])] += len(step.inputs)
+    def count(stage: Stage) -> None:
+        first = stage.weights[0] if stage.weights else None
+        if first and first.expert == 0 and first.role is Role.GATE:
+            counts.append(tuple(stage.run.expert_tokens(0)))
 
     chosen = [text.windows if everything else text.windows[:1] for text in texts]
     firsts = np.cumsum([0, *map(len, chosen)])[:-1].tolist()
     done = stream(StreamingModel(source), np.concatenate(chosen), firsts, progress, count)
-    coverage = tuple(tuple(int(n) for n in row) for row in counts) if model.num_experts else ()
+    coverage = tuple(counts)
     if everything:
         return _Exact(done, coverage, np.empty(0), None)
     targets = np.concatenate([text.targets[:1].ravel() for text in texts])

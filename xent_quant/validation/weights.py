@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.model.streaming import WeightSource
+from xent_quant.model.stages import WeightSource
 from xent_quant.progress import Progress
 
 F32 = NDArray[np.float32]

@@ -1,22 +1,23 @@
 """Statistics of the running pass against a float64 pass that keeps every row."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
-from calibration.correction import RIDGE
-from calibration.imatrix import COLUMN_FLOOR
-from calibration.moments import fewest_rows
-from calibration.running import RunningCalibration
+from calibration.coverage import Coverage
+from calibration.rare import COLUMN_FLOOR, fewest_rows
 from tests.model.test_streaming import Rough
 from tests.reference.forward import forward
+from tests.walking import measured
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CalibrationError
-from xent_quant.model.streaming import Step, StreamingModel
+from xent_quant.linalg import DAMPING
+from xent_quant.model.stages import Stage
+from xent_quant.model.streaming import StreamingModel
+from xent_quant.tensors import InputStatistics
 
 RANDOM = np.random.default_rng(0)
 WINDOWS = RANDOM.integers(4, 300, (5, 12))
@@ -35,27 +36,25 @@ def rows_seen(folder, windows: np.ndarray) -> dict[str, np.ndarray]:
     return rows_and_gates(folder, windows)[0]
 
 
-def running(folder, hessian: bool, gated: bool = False) -> RunningCalibration:
-    model = StreamingModel(Checkpoint.open(folder))
-    return RunningCalibration(model, torch.from_numpy(WINDOWS), hessian=hessian, gated=gated)
+def statistics(folder, hessian: bool, gated: bool = False, counts: list[list[int]] | None = None) -> dict[str, InputStatistics]:
+    known = measured(Checkpoint.open(folder), torch.from_numpy(WINDOWS), hessian=hessian, gated=gated, counts=counts)
+    return {name: each.statistics for name, each in known.items() if each.statistics is not None}
 
 
 @pytest.mark.parametrize("overrides", [{}, {"num_experts": None}, {"num_shared_experts": 0}, {"tie_word_embeddings": True}])
 @pytest.mark.parametrize("hessian", [False, True])
 def test_equals_a_pass_that_keeps_all_rows(checkpoint, monkeypatch, overrides, hessian) -> None:
-    monkeypatch.setattr("xent_quant.model.streaming.PART_TOKENS", 24)
-    monkeypatch.setattr("calibration.moments.FEWEST_ROWS", 1)  # no expert is rare: nothing is made up
-    monkeypatch.setattr("calibration.moments.FEWEST_ROWS_PER_COLUMN", 0)
+    monkeypatch.setattr("xent_quant.model.stages.PART_TOKENS", 24)
+    monkeypatch.setattr("calibration.rare.FEWEST_ROWS", 1)  # no expert is rare: nothing is made up
+    monkeypatch.setattr("calibration.rare.FEWEST_ROWS_PER_COLUMN", 0)
     folder = checkpoint(**overrides)
     wanted = rows_seen(folder, WINDOWS[:-1] if hessian else WINDOWS)  # the last window is held out
     apart = rows_seen(folder, WINDOWS[-1:])
-    source = running(folder, hessian)
-    for name in Checkpoint.open(folder).infos:
-        found = source.get(name)
+    found_of = statistics(folder, hessian)
+    assert wanted.keys() - {"model.embed_tokens.weight"} <= found_of.keys()
+    for name, found in found_of.items():
         if name not in wanted or name == "model.embed_tokens.weight":
-            assert found is None or name not in wanted
             continue
-        assert found is not None
         rows = wanted[name]
         assert found.rows == len(rows)
         mean = np.square(rows).mean(0)
@@ -71,14 +70,12 @@ def test_equals_a_pass_that_keeps_all_rows(checkpoint, monkeypatch, overrides, h
 
 @pytest.mark.parametrize("hessian", [False, True])
 def test_gated_rows_weigh_the_square_of_their_gate(checkpoint, monkeypatch, hessian) -> None:
-    monkeypatch.setattr("calibration.moments.FEWEST_ROWS", 1)
-    monkeypatch.setattr("calibration.moments.FEWEST_ROWS_PER_COLUMN", 0)
+    monkeypatch.setattr("calibration.rare.FEWEST_ROWS", 1)
+    monkeypatch.setattr("calibration.rare.FEWEST_ROWS_PER_COLUMN", 0)
     folder = checkpoint()
     rows, gates = rows_and_gates(folder, WINDOWS[:-1] if hessian else WINDOWS)
-    source = running(folder, hessian, gated=True)
-    for name in Checkpoint.open(folder).infos:
-        found = source.get(name)
-        if found is None or name not in rows:
+    for name, found in statistics(folder, hessian, gated=True).items():
+        if name not in rows:
             continue
         weights = gates.get(name, np.ones(len(rows[name]))) ** 2
         mean = weights @ np.square(rows[name]) / weights.sum()
@@ -94,10 +91,11 @@ def test_rare_experts_are_made_up_with_the_layers(checkpoint, hessian) -> None:
     """Twelve experts share sixty tokens: all of them are rare for a Hessian, most for an importance."""
     folder = checkpoint(num_experts=12, moe_top_k=1)
     wanted = rows_seen(folder, WINDOWS[:-1] if hessian else WINDOWS)
-    source = running(folder, hessian)
+    counts: list[list[int]] = []
+    known = statistics(folder, hessian, counts=counts)
     checked = 0
     for name in Checkpoint.open(folder).infos:
-        found = source.get(name)
+        found = known.get(name)
         if ".experts." not in name:
             continue
         assert found is not None
@@ -115,17 +113,20 @@ def test_rare_experts_are_made_up_with_the_layers(checkpoint, hessian) -> None:
             np.testing.assert_allclose(found.importance, np.maximum(mean, COLUMN_FLOOR * mean.mean()), rtol=1e-3)
             checked += missing > 0
     assert checked >= 20
-    assert source.coverage.least == min(min(counts) for counts in source.coverage.tokens)
-    assert sum(map(sum, source.coverage.tokens)) == WINDOWS.size * 2
-    assert "made up" in source.coverage.notes()[0]
+    coverage = Coverage(2, 12, fewest_rows(96, hessian))
+    coverage.tokens = counts
+    assert coverage.least == min(map(min, counts))
+    assert sum(map(sum, counts)) == WINDOWS.size * 2
+    assert "made up" in coverage.notes()[0]
 
 
 def test_never_reached_experts_get_the_layers(checkpoint) -> None:
     folder = checkpoint(num_experts=64, moe_top_k=1)
-    source = running(folder, True)
+    counts: list[list[int]] = []
+    known = statistics(folder, True, counts=counts)
     never = 0
     for name in Checkpoint.open(folder).infos:
-        found = source.get(name)
+        found = known.get(name)
         if ".experts." in name:
             assert found is not None
             assert found.hessian is not None
@@ -134,42 +135,35 @@ def test_never_reached_experts_get_the_layers(checkpoint) -> None:
             assert found.hessian.trace() > 0
             never += found.rows == 0
     assert never
-    assert source.coverage.rows()[0].never > 0
-
-
-def test_tensors_gone_by_are_refused(checkpoint) -> None:
-    source = running(checkpoint(), False)
-    source.get("lm_head.weight")
-    with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj"):
-        source.get("model.layers.0.self_attn.q_proj.weight")
+    assert 0 in counts[0]
 
 
 @pytest.mark.parametrize("overrides", [{}, {"num_experts": None}, {"tie_word_embeddings": True}])
 def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, monkeypatch, overrides) -> None:
     """Hessians and targets against least squares on the rows of both models, each run alone in float64."""
-    monkeypatch.setattr("xent_quant.model.streaming.PART_TOKENS", 40)
-    monkeypatch.setattr("calibration.moments.FEWEST_ROWS", 1)
-    monkeypatch.setattr("calibration.moments.FEWEST_ROWS_PER_COLUMN", 0)
+    monkeypatch.setattr("xent_quant.model.stages.PART_TOKENS", 40)
+    monkeypatch.setattr("calibration.rare.FEWEST_ROWS", 1)
+    monkeypatch.setattr("calibration.rare.FEWEST_ROWS_PER_COLUMN", 0)
     windows = torch.from_numpy(RANDOM.integers(4, 300, (6, 16)))
     source = Checkpoint.open(checkpoint(**overrides))
-    rough = Rough(source, windows)
+    rough = Rough(source)
     sides: list[dict[str, dict[int, np.ndarray]]] = []
     for weights in (source, rough):
         seen: dict[str, dict[int, np.ndarray]] = {}
 
-        def observe(step: Step, seen=seen) -> None:
-            for name in step.weights:
-                seen.setdefault(name, {}).update(zip(step.tokens.tolist(), step.inputs.numpy(), strict=True))
+        def observe(stage: Stage, seen=seen) -> None:
+            for batch in stage.batches(0):
+                for spec in stage.weights:
+                    seen.setdefault(spec.name, {}).update(zip(batch.tokens.tolist(), batch.inputs.numpy().copy(), strict=True))
 
         StreamingModel(weights, torch.float64).hidden_states(windows, observe)
         sides.append(seen)
     exact, own = sides
 
-    running = RunningCalibration(StreamingModel(source), windows, hessian=True, follow=True)
+    known = measured(source, windows, hessian=True, follower=rough)
     apart = 5 * 16  # the last window is held out
     corrected = 0
-    for name in source.infos:
-        found = running.get(name)
+    for name, (found, correction) in ((name, (each.statistics, each.correction)) for name, each in known.items()):
         weights = source.read(name)
         if found is not None:
             rows = {token: row for token, row in own[name].items() if token < apart}
@@ -179,11 +173,11 @@ def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, 
             off = ~np.eye(len(product), dtype=bool)
             assert found.hessian is not None
             np.testing.assert_allclose(found.hessian[off], product[off], atol=1e-4 * np.abs(product).max())
-            target = running.target(name, 0, weights)
+            target = correction.target(0, weights) if correction else weights
             judged = [token for token in own[name] if token >= apart and token in exact[name]]
             if all(token in exact[name] for token in own[name]) and "o_proj" not in name and "down_proj" not in name:
                 drift = np.array([exact[name][token] for token in rows]) - inputs
-                damped = found.hessian + RIDGE * np.diag(np.full(len(product), found.hessian.trace() / len(product)))
+                damped = found.hessian + DAMPING * np.diag(np.full(len(product), found.hessian.trace() / len(product)))
                 change = np.linalg.solve(damped, (weights @ (drift.T @ inputs / len(inputs))).T).T
                 held = np.array([own[name][token] for token in judged])
                 wish = (np.array([exact[name][token] for token in judged]) - held) @ weights.T
@@ -191,13 +185,7 @@ def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, 
                 share = np.clip((wish * reach).sum() / np.square(reach).sum(), 0, 1)
                 np.testing.assert_allclose(target, weights + share * change, atol=2e-3 * np.abs(weights).max())
                 corrected += share > 0.1
-        rows_at_once = max(1, len(weights) // 2) if weights.ndim > 1 else len(weights)
-        for start in range(0, len(weights), rows_at_once):
-            part = rough.read(name, start, start + rows_at_once)
-            running.quantized(name, start, partial(np.asarray, part))
     assert corrected >= 3
-    # Nothing is held that was not asked for; where the head is the embedding, nothing asks for the last weight.
-    assert len(running._quantized) <= source.architecture.tie_word_embeddings
 
 
 def test_overflowing_inputs_name_the_weight(checkpoint) -> None:
@@ -205,7 +193,5 @@ def test_overflowing_inputs_name_the_weight(checkpoint) -> None:
         def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
             return super().read(name, start, stop) * np.float32(1e25 if "layers.1.mlp.up" in name else 1)
 
-    source = RunningCalibration(StreamingModel(Loud.open(checkpoint(num_experts=None))), torch.from_numpy(WINDOWS), hessian=True)
-    source.get("model.layers.1.mlp.up_proj.weight")
     with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.down_proj\.weight: its inputs are NaN or infinite"):
-        source.get("model.layers.1.mlp.down_proj.weight")
+        measured(Loud.open(checkpoint(num_experts=None)), torch.from_numpy(WINDOWS), hessian=True)

@@ -1,0 +1,83 @@
+"""Statistics of the rows that a text sends through a model, stage by stage."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from calibration.correction import Measured
+from calibration.moments import HELD_OUT_ROWS, Moments
+from calibration.rare import fewest_rows
+from xent_quant.errors import CalibrationError
+from xent_quant.model.stages import Batch, Stage
+from xent_quant.tensors import Role
+
+HELD_OUT_SHARE = 32
+"""One window in so many is held out, at least; fewer where that would be more than is kept."""
+
+
+class Measuring:
+    """Measures one stream of a pass over windows [n_windows, length], the stages in their order.
+
+    With `hessian` some windows feed `InputStatistics.held_out` alone. With `gated`, an expert's inputs weigh as much as the
+    square of the gate that scales its output. Holds the statistics of a layer's shared rows and of one stage.
+    """
+
+    def __init__(self, stream: int, windows: Tensor, *, hessian: bool, gated: bool = False) -> None:
+        self.stream, self._hessian, self._gated = stream, hessian, gated
+        self._length = windows.shape[1]
+        count = len(windows)
+        mask = _held_out(count, self._length) if hessian else torch.zeros(count, dtype=torch.bool)
+        self._held_out = mask.to(windows.device)
+        self._layer: Moments | None = None  # of all tokens in front of the current layer's experts
+
+    def measure(self, stage: Stage) -> Measured:
+        """Look at all rows of a stage. Raises CalibrationError where they are NaN or infinite."""
+        first = stage.weights[0]
+        moments = Moments(first.shape[-1], self._hessian)
+        for batch in stage.batches(self.stream):
+            moments.add(batch, self._held_out[batch.tokens // self._length], self._gated)
+        if not torch.isfinite(moments.squares).all():
+            raise CalibrationError(f"{first.name}: its inputs are NaN or infinite; the checkpoint is damaged")
+        prior = None
+        if first.role is Role.ROUTER:
+            self._layer = moments
+        elif first.expert is not None:
+            prior = self._others(stage, moments) if first.role is Role.DOWN else self._layer
+        statistics = moments.statistics(prior)
+        return Measured(statistics, moments.correction(statistics, prior) if statistics else None)
+
+    def _others(self, stage: Stage, moments: Moments) -> Moments | None:
+        """A sample of the layer's tokens as a rare expert's down projection would see them; every 16th is held out."""
+        fewest = fewest_rows(moments.columns, self._hessian)
+        own = moments.rows + sum(len(rows) for rows in moments.held_out)
+        rows = stage.others(self.stream, fewest) if own < fewest else None
+        if rows is None or own >= len(rows):
+            return None
+        made = Moments(moments.columns, self._hessian)
+        number = torch.arange(len(rows), device=rows.device)
+        made.add(Batch(rows, number), number % 16 == 15 if self._hessian else None)
+        return made
+
+
+def _held_out(windows: int, length: int) -> Tensor:
+    """Mask [windows]: evenly spaced windows of about 4 · HELD_OUT_ROWS tokens, but at most one in HELD_OUT_SHARE (and one, if
+    there are two or more)."""
+    mask = torch.zeros(windows, dtype=torch.bool)
+    if windows > 1:
+        share = max(min(HELD_OUT_SHARE, windows), windows * length // (4 * HELD_OUT_ROWS))
+        mask[share - 1 :: share] = True
+    return mask
+
+
+def sums(batches: Iterable[Batch]) -> tuple[Tensor, ...]:
+    """Σx² [in] and rows, and of experts Σ(g·x)² and Σg², float64 on the CPU: what an importance matrix keeps."""
+    found: list[Tensor] = []
+    for batch in batches:
+        inputs = batch.inputs.float()
+        parts = [inputs.square().sum(0), torch.tensor(len(inputs))]
+        if batch.gates is not None:
+            parts += [(inputs * batch.gates[:, None].float()).square().sum(0), batch.gates.square().sum()]
+        wide = [part.double().cpu() for part in parts]
+        found = [own.add_(more) for own, more in zip(found, wide, strict=True)] if found else wide
+    return tuple(found)

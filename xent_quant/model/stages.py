@@ -1,0 +1,411 @@
+"""XVERSE's forward pass as a list of stages, over a whole text at a time.
+
+A stage is a group of weights that read the same rows. Whoever runs the model takes the stages one by one: looks at the rows that
+are about to be multiplied (`batches`), decides what the weights are, and lets the state go on with them (`advance`). Nothing
+else happens between, so a quantiser stands exactly where a weight's inputs are known and its outputs are not.
+
+The same tokens may run through several streams: the first is the model itself, the *exact stream*; each other one has weights of
+its own, what an export made of the model's (a *quantised stream*). Norms and routers are the model's in all of them.
+
+    x ─ norm ─► q k v ─► attention ─► o ─► x ─ norm ─► router ─► experts, shared MLP ─► x
+        stage 1                    stage 2      stage 3       two stages each
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xent_quant.checkpoint import architecture as names
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.errors import CalibrationError
+from xent_quant.model.layers import attention, linear, rms_norm, rotary_tables, route, swiglu
+from xent_quant.model.states import States
+from xent_quant.tensors import TensorSpec
+
+PART_TOKENS = 4096
+"""Tokens that go through a weight together (one window at least through attention); bounds what is held besides the states."""
+KEPT_ROWS = 16384
+"""Rows of an expert's inner activations that are kept between the looks at them, at most; above, they are computed again."""
+
+Weights = Mapping[str, Tensor]
+
+
+class WeightSource(Protocol):
+    """Where weights come from; `Checkpoint` is one."""
+
+    @property
+    def architecture(self) -> Architecture: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Rows start:stop of a checkpoint tensor as float32."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Input rows of a stage in one stream.
+
+    `inputs` [n, in_features]; `tokens` [n] int64, which token of the flattened windows each row belongs to; `gates` [n], the
+    factors with which an expert's output will be scaled, None outside experts. In a quantised stream also `exact`
+    [n, in_features], the rows of the exact stream there, and `residual` [n, out_features], where the output goes straight to the
+    residual stream, how much more the exact stream holds there than this one.
+    """
+
+    inputs: Tensor
+    tokens: Tensor
+    gates: Tensor | None = None
+    exact: Tensor | None = None
+    residual: Tensor | None = None
+
+
+@dataclass
+class Stream:
+    """A residual stream: `x` [n_tokens, hidden], what is about to be added to it, `y`, and where the next `x` is written, `spare`
+    (which may be `x` itself where nobody asks for the layer's beginning again)."""
+
+    x: States
+    y: States
+    spare: States
+    chosen: Tensor = field(init=False)
+    gates: Tensor = field(init=False)
+
+
+class Stage(ABC):
+    """Weights that read the same rows, and what happens with what they make of them."""
+
+    def __init__(self, run: "Pass", weights: Sequence[TensorSpec]) -> None:
+        self.run, self.weights = run, tuple(weights)
+
+    @abstractmethod
+    def batches(self, stream: int) -> Iterator[Batch]:
+        """The rows of one stream, at most PART_TOKENS (or one window) at a time."""
+
+    @abstractmethod
+    def advance(self, weights: Sequence[Weights]) -> None:
+        """Go on with these weights of each stream, by name."""
+
+    def others(self, stream: int, count: int) -> Tensor | None:
+        """[m, in_features], at most `count` rows: what the weights would see of evenly spaced tokens of the layer, where that
+        takes running them through the weights before. None where those rows are the layer's own."""
+        return None
+
+
+class Pass:
+    """`windows` [n_windows, length] of token ids on their way through the model in every one of `streams`.
+
+    `dtype` is that of weights and states; routing and norms are at least float32. Holds the routing of one layer, PART_TOKENS
+    rows on their way, an expert's inner rows (KEPT_ROWS at most) for every stream, and the weights that were given for the
+    stage.
+    """
+
+    def __init__(self, source: WeightSource, windows: Tensor, streams: Sequence[Stream], dtype: torch.dtype) -> None:
+        self.source, self.architecture, self.streams, self.dtype = source, source.architecture, streams, dtype
+        self.windows, self.device = windows, windows.device
+        self.count, self.length = windows.shape
+        model = self.architecture
+        self.tensors = model.tensors()
+        tables = rotary_tables(self.length, model.head_dim, model.rope_theta, dtype)
+        self.tables = tables[0].to(self.device), tables[1].to(self.device)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.count * self.length
+
+    def weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the model itself."""
+        return torch.from_numpy(self.source.read(name)).to(self.device, dtype or self.dtype)
+
+    def embed(self, stream: int, start: int, rows: Tensor) -> None:
+        """Rows `start`… of the embedding become the states of the tokens of these ids."""
+        ids = self.windows.reshape(-1)
+        here = ((ids >= start) & (ids < start + len(rows))).nonzero()[:, 0]
+        for part in torch.split(here, PART_TOKENS):
+            if len(part):
+                self.streams[stream].x.put(part, rows[ids[part] - start].to(self.device, self.dtype))
+
+    def layer(self, index: int) -> "list[Stage]":
+        """The stages of a layer in their order; the last one's `advance` ends the layer."""
+        at, model = self.tensors, self.architecture
+        q, k, v, o = (at[names.attention(index, which)] for which in ("q", "k", "v", "o"))
+        mlp = _Mlp(self, index)
+        stages: list[Stage] = [_AttentionIn(self, (q, k, v), names.input_norm(index)), _AttentionOut(self, (o,), index)]
+        if not model.num_experts:
+            gate, up, down = (at[names.dense_mlp(index, projection)] for projection in names.PROJECTIONS)
+            return [*stages, _Router(mlp, (gate, up)), _SharedDown(mlp, (down,))]
+        shared = [at[names.shared_expert(index, each)] for each in names.PROJECTIONS] if model.num_shared_experts else []
+        stages.append(_Router(mlp, (at[names.router(index)], *shared[:2])))
+        for number in range(model.num_experts):
+            gate, up, down = (at[names.expert(index, number, projection)] for projection in names.PROJECTIONS)
+            stages += [_ExpertIn(mlp, (gate, up), number), _ExpertDown(mlp, (down,), number)]
+        return [*stages, _SharedDown(mlp, tuple(shared[2:]))]
+
+    def head(self) -> Stage:
+        """The last stage, of final, normed states."""
+        model = self.architecture
+        return _Head(self, (self.tensors[names.EMBEDDING if model.tie_word_embeddings else names.HEAD],))
+
+    def expert_tokens(self, stream: int) -> list[int]:
+        """How many tokens a stream sends to each expert of the layer that is under way."""
+        counts = torch.bincount(self.streams[stream].chosen.reshape(-1), minlength=self.architecture.num_experts)
+        return [int(count) for count in counts]
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """(first, last + 1) of at most PART_TOKENS tokens at a time."""
+        for start in range(0, self.n_tokens, PART_TOKENS):
+            yield start, min(start + PART_TOKENS, self.n_tokens)
+
+    def window_parts(self) -> Iterator[tuple[int, int]]:
+        """The same in whole windows, one at least."""
+        step = max(1, PART_TOKENS // self.length) * self.length
+        for start in range(0, self.n_tokens, step):
+            yield start, min(start + step, self.n_tokens)
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop, device=self.device)
+
+    def check_finite(self, rows: Tensor, where: str) -> None:
+        """Raise CalibrationError naming the place where the model's own activations are NaN or infinite."""
+        if not torch.isfinite(rows).all():
+            raise CalibrationError(f"{where}: NaN or infinite activations; the checkpoint is damaged")
+
+
+class _AttentionIn(Stage):
+    def __init__(self, run: Pass, weights: Sequence[TensorSpec], norm: str) -> None:
+        super().__init__(run, weights)
+        self._norm = norm
+
+    def _rows(self, stream: int, start: int, stop: int, norm: Tensor) -> Tensor:
+        return rms_norm(self.run.streams[stream].x.read(start, stop), norm, self.run.architecture.rms_norm_eps)
+
+    def batches(self, stream: int) -> Iterator[Batch]:
+        norm = self.run.weight(self._norm)
+        for start, stop in self.run.window_parts():
+            exact = self._rows(0, start, stop, norm) if stream else None
+            yield Batch(self._rows(stream, start, stop, norm), self.run.tokens(start, stop), exact=exact)
+
+    def advance(self, weights: Sequence[Weights]) -> None:
+        run = self.run
+        norm, head_dim = run.weight(self._norm), run.architecture.head_dim
+        for number, stream in enumerate(run.streams):
+            q, k, v = (weights[number][spec.name] for spec in self.weights)
+            for start, stop in run.window_parts():
+                h = self._rows(number, start, stop, norm)
+                q_rows, k_rows, v_rows = (linear(h, each).view(-1, run.length, len(each)) for each in (q, k, v))
+                stream.y.write(start, attention(q_rows, k_rows, v_rows, head_dim, run.tables).flatten(0, 1))
+
+
+class _AttentionOut(Stage):
+    def __init__(self, run: Pass, weights: Sequence[TensorSpec], layer: int) -> None:
+        super().__init__(run, weights)
+        self._layer = layer
+
+    def batches(self, stream: int) -> Iterator[Batch]:
+        exact, own = self.run.streams[0], self.run.streams[stream]
+        for start, stop in self.run.window_parts():
+            rows, tokens = own.y.read(start, stop), self.run.tokens(start, stop)
+            if not stream:
+                yield Batch(rows, tokens)
+                continue
+            residual = exact.x.read(start, stop) - own.x.read(start, stop)
+            yield Batch(rows, tokens, exact=exact.y.read(start, stop), residual=residual)
+
+    def advance(self, weights: Sequence[Weights]) -> None:
+        (spec,) = self.weights
+        for number, stream in enumerate(self.run.streams):
+            for start, stop in self.run.window_parts():
+                behind = stream.x.read(start, stop) + linear(stream.y.read(start, stop), weights[number][spec.name])
+                if not number:
+                    self.run.check_finite(behind, f"layer {self._layer}, attention")
+                stream.spare.write(start, behind)
+            stream.x, stream.spare = stream.spare, stream.x
+
+
+class _Mlp:
+    """What the stages of one layer's MLP share: its norm, routing, and the gate and up weights under way."""
+
+    def __init__(self, run: Pass, layer: int) -> None:
+        self.run, self.layer, self._norm_name = run, layer, names.post_attention_norm(layer)
+        self._norm: Tensor | None = None
+        self.shared: list[tuple[Tensor, Tensor]] = []
+        """gate and up of the shared (or dense) MLP in every stream."""
+        self.expert: list[tuple[Tensor, Tensor]] = []
+        """The same of the expert that is under way."""
+        self._inner: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def norm(self) -> Tensor:
+        if self._norm is None:
+            self._norm = self.run.weight(self._norm_name)
+        return self._norm
+
+    def normed(self, stream: int, tokens: Tensor) -> Tensor:
+        return rms_norm(self.run.streams[stream].x.take(tokens), self.norm, self.run.architecture.rms_norm_eps)
+
+    def chose(self, stream: int, expert: int) -> Tensor:
+        """Mask [n_tokens] of the tokens of which a stream sends to an expert."""
+        return (self.run.streams[stream].chosen == expert).any(1)
+
+    def seen(self, stream: int, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(tokens, gates) of a stream at an expert, in the parts that it makes together with the exact stream."""
+        own = self.chose(stream, expert)
+        both = (own | self.chose(0, expert)).nonzero()[:, 0]
+        state = self.run.streams[stream]
+        for part in torch.split(both, PART_TOKENS):
+            tokens = part[own[part]]
+            yield tokens, (state.gates[tokens] * (state.chosen[tokens] == expert)).sum(1)
+
+    def begin(self, expert: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """The gate and up weights of an expert in every stream; inner rows are kept where they are few."""
+        self.expert, self._inner = pairs, {}
+        wanted = [self.chose(number, expert) for number in range(len(pairs))]
+        wanted[0] = torch.stack(wanted).any(0)  # the exact rows of every token that any stream sends there
+        for number, mask in enumerate(wanted):
+            tokens = mask.nonzero()[:, 0]
+            if len(tokens) <= KEPT_ROWS:
+                parts = [self._compute(number, part) for part in torch.split(tokens, PART_TOKENS)]
+                self._inner[number] = tokens, torch.cat(parts)
+
+    def _compute(self, stream: int, tokens: Tensor) -> Tensor:
+        return swiglu(self.normed(stream, tokens), *self.expert[stream])
+
+    def inner(self, stream: int, tokens: Tensor) -> Tensor:
+        """The expert's inner rows of some of the tokens that any stream sends there."""
+        if stream not in self._inner:
+            return self._compute(stream, tokens)
+        known, rows = self._inner[stream]
+        return rows if len(known) == len(tokens) else rows[torch.searchsorted(known, tokens)]
+
+    def sample(self, stream: int, count: int) -> Tensor:
+        every = self.run.tokens(0, self.run.n_tokens)
+        return self._compute(stream, every[:: max(1, len(every) // count)][:count])
+
+
+class _MlpStage(Stage):
+    def __init__(self, mlp: _Mlp, weights: Sequence[TensorSpec]) -> None:
+        super().__init__(mlp.run, weights)
+        self.mlp = mlp
+
+    def pairs(self, weights: Sequence[Weights]) -> list[tuple[Tensor, Tensor]]:
+        """gate and up of every stream."""
+        gate, up = (spec.name for spec in self.weights[-2:])
+        return [(each[gate], each[up]) for each in weights]
+
+
+class _Router(_MlpStage):
+    """The router, and gate and up of the shared MLP, which read the same rows; of a dense model gate and up alone."""
+
+    def batches(self, stream: int) -> Iterator[Batch]:
+        for start, stop in self.run.parts():
+            tokens = self.run.tokens(start, stop)
+            exact = self.mlp.normed(0, tokens) if stream else None
+            yield Batch(self.mlp.normed(stream, tokens), tokens, exact=exact)
+
+    def advance(self, weights: Sequence[Weights]) -> None:
+        run, model = self.run, self.run.architecture
+        for stream in run.streams:
+            for start, stop in run.parts():
+                stream.y.write(start, torch.zeros(stop - start, model.hidden_size, dtype=run.dtype, device=run.device))
+        if len(self.weights) > 1:
+            self.mlp.shared = self.pairs(weights)
+        if not model.num_experts:
+            return
+        wide = torch.promote_types(run.dtype, torch.float32)
+        router = weights[0][self.weights[0].name].to(wide)
+        for number, stream in enumerate(run.streams):
+            stream.chosen = torch.empty(run.n_tokens, model.experts_per_token, dtype=torch.int32, device=run.device)
+            stream.gates = torch.empty(stream.chosen.shape, dtype=wide, device=run.device)
+            for start, stop in run.parts():
+                logits = linear(self.mlp.normed(number, run.tokens(start, stop)).to(wide), router)
+                gates, chosen = route(logits, model.experts_per_token, model.norm_topk_prob)
+                stream.gates[start:stop], stream.chosen[start:stop] = gates, chosen
+
+
+class _ExpertIn(_MlpStage):
+    def __init__(self, mlp: _Mlp, weights: Sequence[TensorSpec], expert: int) -> None:
+        super().__init__(mlp, weights)
+        self._expert = expert
+
+    def batches(self, stream: int) -> Iterator[Batch]:
+        for tokens, gates in self.mlp.seen(stream, self._expert):
+            exact = self.mlp.normed(0, tokens) if stream else None
+            yield Batch(self.mlp.normed(stream, tokens), tokens, gates, exact)
+
+    def advance(self, weights: Sequence[Weights]) -> None:
+        self.mlp.begin(self._expert, self.pairs(weights))
+
+
+class _ExpertDown(_MlpStage):
+    def __init__(self, mlp: _Mlp, weights: Sequence[TensorSpec], expert: int) -> None:
+        super().__init__(mlp, weights)
+        self._expert = expert
+
+    def batches(self, stream: int) -> Iterator[Batch]:
+        for tokens, gates in self.mlp.seen(stream, self._expert):
+            exact = self.mlp.inner(0, tokens) if stream else None
+            yield Batch(self.mlp.inner(stream, tokens), tokens, gates, exact)
+
+    def others(self, stream: int, count: int) -> Tensor | None:
+        return self.mlp.sample(stream, count)
+
+    def advance(self, weights: Sequence[Weights]) -> None:
+        run = self.run
+        (spec,) = self.weights
+        for number, stream in enumerate(run.streams):
+            for tokens, gates in self.mlp.seen(number, self._expert):
+                if not len(tokens):
+                    continue
+                out = linear(self.mlp.inner(number, tokens), weights[number][spec.name])
+                if not number:
+                    run.check_finite(out, f"layer {self.mlp.layer}, expert {self._expert}")
+                scaled = (out.to(gates.dtype) * gates[:, None]).to(run.dtype)
+                stream.y.put(tokens, stream.y.take(tokens) + scaled)
+
+
+class _SharedDown(_MlpStage):
+    """The shared (or dense) MLP's last weight, where there is one, and the end of the layer."""
+
+    def _inner(self, stream: int, start: int, stop: int) -> Tensor:
+        return swiglu(self.mlp.normed(stream, self.run.tokens(start, stop)), *self.mlp.shared[stream])
+
+    def batches(self, stream: int) -> Iterator[Batch]:
+        if not self.weights:
+            return
+        exact, own = self.run.streams[0], self.run.streams[stream]
+        for start, stop in self.run.parts():
+            rows, tokens = self._inner(stream, start, stop), self.run.tokens(start, stop)
+            if not stream:
+                yield Batch(rows, tokens)
+                continue
+            ahead = exact.x.read(start, stop) + exact.y.read(start, stop)
+            residual = ahead - (own.x.read(start, stop) + own.y.read(start, stop))
+            yield Batch(rows, tokens, exact=self._inner(0, start, stop), residual=residual)
+
+    def advance(self, weights: Sequence[Weights]) -> None:
+        for number, stream in enumerate(self.run.streams):
+            for start, stop in self.run.parts():
+                added = stream.y.read(start, stop)
+                for spec in self.weights:
+                    added = added + linear(self._inner(number, start, stop), weights[number][spec.name])
+                behind = stream.x.read(start, stop) + added
+                if not number:
+                    self.run.check_finite(behind, f"layer {self.mlp.layer}")
+                stream.x.write(start, behind)
+
+
+class _Head(Stage):
+    def _rows(self, stream: int, start: int, stop: int, norm: Tensor) -> Tensor:
+        return rms_norm(self.run.streams[stream].x.read(start, stop), norm, self.run.architecture.rms_norm_eps)
+
+    def batches(self, stream: int) -> Iterator[Batch]:
+        norm = self.run.weight(names.FINAL_NORM)
+        for start, stop in self.run.parts():
+            exact = self._rows(0, start, stop, norm) if stream else None
+            yield Batch(self._rows(stream, start, stop, norm), self.run.tokens(start, stop), exact=exact)
+
+    def advance(self, weights: Sequence[Weights]) -> None:
+        """Nothing comes behind the head."""

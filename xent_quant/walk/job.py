@@ -1,0 +1,155 @@
+"""A whole quantisation: from planned exporters to published files, in a private folder that a later run can go on in."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.coverage import Coverage
+from calibration.rare import fewest_rows
+from exporters.interface import Exported, Exporter, unmeasured_notes
+from xent_quant.checkpoint.fingerprint import fingerprint
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.errors import CheckpointError
+from xent_quant.progress import Progress, Silent
+from xent_quant.storage import Workspace, check_free_space, publish
+from xent_quant.tensors import StatisticsSource
+from xent_quant.walk import journal as journals
+from xent_quant.walk.journal import Journal, software
+from xent_quant.walk.lanes import Lane
+from xent_quant.walk.loop import Walk
+from xent_quant.walk.unfinished import kept
+
+if TYPE_CHECKING:
+    from calibration.measuring import Measuring
+    from calibration.session import Text
+    from xent_quant.walk.streams import Streams
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was published; `coverage` where text was run; `resumed` layers were done by an earlier run."""
+
+    exported: tuple[Exported, ...]
+    coverage: Coverage | None
+    resumed: int
+
+
+def run(
+    checkpoint: Checkpoint,
+    exporters: Sequence[Exporter],
+    output: Path,
+    *,
+    statistics: StatisticsSource | None = None,
+    text: "Text | None" = None,
+    provenance: Mapping[str, str | int] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    force: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Done:
+    """Quantise `checkpoint` for all `exporters`, which write into `output`, in one walk, with `statistics` of a file or of a
+    `text` that runs along; files say of them what `provenance` holds, and `identity` is what their bytes depend on.
+
+    All exports appear, or none does, and what they replace is lost only when they are there. After an error or a kill the work
+    that was done stays beside the output, and the same call goes on with it unless `restart` is given. Holds what `Walk` holds.
+    Raises what it raises, ExportError for what cannot be written, CheckpointError where the checkpoint changed meanwhile.
+    """
+    model, report = checkpoint.architecture, progress or Silent()
+    hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
+    for exporter in exporters:
+        exporter.check(force)
+    before = fingerprint(checkpoint)
+    whole = _identity(before, exporters, text, identity or {})
+    targets = [target for exporter in exporters for target in exporter.targets]
+    with Workspace.open(output, targets, force=force) as work, ExitStack() as files:
+        path = work.path / journals.FILE
+        journal = None if restart else Journal.load(path, whole)
+        fresh = journal is None
+        if journal is None:
+            work.clear()
+            check_free_space(output, sum(exporter.nbytes for exporter in exporters))
+            journal = Journal(path, whole)
+        resumed = journal.layers(model.num_layers)
+        if resumed:
+            report.note(f"Going on with an interrupted run: {resumed} of {model.num_layers} layers are done.")
+        files.enter_context(kept(work, journal))
+        lanes = []
+        for number, exporter in enumerate(exporters):
+            writer = exporter.open(work.path, provenance or {}, fresh=fresh)
+            files.callback(writer.close)
+            lane = Lane(exporter, writer, None, statistics if exporter.method else None)
+            if not fresh and journal.measured:
+                lane.resume(journal.unmeasured[number], journal.measured[number])
+            lanes.append(lane)
+        streams: Streams | None = None
+        measuring: list[Measuring] = []
+        if text:
+            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work.path, report)
+            files.callback(streams.close)
+        Walk(checkpoint, lanes, journal, streams, measuring, report).run()
+        exported = []
+        for lane in lanes:
+            exported.append(lane.writer.finish(unmeasured_notes(lane.unmeasured, lane.measured)))
+            lane.writer.sync()
+        if fingerprint(checkpoint) != before:
+            raise CheckpointError(f"{checkpoint.path}: changed while it was read; nothing was written, run it again")
+        files.close()
+        publish(work, [move for each in exported for move in each.moves], [one for each in exported for one in each.shared])
+    coverage = None
+    if text and model.num_experts:
+        coverage = Coverage(model.num_layers, model.num_experts, fewest_rows(model.intermediate_size, any(hessian)))
+        coverage.tokens = journal.coverage
+    return Done(tuple(exported), coverage, resumed)
+
+
+def _streams(
+    checkpoint: Checkpoint,
+    text: "Text",
+    lanes: Sequence[Lane],
+    hessian: Sequence[bool],
+    journal: Journal,
+    folder: Path,
+    progress: Progress,
+) -> "tuple[Streams, list[Measuring]]":
+    """The exact stream, and one for each lane whose method goes on with what it made of the weights."""
+    from calibration.measuring import Measuring
+    from xent_quant.walk.streams import Streams, disk_bytes
+
+    model = checkpoint.architecture
+    if journal.windows is None:
+        fewest = fewest_rows(max(model.hidden_size, model.intermediate_size), any(hessian))
+        windows = text.windows(fewest, progress)
+    else:
+        windows = text.first(journal.windows)
+    count = 1
+    listened: dict[int, bool] = {}
+    for lane, needed in zip(lanes, hessian, strict=True):
+        if lane.exporter.method is None:
+            continue
+        lane.stream = count if needed else 0
+        count += needed
+        listened[lane.stream] = needed
+    if journal.windows is None:
+        check_free_space(folder, disk_bytes(windows.numel(), model.hidden_size, count))
+        journal.windows = len(windows)
+        for lane in lanes:
+            lane.writer.sync()
+        journal.save()
+    streams = Streams(checkpoint, windows, folder, text.dtype, count)
+    return streams, [Measuring(stream, windows, hessian=needed) for stream, needed in listened.items()]
+
+
+def _identity(
+    checkpoint: str, exporters: Sequence[Exporter], text: "Text | None", options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """What the bytes of these exports depend on."""
+    return {
+        "checkpoint": checkpoint,
+        "version": software(),
+        **options,
+        **(text.identity if text else {}),
+        "methods": [exporter.method.name if exporter.method else None for exporter in exporters],
+        "exports": [exporter.identity for exporter in exporters],
+    }

@@ -1,0 +1,85 @@
+"""How far a run came, and with what: a file in its private folder that is replaced after every step.
+
+A run goes on only where nothing has changed that its bytes depend on; what differs is named.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from xent_quant.errors import ExportError
+from xent_quant.storage import replace_bytes
+
+FILE = "journal.json"
+PACKAGES = ("torch", "numpy", "numba", "tokenizers", "bitsandbytes")
+"""Others whose versions decide bits."""
+
+
+@dataclass
+class Journal:
+    """`identity` is what the bytes depend on; `done` counts the finished steps (the embedding is the first, the head the last);
+    `swapped` tells which of a stream's two files holds the states; the rest is what the steps behind the next one must know."""
+
+    path: Path
+    identity: Mapping[str, Any]
+    done: int = 0
+    windows: int | None = None
+    swapped: bool = False
+    coverage: list[list[int]] = field(default_factory=list)
+    unmeasured: list[list[str]] = field(default_factory=list)
+    measured: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def layers(self, count: int) -> int:
+        """How many of the model's `count` layers are done."""
+        return max(0, min(self.done - 1, count))
+
+    def save(self) -> None:
+        """Replace the file; it is safe from a loss of power when this returns. Raises OSError."""
+        facts = {key: value for key, value in asdict(self).items() if key != "path"}
+        replace_bytes(self.path, json.dumps(facts, indent=1, default=str).encode())
+
+    @classmethod
+    def load(cls, path: Path, identity: Mapping[str, Any]) -> "Journal | None":
+        """What an earlier run left; None where there is nothing that can be gone on with. Raises ExportError, naming what
+        differs, where that run was another one."""
+        try:
+            facts = json.loads(path.read_bytes())
+            before = cls(path, **facts)
+        except (FileNotFoundError, ValueError, TypeError):
+            return None  # killed before its first step was done
+        now = json.loads(json.dumps(identity, default=str))
+        differing = [_said(key, before.identity.get(key), now.get(key)) for key in now if before.identity.get(key) != now[key]]
+        if differing or before.identity.keys() != now.keys():
+            raise ExportError(
+                f"{path.parent}: an unfinished run lies here that was not this one ({'; '.join(differing[:3]) or 'other options'}); "
+                "repeat that command to go on with it, or add --restart to begin anew"
+            )
+        return before
+
+
+def _said(key: str, before: Any, now: Any) -> str:
+    short = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
+    return f"{key} was {short[0]}, is {short[1]}" if max(map(len, short)) <= 60 else f"{key} changed"
+
+
+@cache
+def software() -> dict[str, str]:
+    """Versions that decide bytes: this project's by a hash of its sources, others' by their numbers."""
+    digest = hashlib.sha256()
+    for package in ("xent_quant", "exporters", "calibration"):
+        root = Path(__file__).parents[2] / package
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    found = {"xent-quant": digest.hexdigest()[:16]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

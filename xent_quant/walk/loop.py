@@ -1,0 +1,182 @@
+"""The walk over a checkpoint: the one place where it is decided what happens when.
+
+    for every layer, for every stage:
+        measure      the rows in front of the stage's weights, once for each stream that a lane listens to
+        quantise     every weight for every lane, and hand the bytes to its writer
+        advance      every stream with its own weights: the model's, or what a lane made of them
+        commit       (behind every layer) all of it to the disk, and the journal
+
+Without text there are no streams, and only the second line is left.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calibration.correction import NOTHING, Measured
+from xent_quant.checkpoint import architecture as names
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.formats.base import F32
+from xent_quant.progress import Progress, Silent
+from xent_quant.tensors import Role, TensorSpec
+from xent_quant.walk.journal import Journal
+from xent_quant.walk.lanes import Lane
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from calibration.measuring import Measuring
+    from xent_quant.model.stages import Stage
+    from xent_quant.walk.streams import Streams
+
+LEAST_SECONDS = 2.0
+"""Between two commits where no text is run: a layer may take less, and syncing is not free."""
+
+
+class Walk:
+    """One pass over a checkpoint for any number of lanes. Every tensor of it is read once for each stage that needs it.
+
+    Holds one expert, one layer's attention or shared MLP, or a slice of `Checkpoint.SLICE` weights, with what each lane makes of
+    it and what its method holds; and what `Streams` holds. Raises what reading, measuring and quantising raise.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        lanes: Sequence[Lane],
+        journal: Journal,
+        streams: "Streams | None" = None,
+        measuring: "Sequence[Measuring]" = (),
+        progress: Progress | None = None,
+    ) -> None:
+        self.checkpoint, self.lanes, self.journal, self.streams = checkpoint, lanes, journal, streams
+        self._measuring = {each.stream: each for each in measuring}
+        self._report = progress or Silent()
+        self._tensors = checkpoint.architecture.tensors()
+        self._layers = checkpoint.architecture.num_layers
+        self._seconds, self._begun = journal.seconds, time.perf_counter()
+        self._saved = self._begun
+
+    def run(self) -> None:
+        """All steps that the journal does not have yet."""
+        steps: list[tuple[str, Callable[[], None]]] = [
+            ("embedding", self._embedding),
+            *((f"layer {index + 1} of {self._layers}", lambda index=index: self._layer(index)) for index in range(self._layers)),
+            ("head", self._head),
+        ]
+        if self.streams:
+            self.streams.swapped = self.journal.swapped
+        weights = [self._weights(number) for number in range(len(steps))]
+        self._report.start("Quantising", sum(weights))
+        self._report.advance(sum(weights[: self.journal.done]))
+        for number in range(self.journal.done, len(steps)):
+            label, step = steps[number]
+            self._report.phase(label)
+            step()
+            self._commit(number + 1, number + 1 == len(steps))
+        self._report.finish()
+
+    def _weights(self, step: int) -> int:
+        layer = step - 1 if 0 < step <= self._layers else None
+        roles = (Role.EMBEDDING,) if not step else (Role.HEAD, Role.NORM)
+        of_step = [t for t in self._tensors.values() if t.layer == layer and (layer is not None or t.role in roles)]
+        return sum(tensor.n_weights for tensor in of_step)
+
+    def _commit(self, done: int, last: bool) -> None:
+        now = time.perf_counter()
+        if not self.streams and not last and now - self._saved < LEAST_SECONDS:
+            return
+        for lane in self.lanes:
+            lane.writer.sync()
+        if self.streams:
+            self.streams.sync()
+            self.journal.swapped = self.streams.swapped
+        self.journal.done = done
+        self.journal.unmeasured = [lane.unmeasured for lane in self.lanes]
+        self.journal.measured = [lane.measured for lane in self.lanes]
+        self.journal.seconds = self._seconds + now - self._begun
+        self.journal.save()
+        self._saved = now
+
+    def _embedding(self) -> None:
+        tensor = self._tensors[names.EMBEDDING]
+        for start, rows in self.checkpoint.slices(tensor.name):
+            if self.streams:
+                self.streams.embed(0, start, rows)
+            for lane in self.lanes:
+                read = lane.put(tensor, start, rows, NOTHING)
+                if self.streams and lane.stream and read is not None:
+                    self.streams.embed(lane.stream, start, read)
+            self._report.advance(rows.size)
+
+    def _layer(self, index: int) -> None:
+        tensors = [tensor for tensor in self._tensors.values() if tensor.layer == index]
+        for tensor in tensors:
+            if not self.streams or tensor.role is Role.NORM:
+                self._pass(tensor)
+        if not self.streams:
+            return
+        for stage in self.streams.run.layer(index):
+            self._stage(stage)
+            first = stage.weights[0] if stage.weights else None
+            if first and first.role is Role.ROUTER:
+                listened = max(self._measuring, default=0)
+                self.journal.coverage = [*self.journal.coverage[:index], self.streams.run.expert_tokens(listened)]
+
+    def _head(self) -> None:
+        self._pass(self._tensors[names.FINAL_NORM])
+        if not self.streams:
+            tensor = self._tensors[names.EMBEDDING if self.checkpoint.architecture.tie_word_embeddings else names.HEAD]
+            self._pass(tensor, head=True)
+            return
+        stage = self.streams.run.head()
+        (tensor,) = stage.weights
+        if any(lane.slots(tensor, head=True) for lane in self.lanes):
+            self._pass(tensor, self._measure(stage), head=True)
+
+    def _pass(self, tensor: TensorSpec, known: Mapping[int, Measured] | None = None, *, head: bool = False) -> None:
+        """A tensor that no stream goes on with, in slices, to all lanes that take them."""
+        for start, rows in self.checkpoint.slices(tensor.name):
+            for lane in self.lanes:
+                if lane.takes_slices(tensor):
+                    lane.put(tensor, start, rows, self._known(known or {}, lane), head=head)
+            self._report.advance(rows.size)
+        whole = [lane for lane in self.lanes if not lane.takes_slices(tensor)]
+        if whole:
+            weights = self.checkpoint.read(tensor.name)
+            for lane in whole:
+                lane.put(tensor, 0, weights, NOTHING, head=head)
+
+    @staticmethod
+    def _known(known: Mapping[int, Measured], lane: Lane) -> Measured:
+        return NOTHING if lane.stream is None else known.get(lane.stream, NOTHING)
+
+    def _measure(self, stage: "Stage") -> Mapping[int, Measured]:
+        """By stream, of those that are listened to."""
+        return {number: measuring.measure(stage) for number, measuring in self._measuring.items()}
+
+    def _stage(self, stage: "Stage") -> None:
+        assert self.streams is not None
+        known = self._measure(stage) if stage.weights else {}
+        weights: list[dict[str, Tensor]] = [{} for _ in self.streams.run.streams]
+        for tensor in stage.weights:
+            exact = self.checkpoint.read(tensor.name)
+            weights[0][tensor.name] = self.streams.tensor(exact)
+            for lane in self.lanes:
+                made = self._put(lane, tensor, exact, self._known(known, lane) if tensor.measured else NOTHING)
+                if lane.stream:
+                    weights[lane.stream][tensor.name] = weights[0][tensor.name] if made is None else self.streams.tensor(made)
+            self._report.advance(exact.size)
+        stage.advance(weights)
+
+    def _put(self, lane: Lane, tensor: TensorSpec, weights: F32, known: Measured) -> F32 | None:
+        """A whole tensor, in the same slices as if it were read in them: what they become depends on where they are cut."""
+        made = []
+        step = max(1, self.checkpoint.SLICE // weights.shape[1]) if lane.takes_slices(tensor) else len(weights)
+        for start in range(0, len(weights), step):
+            read = lane.put(tensor, start, weights[start : start + step], known)
+            if read is not None:
+                made.append(read)
+        return np.concatenate(made) if made else None

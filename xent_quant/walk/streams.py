@@ -1,0 +1,76 @@
+"""The streams in which a text runs through the model: in files that grow with the text, so that memory does not."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.formats.base import F32
+from xent_quant.model.stages import Pass, Stream
+from xent_quant.model.states import OnDisk
+from xent_quant.storage import Rows
+
+FILES = ("a", "b", "sum")
+"""Of a stream: the states before and behind a layer in turns, and what is about to be added to them."""
+
+
+class Streams:
+    """The streams of a walk: `windows` [n, length] of token ids and the states of `count` streams in files of `folder`.
+
+    Holds what `Pass` and, for each stream that is measured, `Measuring` hold; the files take 12 bytes a token, hidden column and
+    stream.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, windows: Tensor, folder: Path, dtype: torch.dtype, count: int) -> None:
+        self.folder, self._files = folder, ExitStack()
+        fresh = not (folder / f"{count - 1}.{FILES[-1]}").exists()
+        streams = []
+        for number in range(count):
+            rows = [
+                OnDisk(self._open(f"{number}.{file}", windows, checkpoint.architecture.hidden_size, fresh), dtype, windows.device)
+                for file in FILES
+            ]
+            streams.append(Stream(rows[0], rows[2], rows[1]))
+        self._first = streams[0].x
+        self.run = Pass(checkpoint, windows, streams, dtype)
+
+    def _open(self, name: str, windows: Tensor, columns: int, fresh: bool) -> Rows:
+        path = self.folder / name
+        if fresh:
+            path.unlink(missing_ok=True)
+        return self._files.enter_context((Rows.create if fresh else Rows.open)(path, windows.numel(), columns))
+
+    @property
+    def swapped(self) -> bool:
+        """Which of its two files holds a stream's states, the same in all of them."""
+        return self.run.streams[0].x is not self._first
+
+    @swapped.setter
+    def swapped(self, wanted: bool) -> None:
+        if wanted != self.swapped:
+            for stream in self.run.streams:
+                stream.x, stream.spare = stream.spare, stream.x
+
+    def tensor(self, weights: F32) -> Tensor:
+        """Weights as the pass takes them."""
+        return torch.from_numpy(weights).to(self.run.device, self.run.dtype)
+
+    def embed(self, stream: int, start: int, rows: F32) -> None:
+        """See `Pass.embed`."""
+        self.run.embed(stream, start, torch.from_numpy(rows))
+
+    def sync(self) -> None:
+        """The states are safe from a loss of power when this returns."""
+        for stream in self.run.streams:
+            if isinstance(stream.x, OnDisk):
+                stream.x.file.sync()
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def disk_bytes(tokens: int, hidden: int, streams: int) -> int:
+    """What the states take in files while a walk goes on."""
+    return 4 * len(FILES) * tokens * hidden * streams

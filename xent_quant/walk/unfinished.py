@@ -1,0 +1,32 @@
+"""What becomes of the work of a run that ends early: kept where the same command can go on with it, else removed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from xent_quant.errors import ExportError, Interrupted, XentQuantError
+from xent_quant.storage import Workspace
+from xent_quant.walk.journal import Journal
+
+LEAST_STEPS = 2
+"""Finished steps that are worth going on behind: the embedding and a layer."""
+
+
+@contextmanager
+def kept(work: Workspace, journal: Journal) -> Iterator[None]:
+    """Remove the work of the block where it raises an error that the same command would raise again, or where hardly anything was
+    done. Else it stays, and what is raised says so."""
+    try:
+        yield
+    except BaseException as error:
+        hopeless = isinstance(error, XentQuantError) and not isinstance(error, ExportError)
+        if hopeless or journal.done < LEAST_STEPS:
+            with suppress(OSError, ExportError):  # what was raised matters more
+                work.clear()
+            raise
+        remark = "the same command goes on where this one stopped"
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(remark) from None
+        if isinstance(error, OSError):
+            named = error.filename2 or error.filename or work.path
+            raise ExportError(f"{named}: {error.strerror or error}; put that right, and {remark}") from error
+        raise
