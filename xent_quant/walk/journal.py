@@ -56,9 +56,10 @@ class Journal:
         now = json.loads(json.dumps(identity, default=str))
         differing = [_said(key, before.identity.get(key), now.get(key)) for key in now if before.identity.get(key) != now[key]]
         if differing or before.identity.keys() != now.keys():
+            what = "; ".join(differing[:3]) or "other options"
             raise ExportError(
-                f"{path.parent}: an unfinished run lies here that was not this one ({'; '.join(differing[:3]) or 'other options'}); "
-                "repeat that command to go on with it, or add --restart to begin anew"
+                f"{path.parent}: an unfinished run lies here that was not this one ({what}); repeat that command to go on with "
+                "it, or add --restart to begin anew"
             )
         return before
 
