@@ -42,6 +42,9 @@ CHAOS = 0.5
 """charset-normalizer's threshold. At its default of 0.2, one Chinese sample of 200 to 1,000 characters in 15 has no encoding;
 at 0.5 none, and what is taken for another encoding are samples of 40 characters as before."""
 
+EVIDENCE = 64
+"""Bytes beyond ASCII below which a guess between Chinese, Japanese and Korean encodings is a gamble."""
+
 BROKEN = 0.05
 """Text with so few wrong bytes for every right character beyond ASCII is damaged UTF-8, not another encoding."""
 
@@ -115,7 +118,7 @@ def seekable(path: Path) -> Iterator[IO[bytes]]:
 
 def characters(stream: Readable, path: Path, notes: Notes) -> Iterator[str]:
     """The text of a stream in pieces, line ends as \\n, without byte order mark. Raises CalibrationError naming the byte."""
-    piece = _at_least(stream, b"", CHUNK)
+    piece = _at_least(stream, b"", max(CHUNK, 4))  # a byte order mark in one piece
     encoding, ended, offset = "", not piece, 0
     for mark, name in MARKS:
         if piece.startswith(mark):
@@ -178,7 +181,9 @@ def _detect(sample: bytes, path: Path, offset: int, notes: Notes) -> str:
         best = from_bytes(sample[: len(sample) - cut], cp_isolation=CANDIDATES, threshold=CHAOS).best()
         if best is not None:
             break
-    else:
+    beyond = sum(byte > 127 for byte in sample)
+    # Windows-1252 gives every byte a meaning, but Western text is ASCII for the most part.
+    if best is None or (beyond > len(sample) / 4 if best.encoding == "cp1252" else beyond < EVIDENCE):
         raise CalibrationError(f"{path}: neither UTF-8 nor another encoding that can be told; convert it to UTF-8")
     encoding = best.encoding
     if encoding == "big5hkscs" and _decodes(sample, "cp950"):  # Windows' Big5 is the common one; they differ in signs

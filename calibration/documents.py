@@ -252,7 +252,7 @@ def _csv(path: Path, reading: Reading) -> Iterator[str]:
             delimiter = ";"
         reader = csv.reader(_then(header, bounded), delimiter=delimiter, strict=True)
         names = _next_row(reader, path)
-        if names is None:
+        if not names:
             return
         column = names.index(rows.field(names, ""))
         while (row := _next_row(reader, path)) is not None:
@@ -304,9 +304,7 @@ def _parquet(path: Path, reading: Reading) -> Iterator[str]:
                 raise CalibrationError(f"{path}: several columns are called {name!r}; rename them")
             kind_ = file.schema_arrow.field(name).type
             if not _may_hold_text(kind_):
-                raise CalibrationError(
-                    f"{path}: column {name!r} holds {kind_}, not text; name a column of text by --text-field"
-                )
+                raise CalibrationError(f"{path}: column {name!r} holds {kind_}, not text; name a column of text by --text-field")
             # Few rows at a time: a row may be a book.
             for batch in file.iter_batches(batch_size=64, columns=[name]):
                 for value in batch.column(0):

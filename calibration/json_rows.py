@@ -11,7 +11,7 @@ from calibration.chat import is_conversation
 from xent_quant.errors import CalibrationError
 
 ROW = 1 << 24
-"""Characters of a row that are held. In a longer one, strings are cut while reading."""
+"""Characters of a row that are held. In a longer one, strings are cut at an eighth of it while reading."""
 
 
 class TooLongError(Exception):
@@ -25,13 +25,16 @@ class JsonStream:
     _space = re.compile(r"[ \t\n\r]*")
 
     def __init__(self, pieces: Iterator[str], path: Path, longest: int) -> None:
-        self._pieces, self._path, self._longest = pieces, path, min(longest, ROW // 2)
-        self._text, self._at, self._lines_before = "", 0, 0
+        self._pieces, self._path, self._longest = pieces, path, min(longest, ROW // 8)
+        self._text, self._at = "", 0
+        self._counted, self._line = 0, 1  # a position in the text and its line, so that no line end is counted twice
         self._cut = False
 
-    def line(self, at: int | None = None) -> int:
-        """The line of a position in the text that is held."""
-        return self._lines_before + self._text.count("\n", 0, self._at if at is None else at) + 1
+    def line(self) -> int:
+        """The line that is being read."""
+        self._line += self._text.count("\n", self._counted, self._at)
+        self._counted = self._at
+        return self._line
 
     def peek(self) -> str:
         """The next character that is no space, "" at the end."""
@@ -70,8 +73,9 @@ class JsonStream:
 
     def error(self, message: str, at: int | None = None) -> CalibrationError:
         """Names file and line, of a position in the text that is held."""
+        line = self.line() + (self._text.count("\n", self._at, at) if at else 0)
         remedy = "a .jsonl file has one object a line" if kind(self._path) == ".jsonl" else "a .json file is an array of objects"
-        return CalibrationError(f"{self._path}, line {self.line(at)}: not JSON ({message}); {remedy}")
+        return CalibrationError(f"{self._path}, line {line}: not JSON ({message}); {remedy}")
 
     def _unfinished(self, error: json.JSONDecodeError) -> bool:
         # An unfinished string is complained of where it starts; everything else at most a word before the end.
@@ -84,10 +88,10 @@ class JsonStream:
             if self._cut:
                 raise TooLongError
             self._cut = True
-            self._lines_before = self.line() - 1
+            self.line()
             whole, rest = self._text[self._at :], self._pieces
             self._pieces = _cut_strings((piece for part in ([whole], rest) for piece in part), self._longest)
-            self._text, self._at, held = next(self._pieces, ""), 0, 0
+            self._text, self._at, self._counted = next(self._pieces, ""), 0, 0
             return True
         pieces: list[str] = []
         size = 0
@@ -97,12 +101,13 @@ class JsonStream:
                 break
             pieces.append(piece)
             size += len(piece)
-        self._lines_before = self.line() - 1
-        self._text, self._at = self._text[self._at :] + "".join(pieces), 0
+        self.line()
+        self._text, self._at, self._counted = self._text[self._at :] + "".join(pieces), 0, 0
         return size > 0
 
 
 STRING_PART = re.compile(r'[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u]|"')
+STRING_PARTS = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])+|"')
 
 
 def _cut_strings(pieces: Iterator[str], longest: int) -> Iterator[str]:
@@ -119,7 +124,7 @@ def _cut_strings(pieces: Iterator[str], longest: int) -> Iterator[str]:
                 made.append(piece[at:end])
                 at = end
                 continue
-            part = STRING_PART.match(piece, at)
+            part = (STRING_PART if kept < longest else STRING_PARTS).match(piece, at)
             if part is None and len(piece) - at < 6:  # an escape that goes on in the next piece
                 rest = piece[at:]
                 break
@@ -127,7 +132,7 @@ def _cut_strings(pieces: Iterator[str], longest: int) -> Iterator[str]:
             if token == '"' or not part:
                 inside = not part
                 made.append(token)
-            elif token[0] == "\\":
+            elif kept < longest and token[0] == "\\":
                 made.append(token if kept + len(token) <= longest else "")
                 kept += len(token)
             else:
