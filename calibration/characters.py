@@ -219,13 +219,14 @@ def lines(pieces: Iterator[str], longest: int) -> Iterator[str]:
         yield "".join(held)
 
 
-BREAKS = re.compile("[\v\f]")
-NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
+NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
 """Control characters, byte order marks and lone halves of surrogate pairs."""
 
 
 def clean(text: str, path: Path, notes: Notes) -> str:
     """Without the characters that are no text; form feeds end a line."""
-    text, removed = NO_TEXT.subn("", BREAKS.sub("\n", text))
-    notes.add("{n} control characters (or halves of characters) left out", path, removed)
+    if not NO_TEXT.search(text):
+        return text
+    text, removed = NO_TEXT.subn("", text.replace("\f", "\n").replace("\v", "\n"))
+    notes.add("{n} control character{s} (or halves of characters) left out", path, removed)
     return text

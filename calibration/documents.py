@@ -98,10 +98,10 @@ def _files(folder: Path, notes: Notes) -> list[Path]:
                 found.append(file)
     if not found:
         raise CalibrationError(f"{folder}: holds no {', '.join(READERS)} file; give text to calibrate on")
-    notes.add("{n} hidden files left out", folder, hidden)
+    notes.add("{n} hidden file{s} left out", folder, hidden)
     if others:
         kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items())[:SHOWN])
-        notes.add(f"{{n}} files of other kinds left out ({kinds})", folder, sum(others.values()))
+        notes.add("{n} file{s} of other kinds left out", folder, sum(others.values()), kinds)
     return sorted(found)
 
 
@@ -178,7 +178,7 @@ class _Rows:
         if isinstance(value, str):
             yield value
         elif value is None or value == []:
-            self._reading.notes.add("{n} rows without text (null) left out", self._path)
+            self._reading.notes.add("{n} row{s} without text (null) left out", self._path)
         elif is_conversation(value):
             yield from self._conversation(value)
         else:
@@ -189,9 +189,9 @@ class _Rows:
     def _conversation(self, value: list[dict[str, Any]]) -> Iterator[str]:
         conversation, dropped = messages(value)
         notes, template = self._reading.notes, self._reading.chat
-        notes.add("{n} parts of messages that are no text (images, tool calls) left out", self._path, dropped)
+        notes.add("{n} part{s} of messages left out, since no text (images, tool calls)", self._path, dropped)
         if template is None or not template.there:
-            notes.add('{n} conversations as lines "Role: text", since the model has no chat template', self._path)
+            notes.add('{n} conversation{s} as lines "Role: text", since the model has no chat template', self._path)
             yield plain(conversation)
             return
         try:
@@ -210,8 +210,8 @@ class _Rows:
                 f"{self._path}: the model's chat template refuses every conversation ({self._reason}); give them as text"
             )
         if self._refused:
-            what = f"{{n}} conversations left out that the model's chat template refuses ({self._reason})"
-            self._reading.notes.add(what, self._path, self._refused)
+            what = "{n} conversation{s} left out that the model's chat template refuses"
+            self._reading.notes.add(what, self._path, self._refused, self._reason)
 
 
 def _called(value: Any) -> str:

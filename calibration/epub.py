@@ -215,7 +215,7 @@ def book(file: IO[bytes], path: Path, longest: int, notes: Notes) -> str:
             size += len(text)
             if size >= longest:
                 break
-        notes.add("{n} pages of the spine are not in the file", path, missing)
+        notes.add("{n} page{s} of the spine not in the file", path, missing)
     except DAMAGES as error:
         raise CalibrationError(f"{path}: not a readable EPUB ({one_line(error)}); {DAMAGED}") from error
     return "\n\n".join(texts)

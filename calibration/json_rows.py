@@ -107,7 +107,7 @@ class JsonStream:
 
 
 STRING_PART = re.compile(r'[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u]|"')
-STRING_PARTS = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])+|"')
+STRING_PARTS = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])++|"')  # possessive: no way back is kept
 
 
 def _cut_strings(pieces: Iterator[str], longest: int) -> Iterator[str]:

@@ -10,18 +10,21 @@ class Notes:
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self._files: dict[str, set[Path]] = {}
-        self._first: dict[str, Path] = {}
+        self._first: dict[str, tuple[Path, str]] = {}
 
-    def add(self, what: str, path: Path, count: int = 1) -> None:
-        """`what` of `path`; `{n}` in it becomes the sum of the counts."""
+    def add(self, what: str, path: Path, count: int = 1, first: str = "") -> None:
+        """`what` of `path`; in it `{n}` becomes the sum of the counts and `{s}` the s of a plural. `first` tells more of the
+        first."""
         if count:
             self._counts[what] = self._counts.get(what, 0) + count
             self._files.setdefault(what, set()).add(path)
-            self._first.setdefault(what, path)
+            self._first.setdefault(what, (path, first))
 
     def lines(self) -> Iterator[str]:
         """One line for every note, in the order of first mention."""
         for what, count in self._counts.items():
+            path, first = self._first[what]
             others = len(self._files[what]) - 1
             more = f" and {others:,} more file{'s' if others > 1 else ''}" if others else ""
-            yield f"{self._first[what]}{more}: {what.replace('{n}', f'{count:,}')}"
+            said = what.replace("{n}", f"{count:,}").replace("{s}", "s" if count > 1 else "")
+            yield f"{path}{more}: {said}{f' ({first})' if first else ''}"

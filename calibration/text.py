@@ -109,10 +109,13 @@ def sources(calib: Sequence[str], mix: str | None, chinese: bool) -> list[Source
                 if weight:
                     found.append(Source(suite, suite_path(suite), float(weight)))
             continue
-        path = Path(item).expanduser()
-        if not path.exists():
-            path = _dataset(item)
-        found += [Source(item, path)]
+        path = Path(item)
+        try:
+            path = path.expanduser()
+            there = path.exists()
+        except (OSError, ValueError, RuntimeError):  # text itself, too long for a name; nobody's home
+            there = False
+        found += [Source(item, path if there else _dataset(item))]
     if not found:
         raise CalibrationError("--calib-mix: every weight is 0; leave one")
     return found
@@ -122,7 +125,7 @@ def _dataset(item: str) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", item):
         presets = ", ".join(PRESETS)
         raise CalibrationError(
-            f"--calib {item}: no such file or folder, not a Hub dataset id, and no preset; there are {presets}"
+            f"--calib {item[:200]!r}: no such file or folder, not a Hub dataset id, and no preset; there are {presets}"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError

@@ -88,7 +88,7 @@ def test_both_layouts_in_every_kind_of_file(tmp_path: Path, suffix: str) -> None
         assert list(documents(path, chat=chat, notes=notes)) == [wanted, wanted]
         said = "\n".join(notes.lines())
         assert f"no field 'text'; '{name}' is taken" in said
-        assert "1 rows without text (null)" in said
+        assert "1 row without text (null)" in said
         assert list(documents(path, name, chat=chat)) == [wanted, wanted]
     path = write(tmp_path / f"c{suffix}", [{"messages": openai, "conversations": SHAREGPT}])
     with pytest.raises(CalibrationError, match="'messages', 'conversations'"):
@@ -102,7 +102,7 @@ def test_parts_of_messages(tmp_path: Path) -> None:
     )
     notes = Notes()
     assert list(documents(path, chat=model(tmp_path, STRICT), notes=notes)) == ["<|startoftext|>[user] one\ntwo\n[assistant] \n"]
-    assert "1 parts of messages that are no text" in "\n".join(notes.lines())
+    assert "1 part of messages left out" in "\n".join(notes.lines())
 
 
 def test_without_a_template_lines_are_told(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ def test_empty_and_short_texts_and_bad_names_are_refused(tmp_path: Path) -> None
         list(documents(tmp_path.joinpath("x").mkdir() or tmp_path / "x"))
     with pytest.raises(CalibrationError, match="entertainment, "):
         sources(["nonsense"], None, True)
+    with pytest.raises(CalibrationError, match="no such file"):
+        sources(["夜色" * 5000 + "\n"], None, True)
     with pytest.raises(CalibrationError, match="NAME=WEIGHT"):
         sources([], "klingon=3", True)
     with pytest.raises(CalibrationError, match="every weight is 0"):
