@@ -29,6 +29,7 @@ UNPACKED = 1 << 30
 """Bytes that a packed file may have where a reader has to seek in it."""
 
 DAMAGED = "download or copy it again"
+WIDE = f"{DAMAGED}; if it was made with --long, unpack it by zstd -d --long=31"
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16's, which begins it
@@ -58,14 +59,14 @@ class Readable(Protocol):
 class _Unpacked:
     """A decompressor whose errors are one line."""
 
-    def __init__(self, path: Path, stream: Readable, failures: tuple[type[Exception], ...]) -> None:
-        self._path, self._stream, self._failures = path, stream, failures
+    def __init__(self, path: Path, stream: Readable, failures: tuple[type[Exception], ...], remedy: str) -> None:
+        self._path, self._stream, self._failures, self._remedy = path, stream, failures, remedy
 
     def read(self, size: int, /) -> bytes:
         try:
             return self._stream.read(size)
         except self._failures as error:
-            raise CalibrationError(f"{self._path}: cannot be unpacked ({one_line(error)}); {DAMAGED}") from error
+            raise CalibrationError(f"{self._path}: cannot be unpacked ({one_line(error)}); {self._remedy}") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -87,7 +88,7 @@ def unpacked(path: Path) -> Iterator[Readable]:
         match path.suffix.lower():
             case ".gz":
                 with gzip.GzipFile(fileobj=file) as stream:
-                    yield _Unpacked(path, stream, (gzip.BadGzipFile, EOFError, zlib.error))
+                    yield _Unpacked(path, stream, (gzip.BadGzipFile, EOFError, zlib.error), DAMAGED)
             case ".zst":
                 try:
                     import pyarrow
@@ -95,7 +96,7 @@ def unpacked(path: Path) -> Iterator[Readable]:
                     raise CalibrationError(
                         f"{path}: reading .zst needs pyarrow; pip install 'xent-quant[parquet]', or unpack it by zstd -d"
                     ) from error
-                yield _Unpacked(path, pyarrow.CompressedInputStream(file, "zstd"), (pyarrow.ArrowException, OSError))
+                yield _Unpacked(path, pyarrow.CompressedInputStream(file, "zstd"), (pyarrow.ArrowException, OSError), WIDE)
             case _:
                 yield file
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import random
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from io import BytesIO, StringIO
@@ -181,10 +182,22 @@ def test_every_kind_packed_and_not(tmp_path: Path, suffix: str) -> None:
         path = tmp_path / f"a{suffix}{end}"
         path.write_bytes(content)
         assert read(path) == wanted
-        if end:  # two packed streams one behind the other are one file, as with gzip -c a >> b
+        if end:
             path.write_bytes(content[: len(content) // 2])
             with pytest.raises(CalibrationError, match=r"unpacked"):
                 read(path)
+
+
+def test_packed_streams_one_behind_the_other_are_one_file(tmp_path: Path) -> None:
+    for (end, one), two in zip(packed(b"one").items(), packed(b" two").values(), strict=True):
+        (tmp_path / f"a.txt{end}").write_bytes(one + two)
+        assert read(tmp_path / f"a.txt{end}") == ["one two"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst"])
+def test_without_pyarrow_the_extra_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'xent-quant[parquet]'" in refused(tmp_path / name, b"x")
 
 
 def test_shapes_of_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
