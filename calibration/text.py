@@ -1,14 +1,13 @@
 """Calibration text: from what a person names to windows of token ids.
 
-A source is a .txt or .md file (one document, or several between lines `<|document|>`), .jsonl or .parquet (a document per
-row), a folder of such files, a dataset on the Hub, or a preset of the bundled suites. Every source gives its share of the
-tokens; where one runs out, the others fill up.
+A source is a file or folder that `calibration.documents` reads, a dataset on the Hub, or a preset of the bundled suites. Every
+source gives its share of the tokens; where one runs out, the others fill up.
 """
 
-import json
+import logging
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,10 +16,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.chat import ChatTemplate
+from calibration.documents import SUFFIXES, TEXT_FIELD, documents
+from calibration.notes import Notes
 from xent_quant.errors import CalibrationError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 DOMAINS = ("fiction", "conversation", "webcc")
 LANGUAGES = ("zh", "en")
@@ -39,8 +43,9 @@ HEAVY = 3.0
 CHINESE_SHARE = 0.25
 """A vocabulary with at least this share of tokens with Chinese characters is a Chinese model's."""
 
-SEPARATOR = "<|document|>"
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+CARDS = ["README.md", "dataset_infos.json", "*/.*", ".*"]
+"""Files of a Hub dataset that describe it."""
+
 CHARACTERS_PER_TOKEN = 16
 """Text that is read for every token wanted, so that the seed has something to choose from."""
 
@@ -56,11 +61,13 @@ class Source:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """`windows` [n, length] int64 token ids to calibrate on, `spare` [m, length] more of the same text; `names` of sources."""
+    """`windows` [n, length] int64 token ids to calibrate on, `spare` [m, length] more of the same text; `names` of sources;
+    `notes` of what a person should know about how the text was read and whether it suffices."""
 
     windows: NDArray[np.int64]
     spare: NDArray[np.int64]
     names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def suite_path(suite: str) -> Path:
@@ -102,10 +109,13 @@ def sources(calib: Sequence[str], mix: str | None, chinese: bool) -> list[Source
                 if weight:
                     found.append(Source(suite, suite_path(suite), float(weight)))
             continue
-        path = Path(item).expanduser()
-        if not path.exists():
-            path = _dataset(item)
-        found += [Source(item, path)]
+        path = Path(item)
+        try:
+            path = path.expanduser()
+            there = path.exists()
+        except (OSError, ValueError, RuntimeError):  # text itself, too long for a name; nobody's home
+            there = False
+        found += [Source(item, path if there else _dataset(item))]
     if not found:
         raise CalibrationError("--calib-mix: every weight is 0; leave one")
     return found
@@ -115,13 +125,14 @@ def _dataset(item: str) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", item):
         presets = ", ".join(PRESETS)
         raise CalibrationError(
-            f"--calib {item}: no such file or folder, not a Hub dataset id, and no preset; there are {presets}"
+            f"--calib {item[:200]!r}: no such file or folder, not a Hub dataset id, and no preset; there are {presets}"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(item, repo_type="dataset", allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
+        kinds = [f"*{suffix}" for suffix in SUFFIXES]
+        return Path(snapshot_download(item, repo_type="dataset", allow_patterns=kinds, ignore_patterns=CARDS))
     except RepositoryNotFoundError as error:
         raise CalibrationError(f"--calib {item}: no such file or folder here, and no such public dataset on the Hub") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -129,80 +140,6 @@ def _dataset(item: str) -> Path:
         raise CalibrationError(
             f"--calib {item}: no such file or folder here, and the Hub could not be reached ({first})"
         ) from error
-
-
-def documents(path: Path, text_field: str = "text") -> Iterator[str]:
-    """Texts of a file or of all readable files of a folder, in order of their names; empty ones are left out.
-
-    Raises CalibrationError naming file, line and remedy.
-    """
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        if not files:
-            raise CalibrationError(f"{path}: holds no {', '.join(SUFFIXES)} file; give text to calibrate on")
-        for file in files:
-            yield from documents(file, text_field)
-        return
-    readers = {".jsonl": _json_lines, ".parquet": _parquet, ".txt": _plain, ".md": _plain}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise CalibrationError(
-            f"{path}: cannot read {path.suffix or 'such'} files; give {', '.join(SUFFIXES)} or a folder of them"
-        )
-    try:
-        yield from (text for text in reader(path, text_field) if text.strip())
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: not UTF-8 (byte {error.start}); convert it") from error
-    except OSError as error:
-        raise CalibrationError(f"{path}: {error.strerror or error}") from error
-
-
-def _plain(path: Path, _: str) -> Iterator[str]:
-    lines: list[str] = []
-    with path.open(encoding="utf-8") as stream:
-        for line in stream:
-            if line.strip() == SEPARATOR:
-                yield "".join(lines).strip("\n")
-                lines = []
-            else:
-                lines.append(line)
-    yield "".join(lines).strip("\n")
-
-
-def _json_lines(path: Path, text_field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CalibrationError(
-                    f"{path}, line {number}: not JSON ({error.msg}); a .jsonl file has one object a line"
-                ) from error
-            if not isinstance(value, dict) or not isinstance(value.get(text_field), str):
-                fields = ", ".join(map(repr, value)) if isinstance(value, dict) else "no fields"
-                raise CalibrationError(
-                    f"{path}, line {number}: no text in field {text_field!r} (there are {fields}); name it by --text-field"
-                )
-            yield value[text_field]
-
-
-def _parquet(path: Path, text_field: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise CalibrationError(f"{path}: reading .parquet needs pyarrow; pip install 'xent-quant[parquet]'") from error
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise CalibrationError(f"{path}: not a readable Parquet file ({error})") from error
-    names = file.schema_arrow.names
-    if text_field not in names:
-        raise CalibrationError(f"{path}: no column {text_field!r} (there are {', '.join(names)}); name it by --text-field")
-    for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-        yield from (str(text) for text in batch.column(0).to_pylist() if text)
 
 
 def load(
@@ -213,19 +150,22 @@ def load(
     length: int,
     seed: int = 0,
     bos: int | None = None,
-    text_field: str = "text",
+    text_field: str = TEXT_FIELD,
     spare: int = 0,
+    chat: ChatTemplate | None = None,
 ) -> CalibrationText:
     """About `tokens` token ids of the sources in windows of `length`, and up to `spare` more; documents in an order that
-    `seed` decides, `bos` before each. Raises CalibrationError where the text does not fill one window.
+    `seed` decides, `bos` before each that does not begin with it. Conversations go through `chat`. Raises CalibrationError where
+    the text does not fill one window.
     """
+    notes = Notes()
     streams: list[list[int]] = []
     total = sum(source.weight for source in found)
     for index, source in enumerate(found):
         # Sources may fill up for others, so each is read as far as it could be asked for.
         room = (tokens + spare) * CHARACTERS_PER_TOKEN
         texts: list[str] = []
-        for text in documents(source.path, text_field):
+        for text in documents(source.path, text_field, chat=chat, longest=room, notes=notes):
             texts.append(text[:room])
             room -= len(text)
             if room <= 0:
@@ -235,21 +175,35 @@ def load(
         for text in texts:
             if len(stream) >= tokens + spare:
                 break
-            stream += [*([] if bos is None else [bos]), *tokenizer.encode(text, add_special_tokens=False).ids]
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            # Chat templates write it themselves.
+            stream += ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         streams.append(stream)
     if not any(streams):
         raise CalibrationError(f"--calib {', '.join(source.name for source in found)}: no text in it; give some")
     shares = _shares([len(stream) for stream in streams], [source.weight / total for source in found], tokens)
     chosen = _cut([stream[:share] for stream, share in zip(streams, shares, strict=True)], length)
     rest = _cut([stream[share:] for stream, share in zip(streams, shares, strict=True)], length)[: spare // length]
+    there = sum(map(len, streams))
     if not len(chosen):
-        there = sum(map(len, streams))
         remedy = "give more text" if there <= tokens else "raise --tokens"
         raise CalibrationError(
             f"--calib {', '.join(source.name for source in found)}: {min(there, tokens)} tokens do not fill one window of "
             f"{length}; {remedy}, or lower --seqlen"
         )
-    return CalibrationText(chosen, rest, tuple(source.name for source in found))
+    told = (*notes.lines(), *_shortage(there, tokens))
+    for note in told:
+        log.info(note)
+    return CalibrationText(chosen, rest, tuple(source.name for source in found), told)
+
+
+def _shortage(there: int, wanted: int) -> list[str]:
+    if there >= wanted:
+        return []
+    return [
+        f"--tokens asks for {wanted:,}, the text has {there:,}: experts that are rarely chosen see fewer rows than their weights "
+        "have columns, which costs quality; more text (--calib, repeatable) would bring them closer"
+    ]
 
 
 def _shares(available: Sequence[int], weights: Sequence[float], tokens: int) -> list[int]:

@@ -78,11 +78,11 @@ class CalibrationOptions(_Choices):
     """Text whose activations are measured."""
 
     calib: tuple[str, ...] = ()
-    """Text to calibrate on: .txt, .md, .jsonl, .parquet, a folder, a Hub data set, or a preset: entertainment (default), fiction, conversation, webcc, each with -en or -zh too; repeatable."""  # noqa: E501  (--help keeps line ends)
+    """Text or conversations to calibrate on: .txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .epub, packed (.gz, .zst) or not, a folder, a Hub data set, or a preset: entertainment (default), fiction, conversation, webcc, each with -en or -zh too; repeatable."""  # noqa: E501  (--help keeps line ends)
     calib_mix: str | None = None
     """Weights within presets, such as zh=3,webcc=0. Default: 3 for the model's own language."""
     text_field: str = "text"
-    """Field or column of .jsonl and .parquet that holds the text."""
+    """Field or column that holds the text; without it, the only one of messages and conversations."""
     tokens: int | str = "128k"
     """Tokens to calibrate on, such as 500k; up to four times as many where the text has them and experts are too rare."""
     seqlen: int = 512

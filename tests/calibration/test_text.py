@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from calibration import text
+from calibration.documents import SEPARATOR
 from calibration.text import CalibrationText, Source, documents, is_chinese, load, sources
 from tests.conftest import small_tokenizer
 from xent_quant.checkpoint.hub import miniature
@@ -18,7 +19,7 @@ def test_bundled_suites_hold_documents_of_both_languages() -> None:
     for suite in text.SUITES:
         found = list(documents(text.suite_path(suite)))
         assert len(found) >= 5
-        assert all(text.SEPARATOR not in document for document in found)
+        assert all(SEPARATOR not in document for document in found)
         assert sum(len(document.encode()) for document in found) >= 12_000
         chinese = sum("一" <= char <= "鿿" for document in found for char in document)
         assert (chinese > 2000) == suite.endswith("zh")
@@ -33,7 +34,7 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "c.jsonl").write_text('{"text": "four", "body": "vier"}\n\n{"text": "five", "body": "fünf"}\n')
     parquet.write_table(pyarrow.table({"text": ["six", None], "body": ["sechs", "x"]}), tmp_path / "sub" / "d.parquet")
-    (tmp_path / "ignored.csv").write_text("x")
+    (tmp_path / "ignored.pdf").write_text("x")
     assert list(documents(tmp_path)) == ["one", "two\nlines", "# three", "four", "five", "six"]
     assert list(documents(tmp_path / "sub" / "c.jsonl", "body")) == ["vier", "fünf"]
 
@@ -43,8 +44,8 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"content": "x"}', ["line 1", "'content'", "--text-field"]),
         ("a.jsonl", b"{", ["line 1", "not JSON"]),
-        ("a.txt", b"\xff\xfe", ["not UTF-8"]),
-        ("a.csv", b"x", [".csv"]),
+        ("a.txt", "naïve é ü".encode() * 9 + b"\xff", ["not UTF-8", "byte 108"]),
+        ("a.pdf", b"x", [".pdf"]),
         ("a.parquet", b"x", ["Parquet"]),
     ],
 )
@@ -66,6 +67,8 @@ def test_empty_and_short_texts_and_bad_names_are_refused(tmp_path: Path) -> None
         list(documents(tmp_path.joinpath("x").mkdir() or tmp_path / "x"))
     with pytest.raises(CalibrationError, match="entertainment, "):
         sources(["nonsense"], None, True)
+    with pytest.raises(CalibrationError, match="no such file"):
+        sources(["夜色" * 5000 + "\n"], None, True)
     with pytest.raises(CalibrationError, match="NAME=WEIGHT"):
         sources([], "klingon=3", True)
     with pytest.raises(CalibrationError, match="every weight is 0"):
