@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calibration import text
+from calibration.chat import ChatTemplate
 from calibration.coverage import Coverage
 from calibration.text import CalibrationText
 from xent_quant.checkpoint.llama_names import llama_name
@@ -82,6 +83,7 @@ class Session:
             bos=checkpoint.architecture.bos_token_id,
             text_field=settings.text_field,
             spare=SPARE * settings.n_tokens if checkpoint.architecture.num_experts else 0,
+            chat=ChatTemplate(checkpoint.path),
         )
         self.device = torch.device(_device(settings.device))
         # bfloat16 is as fast as float32 or slower on CPUs without matrix units for it, and half as fine.

@@ -147,6 +147,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
         seconds=time.perf_counter() - started,
         threads=used,
         notes=tuple(dict.fromkeys(note for exported in done.exported for note in exported.notes))
+        + (session.text.notes if session else ())
         + (coverage.notes() if coverage else ()),
         coverage=coverage,
         resumed=done.resumed,
@@ -179,7 +180,8 @@ def calibrate(
     session = Session(checkpoint, wanted)
     matrix, coverage = collect(session, file, force=force, restart=restart, progress=progress or Silent())
     seconds = time.perf_counter() - started
-    return CalibrateResult(file, matrix.chunk_count * matrix.chunk_size, seconds, coverage, coverage.notes())
+    notes = (*session.text.notes, *coverage.notes())
+    return CalibrateResult(file, matrix.chunk_count * matrix.chunk_size, seconds, coverage, notes)
 
 
 def require_runtimes(formats: Sequence[str], bits: int) -> None:
