@@ -3,17 +3,17 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from exporters.interface import CONTEXT, TypeRow
-from xent_quant.progress import Silent
+from xent_quant.cli import show_progress
+from xent_quant.progress import Progress
+from xent_quant.units import human_bytes, human_count
 
 if TYPE_CHECKING:
     from calibration.coverage import Coverage
@@ -33,74 +33,9 @@ def as_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-def human_bytes(amount: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.2f} GiB"
-
-
-def human_count(amount: float) -> str:
-    for unit in ("", " K", " M"):
-        if amount < 1000:
-            return f"{amount:.0f}{unit}" if not unit else f"{amount:.1f}{unit}"
-        amount /= 1000
-    return f"{amount:.2f} B"
-
-
-class _Speed(ProgressColumn):
-    """Units per second, in millions where there are many."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{human_count(speed)} {task.fields['unit']}/s", style="progress.data.speed")
-
-
-class _Bar:
-    """A Progress (see xent_quant.progress) drawn by rich."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._task: TaskID | None = None
-
-    def start(self, label: str, total: int, unit: str = "weights") -> None:
-        self.finish()
-        self._label = label
-        self._task = self._bars.add_task(label, total=total, unit=unit)
-
-    def advance(self, amount: int) -> None:
-        if self._task is not None:
-            self._bars.advance(self._task, amount)
-
-    def phase(self, text: str) -> None:
-        if self._task is not None:
-            self._bars.update(self._task, description=f"{self._label}, {text}")
-
-    def note(self, text: str) -> None:
-        note(text)
-
-    def finish(self) -> None:
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-        self._task = None
-
-
-@contextmanager
-def progress() -> "Iterator[_Bar | Silent]":
-    """Bars on a terminal; nothing elsewhere, where rich would leave an empty line before a message."""
-    if not err.is_interactive:
-        yield Silent()
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        _Speed(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bars:
-        yield _Bar(bars)
+def progress() -> "AbstractContextManager[Progress]":
+    """See `show_progress`, on stderr."""
+    return show_progress.progress(err)
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:

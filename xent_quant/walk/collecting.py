@@ -45,8 +45,7 @@ class Collecting:
         """All steps that the journal does not have yet."""
         layers, tokens = self._model.num_layers, self._streams.run.n_tokens
         self._streams.swapped = self._journal.swapped
-        self._report.start("Running the model", layers * tokens, "tokens")
-        self._report.advance(max(0, min(self._journal.done - 1, layers)) * tokens)
+        self._report.start("Running the model", layers * tokens, "tokens", done=self._journal.layers(layers) * tokens)
         for step in range(self._journal.done, layers + 2):
             if not step:
                 for start, rows in self._checkpoint.slices(names.EMBEDDING):
