@@ -13,12 +13,13 @@ from rich.table import Table
 from exporters.interface import CONTEXT, TypeRow
 from xent_quant.cli import show_progress
 from xent_quant.progress import Progress
-from xent_quant.units import human_bytes, human_count
+from xent_quant.units import human_bytes, human_count, human_seconds
 
 if TYPE_CHECKING:
     from calibration.coverage import Coverage
     from exporters.interface import PlanSummary
     from xent_quant.pipeline import CalibrateResult, QuantizeResult
+    from xent_quant.walk.resources import Resources
 
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # no names broken in a pipe
 err = Console(stderr=True)
@@ -80,6 +81,17 @@ def totals(summary: "PlanSummary") -> None:
         f"All on a GPU with {CONTEXT:,} tokens of context: about {human_bytes(summary.vram_bytes)} of VRAM.",
         highlight=False,
     )
+
+
+def resources(taken: "Resources", notes: Sequence[str]) -> None:
+    """--dry-run: what the run would take."""
+    for line in notes:
+        out.print(line, highlight=False, markup=False)
+    work = f", {human_bytes(taken.disk)} for work until it is done" if taken.disk else ""
+    out.print(f"RAM: about {human_bytes(taken.memory)}. Disk: {human_bytes(taken.result)}{work}.", highlight=False)
+    if taken.seconds is not None:
+        text = f" with {taken.tokens:,} tokens of text" if taken.tokens else ""
+        out.print(f"Time on this machine{text}: about {human_seconds(taken.seconds)}.", highlight=False)
 
 
 def result(done: "QuantizeResult") -> None:
