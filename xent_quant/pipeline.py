@@ -233,10 +233,10 @@ def calibrate(
 
 def require_runtimes(formats: Sequence[str], bits: int) -> None:
     """Raise, before the work of an export, where a runtime that `validate` would judge it in is not installed."""
+    from xent_quant.targets import FORMATS
     from xent_quant.validation import runtimes
 
-    kinds: dict[str, runtimes.Kind] = {"gguf": "gguf", "onnx": "onnx", "bnb": "bitsandbytes" if bits < 16 else "checkpoint"}
-    for kind in (kinds[name] for name in formats):
+    for kind in (FORMATS[name].kind(bits) for name in formats):
         runtimes.require(kind, runtimes.NATIVE[kind])
 
 
