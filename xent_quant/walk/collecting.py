@@ -13,17 +13,17 @@ from calibration.imatrix import Entry, Imatrix
 from calibration.measuring import sums
 from calibration.rare import FEWEST_ROWS
 from calibration.session import Session
+from xent_quant import journal as journals
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.fingerprint import fingerprint
 from xent_quant.checkpoint.llama_names import HEAD, llama_name
+from xent_quant.journal import Journal, software
 from xent_quant.model.stages import Stage
+from xent_quant.model.streams import Streams
 from xent_quant.progress import Progress
 from xent_quant.storage import Move, Target, Workspace, check_free_space, publish, replace_bytes
 from xent_quant.tensors import KEPT_ROLES, Role
-from xent_quant.walk import journal as journals
 from xent_quant.walk import resources
-from xent_quant.walk.journal import Journal, software
-from xent_quant.walk.streams import Streams
 from xent_quant.walk.unfinished import kept
 
 Sums = dict[str, tuple[np.ndarray, ...]]

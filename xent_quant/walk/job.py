@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from calibration.coverage import Coverage
 from calibration.rare import fewest_rows
 from exporters.interface import Exported, Exporter, unmeasured_notes
+from xent_quant import journal as journals
 from xent_quant.checkpoint.fingerprint import fingerprint
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError
+from xent_quant.journal import Journal, software
 from xent_quant.progress import Progress, Silent
 from xent_quant.storage import Workspace, check_free_space, publish
 from xent_quant.tensors import StatisticsSource
-from xent_quant.walk import journal as journals
 from xent_quant.walk import resources
-from xent_quant.walk.journal import Journal, software
 from xent_quant.walk.lanes import Lane
 from xent_quant.walk.loop import Walk
 from xent_quant.walk.unfinished import kept
@@ -25,7 +25,7 @@ from xent_quant.walk.unfinished import kept
 if TYPE_CHECKING:
     from calibration.measuring import Measuring
     from calibration.session import Text
-    from xent_quant.walk.streams import Streams
+    from xent_quant.model.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _streams(
 ) -> "tuple[Streams, list[Measuring]]":
     """The exact stream, and one for each lane whose method goes on with what it made of the weights."""
     from calibration.measuring import Measuring
-    from xent_quant.walk.streams import Streams
+    from xent_quant.model.streams import Streams
 
     model = checkpoint.architecture
     if journal.windows is None:

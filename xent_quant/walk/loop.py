@@ -19,15 +19,15 @@ from calibration.correction import NOTHING, Measured
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32
+from xent_quant.journal import Journal
 from xent_quant.progress import Progress, Silent
 from xent_quant.tensors import ATTENTION_ROLES, Role, TensorSpec
-from xent_quant.walk.journal import Journal
 from xent_quant.walk.lanes import Lane
 
 if TYPE_CHECKING:
     from calibration.measuring import Measuring
     from xent_quant.model.stages import Stage
-    from xent_quant.walk.streams import Streams
+    from xent_quant.model.streams import Streams
 
 LEAST_SECONDS = 2.0
 """Between two commits where no text is run: a layer may take less, and syncing is not free."""

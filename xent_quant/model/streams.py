@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32
 from xent_quant.model.sizes import KEPT_ROWS, STATE_FILES
-from xent_quant.model.stages import Pass, Stream
+from xent_quant.model.stages import Pass, Stream, WeightSource
 from xent_quant.model.states import OnDisk
 from xent_quant.storage import Rows
 
@@ -22,19 +21,19 @@ class Streams:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, windows: Tensor, folder: Path, dtype: torch.dtype, count: int, kept_rows: int = KEPT_ROWS
+        self, source: WeightSource, windows: Tensor, folder: Path, dtype: torch.dtype, count: int, kept_rows: int = KEPT_ROWS
     ) -> None:
         self.folder, self._files = folder, ExitStack()
         fresh = not (folder / f"{count - 1}.{STATE_FILES[-1]}").exists()
         streams = []
         for number in range(count):
             rows = [
-                OnDisk(self._open(f"{number}.{file}", windows, checkpoint.architecture.hidden_size, fresh), dtype, windows.device)
+                OnDisk(self._open(f"{number}.{file}", windows, source.architecture.hidden_size, fresh), dtype, windows.device)
                 for file in STATE_FILES
             ]
             streams.append(Stream(rows[0], rows[2], rows[1]))
         self._first = streams[0].x
-        self.run = Pass(checkpoint, windows, streams, dtype, kept_rows)
+        self.run = Pass(source, windows, streams, dtype, kept_rows)
 
     def _open(self, name: str, windows: Tensor, columns: int, fresh: bool) -> Rows:
         path = self.folder / name
