@@ -3,6 +3,7 @@
 import io
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from calibration.measuring import sums
 from calibration.rare import FEWEST_ROWS
 from calibration.session import Session
 from xent_quant.checkpoint import architecture as names
-from xent_quant.checkpoint.fingerprint import fingerprint
+from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.llama_names import HEAD, llama_name
 from xent_quant.model.stages import Stage
 from xent_quant.progress import Progress
@@ -127,36 +128,37 @@ def collect(session: Session, target: Path, *, force: bool, restart: bool, progr
     Raises what running the model raises, and ExportError for what cannot be written.
     """
     model = session.checkpoint.architecture
-    identity = {
+    identity: dict[str, Any] = {
         "checkpoint": fingerprint(session.checkpoint),
         "version": software(),
         **session.identity,
     }
-    with Workspace.open(target.parent, [Target(target, folder=False)], force=force) as work, ExitStack() as files:
+    with Workspace.open(target.parent, [Target(target, folder=False)], force=force) as work:
         path = work.path / journals.FILE
         journal = None if restart else Journal.load(path, identity)
         if journal is None:
             work.clear()
             journal = Journal(path, identity)
-        files.enter_context(kept(work, journal))
-        if done := journal.layers(model.num_layers):
-            progress.note(f"Going on with an interrupted run: {done} of {model.num_layers} layers are done.")
-        if journal.windows is None:
-            windows = session.windows(FEWEST_ROWS, progress)
-            check_free_space(work.path, disk_bytes(windows.numel(), model.hidden_size, 1))
-            journal.windows = len(windows)
-            journal.save()
-        else:
-            windows = session.first(journal.windows)
-        streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1)
-        files.callback(streams.close)
-        collecting = Collecting(session, streams, journal, work.path, progress)
-        collecting.run()
-        files.close()
-        matrix = Imatrix(collecting.entries(), session.text.names, len(windows), windows.shape[1])
-        staged = work.path / target.name
-        matrix.write(staged)
-        publish(work, [Move(staged, target)])
+        with kept(work, journal), ExitStack() as files:
+            if done := journal.layers(model.num_layers):
+                progress.note(f"Going on with an interrupted run: {done} of {model.num_layers} layers are done.")
+            if journal.windows is None:
+                windows = session.windows(FEWEST_ROWS, progress)
+                check_free_space(work.path, disk_bytes(windows.numel(), model.hidden_size, 1))
+                journal.windows = len(windows)
+                journal.save()
+            else:
+                windows = session.first(journal.windows)
+            streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1, fresh=not journal.done)
+            files.callback(streams.close)
+            collecting = Collecting(session, streams, journal, work.path, progress)
+            collecting.run()
+            files.close()
+            matrix = Imatrix(collecting.entries(), session.text.names, len(windows), windows.shape[1])
+            staged = work.path / target.name
+            matrix.write(staged)
+            check_same(session.checkpoint, identity["checkpoint"])
+            publish(work, [Move(staged, target)])
     coverage = Coverage(model.num_layers, model.num_experts, FEWEST_ROWS)
     if model.num_experts:
         coverage.tokens = journal.coverage

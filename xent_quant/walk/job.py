@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from calibration.coverage import Coverage
 from calibration.rare import fewest_rows
 from exporters.interface import Exported, Exporter, unmeasured_notes
-from xent_quant.checkpoint.fingerprint import fingerprint
+from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.errors import CheckpointError
 from xent_quant.progress import Progress, Silent
 from xent_quant.storage import Workspace, check_free_space, publish
 from xent_quant.tensors import StatisticsSource
@@ -61,9 +60,9 @@ def run(
     for exporter in exporters:
         exporter.check(force)
     before = fingerprint(checkpoint)
-    whole = _identity(before, exporters, text, identity or {})
+    whole = _identity(before, exporters, text, {**(identity or {}), "statistics": dict(provenance or {})})
     targets = [target for exporter in exporters for target in exporter.targets]
-    with Workspace.open(output, targets, force=force) as work, ExitStack() as files:
+    with Workspace.open(output, targets, force=force) as work:
         path = work.path / journals.FILE
         journal = None if restart else Journal.load(path, whole)
         fresh = journal is None
@@ -74,29 +73,28 @@ def run(
         resumed = journal.layers(model.num_layers)
         if resumed:
             report.note(f"Going on with an interrupted run: {resumed} of {model.num_layers} layers are done.")
-        files.enter_context(kept(work, journal))
-        lanes = []
-        for number, exporter in enumerate(exporters):
-            writer = exporter.open(work.path, provenance or {}, fresh=fresh)
-            files.callback(writer.close)
-            lane = Lane(exporter, writer, None, statistics if exporter.method else None)
-            if not fresh and journal.measured:
-                lane.resume(journal.unmeasured[number], journal.measured[number])
-            lanes.append(lane)
-        streams: Streams | None = None
-        measuring: list[Measuring] = []
-        if text:
-            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work.path, report)
-            files.callback(streams.close)
-        Walk(checkpoint, lanes, journal, streams, measuring, report).run()
-        exported = []
-        for lane in lanes:
-            exported.append(lane.writer.finish(unmeasured_notes(lane.unmeasured, lane.measured)))
-            lane.writer.sync()
-        if fingerprint(checkpoint) != before:
-            raise CheckpointError(f"{checkpoint.path}: changed while it was read; nothing was written, run it again")
-        files.close()
-        publish(work, [move for each in exported for move in each.moves], [one for each in exported for one in each.shared])
+        with kept(work, journal), ExitStack() as files:
+            lanes = []
+            for number, exporter in enumerate(exporters):
+                writer = exporter.open(work.path, provenance or {}, fresh=fresh)
+                files.callback(writer.close)
+                lane = Lane(exporter, writer, None, statistics if exporter.method else None)
+                if not fresh and journal.measured:
+                    lane.resume(journal.unmeasured[number], journal.measured[number])
+                lanes.append(lane)
+            streams: Streams | None = None
+            measuring: list[Measuring] = []
+            if text:
+                streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work, report)
+                files.callback(streams.close)
+            Walk(checkpoint, lanes, journal, streams, measuring, report).run()
+            exported = []
+            for lane in lanes:
+                exported.append(lane.writer.finish(unmeasured_notes(lane.unmeasured, lane.measured)))
+                lane.writer.sync()
+            check_same(checkpoint, before)
+            files.close()
+            publish(work, [move for each in exported for move in each.moves], [one for each in exported for one in each.shared])
     coverage = None
     if text and model.num_experts:
         coverage = Coverage(model.num_layers, model.num_experts, fewest_rows(model.intermediate_size, any(hessian)))
@@ -110,7 +108,7 @@ def _streams(
     lanes: Sequence[Lane],
     hessian: Sequence[bool],
     journal: Journal,
-    folder: Path,
+    work: Workspace,
     progress: Progress,
 ) -> "tuple[Streams, list[Measuring]]":
     """The exact stream, and one for each lane whose method goes on with what it made of the weights."""
@@ -132,12 +130,13 @@ def _streams(
         count += needed
         listened[lane.stream] = needed
     if journal.windows is None:
-        check_free_space(folder, disk_bytes(windows.numel(), model.hidden_size, count))
+        files = sum(lane.exporter.nbytes for lane in lanes) - work.nbytes()  # most of which are holes yet
+        check_free_space(work.path, files + disk_bytes(windows.numel(), model.hidden_size, count))
         journal.windows = len(windows)
         for lane in lanes:
             lane.writer.sync()
         journal.save()
-    streams = Streams(checkpoint, windows, folder, text.dtype, count)
+    streams = Streams(checkpoint, windows, work.path, text.dtype, count, fresh=not journal.done)
     return streams, [Measuring(stream, windows, hessian=needed) for stream, needed in listened.items()]
 
 

@@ -23,9 +23,11 @@ class Streams:
     stream.
     """
 
-    def __init__(self, checkpoint: Checkpoint, windows: Tensor, folder: Path, dtype: torch.dtype, count: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, windows: Tensor, folder: Path, dtype: torch.dtype, count: int, *, fresh: bool
+    ) -> None:
+        """`fresh`: nothing was committed yet, so whatever a killed run left in the files is made anew."""
         self.folder, self._files = folder, ExitStack()
-        fresh = not (folder / f"{count - 1}.{FILES[-1]}").exists()
         streams = []
         for number in range(count):
             rows = [
