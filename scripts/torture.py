@@ -49,8 +49,8 @@ import torch
 import xent_quant
 from tests.conftest import TINY, random_weights, write_checkpoint
 from xent_quant.cli.main import main as command
+from xent_quant.journal import Journal
 from xent_quant.walk import collecting, job, loop
-from xent_quant.walk.journal import Journal
 
 CONFIG = {**TINY, "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 32, "max_position_embeddings": 64}
 CHANGES = ("replace", "rename", "link", "unlink", "mkdir", "rmdir", "fsync", "ftruncate")

@@ -15,6 +15,7 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CalibrationError
 from xent_quant.model.stages import Stage
 from xent_quant.model.streaming import StreamingModel
+from xent_quant.progress import Silent
 from xent_quant.tensors import Role
 
 
@@ -65,6 +66,23 @@ def test_steps_show_every_weight_every_token_in_the_order_of_the_checkpoint(chec
     assert sorted(finished) == sorted(wanted)
     early = [name for name in finished if "shared_experts" not in name or "down" in name]
     assert early == [name for name in wanted if name in early]
+
+
+def test_an_interrupted_run_goes_on_behind_its_last_layer(checkpoint, tmp_path) -> None:
+    source, windows = Checkpoint.open(checkpoint(num_hidden_layers=3)), torch.tensor([IDS, IDS[::-1]])
+    whole = StreamingModel(source).hidden_states(windows)
+
+    class Stops(Silent):
+        def phase(self, text: str) -> None:
+            if text == "layer 3 of 3":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        StreamingModel(source).hidden_states(windows, progress=Stops(), folder=tmp_path)
+    seen: list[int] = []
+    again = StreamingModel(source).hidden_states(windows, after_layer=lambda layer, _: seen.append(layer), folder=tmp_path)
+    assert seen == [2]
+    assert torch.equal(again, whole)
 
 
 def test_a_rare_expert_shows_what_it_would_see_of_other_tokens(checkpoint) -> None:
@@ -131,7 +149,9 @@ def test_a_follower_runs_as_it_would_alone_and_shows_the_models_rows(checkpoint,
 
         behind = [torch.from_numpy(weights.read("model.embed_tokens.weight"))[windows].double()]
         model = StreamingModel(weights, torch.float64)
-        model.hidden_states(windows, observe, after_layer=lambda layer, x, behind=behind: behind.append(x.clone()))
+        model.hidden_states(
+            windows, observe, after_layer=lambda layer, x, behind=behind: behind.append(x.rows.clone().view(*windows.shape, -1))
+        )
         rows.append(seen)
         streams.append(behind)
     exact, own = rows

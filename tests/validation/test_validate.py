@@ -273,7 +273,7 @@ def test_reference_is_computed_once_for_each_model_and_text(export: Export, tmp_
     own, cache = Suite("own", "the king in the night sing. " * 60), tmp_path / "cache"
     computed: list[int] = []
     original = reference.stream
-    monkeypatch.setattr(reference, "stream", lambda model, *rest: computed.append(1) or original(model, *rest))
+    monkeypatch.setattr(reference, "stream", lambda model, *rest, **more: computed.append(1) or original(model, *rest, **more))
     settings: dict[str, Any] = {"cache": cache, "context": 64, "runtime": "torch", "threads": 1}
 
     def once(text: Suite = own, **changes: Any) -> Report:

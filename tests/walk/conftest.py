@@ -10,9 +10,9 @@ import torch
 
 import xent_quant
 from tests.conftest import TINY, random_weights, write_checkpoint
+from xent_quant.journal import Journal
 from xent_quant.pipeline import QuantizeResult
 from xent_quant.walk import loop
-from xent_quant.walk.journal import Journal
 
 CONFIG = {**TINY, "hidden_size": 64, "intermediate_size": 32, "max_position_embeddings": 64}
 LAYERS = int(CONFIG["num_hidden_layers"])

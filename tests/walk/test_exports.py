@@ -19,10 +19,10 @@ from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ExportError
 from xent_quant.methods import METHODS
+from xent_quant.model.streams import Streams
 from xent_quant.recipes import recipe
 from xent_quant.walk.lanes import Lane
 from xent_quant.walk.loop import Walk
-from xent_quant.walk.streams import Streams
 
 README, FAST = "README.md", {"effort": "fast", "threads": 1}
 

@@ -9,8 +9,8 @@ import pytest
 import xent_quant
 from tests.walk.conftest import LAYERS, Tree, export, tree
 from xent_quant.errors import ExportError, Interrupted
+from xent_quant.model.sizes import STATE_FILES
 from xent_quant.walk import collecting, job
-from xent_quant.walk.streams import FILES
 
 STEPS = LAYERS + 2
 FAST = {"effort": "fast", "threads": 1}
@@ -105,7 +105,7 @@ def test_killed_while_the_streams_were_made(case: str, model: Path, text: Any, t
         make(case, model, tmp_path / "out", text)
     (work,) = (tmp_path / "out").iterdir()
     for stream in range(2):
-        for name in FILES:
+        for name in STATE_FILES:
             (work / f"{stream}.{name}").touch()
     interrupt(None)
     make(case, model, tmp_path / "out", text)

@@ -3,7 +3,10 @@
 The weights may come from a checkpoint or from an exported file that is dequantised on the way: anything that is a WeightSource.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +14,10 @@ from torch import Tensor
 
 from xent_quant.checkpoint import architecture as names
 from xent_quant.errors import CalibrationError
+from xent_quant.journal import FILE, Journal, software
 from xent_quant.model.stages import Pass, Stage, Stream, WeightSource
-from xent_quant.model.states import InMemory
+from xent_quant.model.states import InMemory, States
+from xent_quant.model.streams import Streams
 from xent_quant.progress import Progress, Silent
 
 HEAD_WEIGHTS = 16 * 1024 * 1024
@@ -20,8 +25,8 @@ HEAD_WEIGHTS = 16 * 1024 * 1024
 
 Observer = Callable[[Stage], None]
 """Gets each stage before the state goes on with its weights: to look at their rows, or not."""
-AfterLayer = Callable[[int, Tensor], None]
-"""Gets a layer's number and the residual stream behind it [n_windows, length, hidden], which it must not change."""
+AfterLayer = Callable[[int, States], None]
+"""Gets a layer's number and the residual stream behind it [n_windows · length, hidden], which it must not change."""
 
 
 class StreamingModel:
@@ -40,35 +45,58 @@ class StreamingModel:
         observer: Observer | None = None,
         progress: Progress | None = None,
         after_layer: AfterLayer | None = None,
+        folder: Path | None = None,
     ) -> Tensor:
         """Token ids [n_windows, length] to final, normed hidden states [n_windows, length, hidden].
 
-        Holds two copies of these, and what `Pass` holds. Raises CalibrationError naming layer and expert where activations become
-        NaN or infinite.
+        With a `folder` the states lie in files there, and a call with the same windows goes on behind the last layer that an
+        earlier one finished; it sees no more of those before. Holds what `Pass` holds and, without a folder, two copies of the
+        states; and the result. Raises CalibrationError naming layer and expert where activations become NaN or infinite.
         """
         model, report = self.architecture, progress or Silent()
         windows = windows.to(self.device)
-        shape = (windows.numel(), model.hidden_size)
-        x, y = (InMemory(torch.empty(shape, dtype=self.dtype, device=self.device)) for _ in range(2))
-        run = Pass(self.source, windows, [Stream(x, y, x)], self.dtype)
-        report.start("Running the model", model.num_layers * windows.numel(), "tokens")
-        for start, rows in self._slices(names.EMBEDDING):
-            run.embed(0, start, rows)
-        for layer in range(model.num_layers):
-            for stage in run.layer(layer):
-                if observer:
-                    observer(stage)
-                stage.advance([{spec.name: run.weight(spec.name) for spec in stage.weights}])
-            if after_layer:
-                after_layer(layer, x.rows.view(*windows.shape, -1))
-            report.advance(windows.numel())
-        head = run.head()
-        if observer:
-            observer(head)
-        for batch in head.batches(0):
-            x.put(batch.tokens, batch.inputs)
-        report.finish()
-        return x.rows.view(*windows.shape, -1)
+        with ExitStack() as files:
+            journal = None
+            if folder:
+                identity = {"windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(), "version": software()}
+                journal = Journal.load(folder / FILE, identity) or Journal(folder / FILE, identity)
+                streams = files.enter_context(
+                    closing(Streams(self.source, windows, folder, self.dtype, 1, fresh=not journal.done))
+                )
+                streams.swapped = journal.swapped
+                run = streams.run
+            else:
+                x, y = (
+                    InMemory(torch.empty((windows.numel(), model.hidden_size), dtype=self.dtype, device=self.device))
+                    for _ in range(2)
+                )
+                run = Pass(self.source, windows, [Stream(x, y, x)], self.dtype)
+            done = journal.done if journal else 0
+            report.start("Running the model", model.num_layers * run.n_tokens, "tokens", done=max(0, done - 1) * run.n_tokens)
+            if not done:
+                for start, rows in self._slices(names.EMBEDDING):
+                    run.embed(0, start, rows)
+            for layer in range(max(0, done - 1), model.num_layers):
+                report.phase(f"layer {layer + 1} of {model.num_layers}")
+                for stage in run.layer(layer):
+                    if observer:
+                        observer(stage)
+                    stage.advance([{spec.name: run.weight(spec.name) for spec in stage.weights}])
+                if after_layer:
+                    after_layer(layer, run.streams[0].x)
+                if journal:
+                    streams.sync()
+                    journal.swapped, journal.done = streams.swapped, layer + 2
+                    journal.save()
+                report.advance(run.n_tokens)
+            head = run.head()
+            if observer:
+                observer(head)
+            found = torch.empty((run.n_tokens, model.hidden_size), dtype=self.dtype, device=self.device)
+            for batch in head.batches(0):
+                found[batch.tokens] = batch.inputs
+            report.finish()
+        return found.view(*windows.shape, -1)
 
     @property
     def _head_name(self) -> str:

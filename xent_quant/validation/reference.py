@@ -6,10 +6,12 @@ each suite, the residual stream behind every layer, for per-layer errors.
 """
 
 import hashlib
+import io
 import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +24,10 @@ from xent_quant.checkpoint.headers import read_json
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
 from xent_quant.errors import ValidationError
+from xent_quant.model.states import States
 from xent_quant.model.streaming import Observer, StreamingModel
 from xent_quant.progress import Progress, Silent
+from xent_quant.storage import Target, Workspace, replace_bytes
 from xent_quant.validation import measures
 from xent_quant.validation.measures import F64, I64, Summary
 from xent_quant.validation.suites import Suite
@@ -152,20 +156,43 @@ class Streamed:
 
 
 def stream(
-    model: StreamingModel, windows: I64, firsts: Sequence[int], progress: Progress, observer: Observer | None = None
+    model: StreamingModel,
+    windows: I64,
+    firsts: Sequence[int],
+    progress: Progress,
+    observer: Observer | None = None,
+    folder: Path | None = None,
 ) -> Streamed:
-    """Run `windows` [n, context]; `firsts` are the windows whose residual streams are kept."""
+    """Run `windows` [n, context]; `firsts` are the windows whose residual streams are kept. With a `folder` the run can be
+    interrupted, and gone on with by the same call."""
     context = windows.shape[1]
     where, index = torch.tensor(layer_positions(context)), torch.tensor(list(firsts), dtype=torch.long)
-    kept: list[F32] = []
+    tokens = (index[:, None] * context + where).flatten()
     positions, _ = measures.scored(context)
+    kept: dict[int, F32] = {}
 
-    def keep(layer: int, x: torch.Tensor) -> None:
-        kept.append(x[index][:, where].float().numpy())
+    def keep(layer: int, x: States) -> None:
+        kept[layer] = x.take(tokens).view(len(index), len(where), -1).float().numpy()
+        if folder:
+            file = io.BytesIO()
+            np.save(file, kept[layer])
+            replace_bytes(folder / f"layer-{layer}.npy", file.getvalue())
 
-    hidden = model.hidden_states(torch.from_numpy(windows), observer, progress, keep)
+    hidden = model.hidden_states(torch.from_numpy(windows), observer, progress, keep, folder)
+    for layer in range(model.architecture.num_layers):
+        if folder and layer not in kept:
+            kept[layer] = np.load(folder / f"layer-{layer}.npy")
     flat = hidden[:, positions].flatten(0, 1).contiguous()
-    return Streamed(model, flat, list(np.stack(kept, axis=1)))
+    return Streamed(model, flat, list(np.stack([kept[layer] for layer in sorted(kept)], axis=1)))
+
+
+@contextmanager
+def work_folder(cache: Path, name: str) -> Iterator[Path]:
+    """A private folder in `cache` for a run that takes long; kept where the block does not end well, so that the same run can
+    go on. Raises ExportError where another process is at it."""
+    with Workspace.open(cache, [Target(cache / name, folder=True)], force=True) as work:
+        yield work.path
+        work.clear()
 
 
 def pieces(blocks: Iterator[F32]) -> Iterator[tuple[slice, F64]]:
@@ -198,7 +225,9 @@ def references(
         windows = np.concatenate([suites[index].windows for index in missing])
         counts = [len(suites[index].windows) for index in missing]
         starts = [sum(counts[:i]) for i in range(len(counts))]
-        run = stream(StreamingModel(checkpoint), windows, starts, report)
+        together = hashlib.sha256("".join(path.name for path in paths).encode()).hexdigest()[:20]
+        with work_folder(cache, f"reference-{together}") as folder:
+            run = stream(StreamingModel(checkpoint), windows, starts, report, folder=folder)
         targets = np.concatenate([suites[index].targets for index in missing]).ravel()
         nll = np.empty(len(targets))
         offsets = np.concatenate([measures.draw_offsets(suites[index].targets.size) for index in missing])

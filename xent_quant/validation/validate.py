@@ -1,10 +1,12 @@
 """Is an exported model within tolerance of its checkpoint? The engine: it knows interfaces, and draws and prints nothing."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import exp, log, sqrt
 from pathlib import Path
@@ -22,7 +24,7 @@ from xent_quant.tensors import Role
 from xent_quant.validation import gates, measures, runtimes
 from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
 from xent_quant.validation.measures import Estimate, Summary
-from xent_quant.validation.reference import Reference, Streamed, SuiteTokens, pieces, references, stream, tokenize
+from xent_quant.validation.reference import Reference, Streamed, SuiteTokens, pieces, references, stream, tokenize, work_folder
 from xent_quant.validation.report import KL_EDGES, Finding, Report, SuiteResult, Suspicion
 from xent_quant.validation.scoring import Comparison, CrossCheck, Scores, agreement, run
 from xent_quant.validation.suites import GROUPS, Suite
@@ -34,12 +36,16 @@ TOKENIZER_AGREEMENT = 0.99
 
 @dataclass(frozen=True)
 class Exported:
-    """An export opened from headers: its weights, the name of its mix where it has one, and the bytes of its weight files."""
+    """An export opened from headers: its weights, the name of its mix where it has one, and its weight files."""
 
     kind: runtimes.Kind
     source: TypedSource
     mix: str | None
-    nbytes: int
+    files: tuple[Path, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
 
 
 class _Checkpoint:
@@ -63,7 +69,9 @@ def open_export(path: Path, kind: runtimes.Kind, reference: Architecture) -> Exp
         file = GGUFFile(path)
         number = file.metadata.get("general.file_type")
         known = {int(item): item.name.removeprefix("MOSTLY_") for item in gguf.LlamaFileType}
-        return Exported(kind, GGUFSource(file, reference), known.get(number) if isinstance(number, int) else None, file.nbytes)
+        return Exported(
+            kind, GGUFSource(file, reference), known.get(number) if isinstance(number, int) else None, tuple(file.files)
+        )
     source: TypedSource
     if kind == "onnx":
         from xent_quant.validation.onnx_source import OnnxSource
@@ -76,9 +84,9 @@ def open_export(path: Path, kind: runtimes.Kind, reference: Architecture) -> Exp
 
         source = BnbSource(path, reference)
     _check_same(path, source.architecture, reference)
-    nbytes = sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".data", ".onnx", ".bin"))
+    files = tuple(sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".data", ".onnx", ".bin")))
     mix = source.type(expert(0, 0, "gate") if reference.num_experts else dense_mlp(0, "gate"))
-    return Exported(kind, source, mix, nbytes)
+    return Exported(kind, source, mix, files)
 
 
 def _check_same(path: Path, found: Architecture, wanted: Architecture) -> None:
@@ -127,7 +135,10 @@ def validate(
     known = references(reference, texts, cache, report)
     tensors = tuple(compare_all(reference, opened.source, report))
     everything = used == "torch"
-    exact = _exact(opened.source, texts, everything, report)
+    with ExitStack() as stack:
+        # Over everything it takes as long as the reference: it is gone on with where it was interrupted.
+        folder = stack.enter_context(work_folder(cache, f"export-{_print(opened)}")) if everything else None
+        exact = _exact(opened.source, texts, folder, report)
     if everything:
         total = sum(text.targets.size for text in texts)
         report.start("Scoring the export", total, "tokens")
@@ -196,7 +207,15 @@ class _Exact:
     summary: Summary | None
 
 
-def _exact(source: TypedSource, texts: Sequence[SuiteTokens], everything: bool, progress: Progress) -> _Exact:
+def _print(opened: Exported) -> str:
+    """Changes with the files of an export, by their names, sizes and times."""
+    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in opened.files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
+
+
+def _exact(source: TypedSource, texts: Sequence[SuiteTokens], folder: Path | None, progress: Progress) -> _Exact:
+    """Over everything in a `folder`, else over the first window of every text."""
+    everything = folder is not None
     counts: list[tuple[int, ...]] = []
 
     def count(stage: Stage) -> None:
@@ -206,7 +225,7 @@ def _exact(source: TypedSource, texts: Sequence[SuiteTokens], everything: bool, 
 
     chosen = [text.windows if everything else text.windows[:1] for text in texts]
     firsts = np.cumsum([0, *map(len, chosen)])[:-1].tolist()
-    done = stream(StreamingModel(source), np.concatenate(chosen), firsts, progress, count)
+    done = stream(StreamingModel(source), np.concatenate(chosen), firsts, progress, count, folder)
     coverage = tuple(counts)
     if everything:
         return _Exact(done, coverage, np.empty(0), None)

@@ -3,7 +3,6 @@
 import io
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +13,17 @@ from calibration.imatrix import Entry, Imatrix
 from calibration.measuring import sums
 from calibration.rare import FEWEST_ROWS
 from calibration.session import Session
+from xent_quant import journal as journals
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.llama_names import HEAD, llama_name
+from xent_quant.journal import Journal, software
 from xent_quant.model.stages import Stage
+from xent_quant.model.streams import Streams
 from xent_quant.progress import Progress
 from xent_quant.storage import Move, Target, Workspace, check_free_space, publish, replace_bytes
 from xent_quant.tensors import KEPT_ROLES, Role
-from xent_quant.walk import journal as journals
-from xent_quant.walk.journal import Journal, software
-from xent_quant.walk.streams import Streams, disk_bytes
+from xent_quant.walk import resources
 from xent_quant.walk.unfinished import kept
 
 Sums = dict[str, tuple[np.ndarray, ...]]
@@ -46,8 +46,7 @@ class Collecting:
         """All steps that the journal does not have yet."""
         layers, tokens = self._model.num_layers, self._streams.run.n_tokens
         self._streams.swapped = self._journal.swapped
-        self._report.start("Running the model", layers * tokens, "tokens")
-        self._report.advance(max(0, min(self._journal.done - 1, layers)) * tokens)
+        self._report.start("Running the model", layers * tokens, "tokens", done=self._journal.layers(layers) * tokens)
         for step in range(self._journal.done, layers + 2):
             if not step:
                 for start, rows in self._checkpoint.slices(names.EMBEDDING):
@@ -122,43 +121,48 @@ def _load(path: Path) -> Sums:
     return {name: tuple(parts) for name, parts in found.items()}
 
 
-def collect(session: Session, target: Path, *, force: bool, restart: bool, progress: Progress) -> tuple[Imatrix, Coverage]:
+def collect(
+    session: Session, target: Path, *, force: bool, restart: bool, progress: Progress, memory: int | None = None
+) -> tuple[Imatrix, Coverage]:
     """Run the text of `session` and write the importance matrix `target`; an interrupted call is gone on with by the same one.
 
     Raises what running the model raises, and ExportError for what cannot be written.
     """
     model = session.checkpoint.architecture
-    identity: dict[str, Any] = {
-        "checkpoint": fingerprint(session.checkpoint),
+    kept_rows = resources.kept_rows(model, 0, True, memory)
+    before = fingerprint(session.checkpoint)
+    identity = {
+        "checkpoint": before,
         "version": software(),
         **session.identity,
     }
-    with Workspace.open(target.parent, [Target(target, folder=False)], force=force) as work:
+    with Workspace.open(target.parent, [Target(target, folder=False)], force=force) as work, ExitStack() as files:
         path = work.path / journals.FILE
         journal = None if restart else Journal.load(path, identity)
         if journal is None:
             work.clear()
             journal = Journal(path, identity)
-        with kept(work, journal), ExitStack() as files:
-            if done := journal.layers(model.num_layers):
-                progress.note(f"Going on with an interrupted run: {done} of {model.num_layers} layers are done.")
-            if journal.windows is None:
-                windows = session.windows(FEWEST_ROWS, progress)
-                check_free_space(work.path, disk_bytes(windows.numel(), model.hidden_size, 1))
-                journal.windows = len(windows)
-                journal.save()
-            else:
-                windows = session.first(journal.windows)
-            streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1, fresh=not journal.done)
-            files.callback(streams.close)
-            collecting = Collecting(session, streams, journal, work.path, progress)
-            collecting.run()
-            files.close()
-            matrix = Imatrix(collecting.entries(), session.text.names, len(windows), windows.shape[1])
-            staged = work.path / target.name
-            matrix.write(staged)
-            check_same(session.checkpoint, identity["checkpoint"])
-            publish(work, [Move(staged, target)])
+        files.enter_context(kept(work, journal))
+        opened = files.enter_context(ExitStack())
+        if done := journal.layers(model.num_layers):
+            progress.note(f"Going on with an interrupted run: {done} of {model.num_layers} layers are done.")
+        if journal.windows is None:
+            windows = session.windows(FEWEST_ROWS, progress)
+            check_free_space(work.path, resources.disk(model, windows.numel(), 0))
+            journal.windows = len(windows)
+            journal.save()
+        else:
+            windows = session.first(journal.windows)
+        streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1, kept_rows, fresh=not journal.done)
+        opened.callback(streams.close)
+        collecting = Collecting(session, streams, journal, work.path, progress)
+        collecting.run()
+        opened.close()
+        matrix = Imatrix(collecting.entries(), session.text.names, len(windows), windows.shape[1])
+        staged = work.path / target.name
+        matrix.write(staged)
+        check_same(session.checkpoint, before)
+        publish(work, [Move(staged, target)])
     coverage = Coverage(model.num_layers, model.num_experts, FEWEST_ROWS)
     if model.num_experts:
         coverage.tokens = journal.coverage

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from calibration.coverage import Coverage
 from calibration.rare import fewest_rows
 from exporters.interface import Exported, Exporter, unmeasured_notes
+from xent_quant import journal as journals
 from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.journal import Journal, software
 from xent_quant.progress import Progress, Silent
 from xent_quant.storage import Workspace, check_free_space, publish
 from xent_quant.tensors import StatisticsSource
-from xent_quant.walk import journal as journals
-from xent_quant.walk.journal import Journal, software
+from xent_quant.walk import resources
 from xent_quant.walk.lanes import Lane
 from xent_quant.walk.loop import Walk
 from xent_quant.walk.unfinished import kept
@@ -23,7 +24,7 @@ from xent_quant.walk.unfinished import kept
 if TYPE_CHECKING:
     from calibration.measuring import Measuring
     from calibration.session import Text
-    from xent_quant.walk.streams import Streams
+    from xent_quant.model.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ def run(
     identity: Mapping[str, Any] | None = None,
     force: bool = False,
     restart: bool = False,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Done:
     """Quantise `checkpoint` for all `exporters`, which write into `output`, in one walk, with `statistics` of a file or of a
-    `text` that runs along; files say of them what `provenance` holds, and `identity` is what their bytes depend on.
+    `text` that runs along; files say of them what `provenance` holds, and `identity` is what their bytes depend on. At most
+    `memory` bytes are resident, or ConfigError is raised before anything is read.
 
     All exports appear, or none does, and what they replace is lost only when they are there. After an error or a kill the work
     that was done stays beside the output, and the same call goes on with it unless `restart` is given. Holds what `Walk` holds.
@@ -57,12 +60,13 @@ def run(
     """
     model, report = checkpoint.architecture, progress or Silent()
     hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
+    kept_rows = resources.kept_rows(model, sum(hessian) if text else 0, text is not None, memory)
     for exporter in exporters:
         exporter.check(force)
     before = fingerprint(checkpoint)
     whole = _identity(before, exporters, text, {**(identity or {}), "statistics": dict(provenance or {})})
     targets = [target for exporter in exporters for target in exporter.targets]
-    with Workspace.open(output, targets, force=force) as work:
+    with Workspace.open(output, targets, force=force) as work, ExitStack() as files:
         path = work.path / journals.FILE
         journal = None if restart else Journal.load(path, whole)
         fresh = journal is None
@@ -73,28 +77,29 @@ def run(
         resumed = journal.layers(model.num_layers)
         if resumed:
             report.note(f"Going on with an interrupted run: {resumed} of {model.num_layers} layers are done.")
-        with kept(work, journal), ExitStack() as files:
-            lanes = []
-            for number, exporter in enumerate(exporters):
-                writer = exporter.open(work.path, provenance or {}, fresh=fresh)
-                files.callback(writer.close)
-                lane = Lane(exporter, writer, None, statistics if exporter.method else None)
-                if not fresh and journal.measured:
-                    lane.resume(journal.unmeasured[number], journal.measured[number])
-                lanes.append(lane)
-            streams: Streams | None = None
-            measuring: list[Measuring] = []
-            if text:
-                streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work, report)
-                files.callback(streams.close)
-            Walk(checkpoint, lanes, journal, streams, measuring, report).run()
-            exported = []
-            for lane in lanes:
-                exported.append(lane.writer.finish(unmeasured_notes(lane.unmeasured, lane.measured)))
-                lane.writer.sync()
-            check_same(checkpoint, before)
-            files.close()
-            publish(work, [move for each in exported for move in each.moves], [one for each in exported for one in each.shared])
+        files.enter_context(kept(work, journal))
+        opened = files.enter_context(ExitStack())
+        lanes = []
+        for number, exporter in enumerate(exporters):
+            writer = exporter.open(work.path, provenance or {}, fresh=fresh)
+            opened.callback(writer.close)
+            lane = Lane(exporter, writer, None, statistics if exporter.method else None)
+            if not fresh and journal.measured:
+                lane.resume(journal.unmeasured[number], journal.measured[number])
+            lanes.append(lane)
+        streams: Streams | None = None
+        measuring: list[Measuring] = []
+        if text:
+            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work, kept_rows, report)
+            opened.callback(streams.close)
+        Walk(checkpoint, lanes, journal, streams, measuring, report).run()
+        exported = []
+        for lane in lanes:
+            exported.append(lane.writer.finish(unmeasured_notes(lane.unmeasured, lane.measured)))
+            lane.writer.sync()
+        check_same(checkpoint, before)
+        opened.close()
+        publish(work, [move for each in exported for move in each.moves], [one for each in exported for one in each.shared])
     coverage = None
     if text and model.num_experts:
         coverage = Coverage(model.num_layers, model.num_experts, fewest_rows(model.intermediate_size, any(hessian)))
@@ -109,11 +114,12 @@ def _streams(
     hessian: Sequence[bool],
     journal: Journal,
     work: Workspace,
+    kept_rows: int,
     progress: Progress,
 ) -> "tuple[Streams, list[Measuring]]":
     """The exact stream, and one for each lane whose method goes on with what it made of the weights."""
     from calibration.measuring import Measuring
-    from xent_quant.walk.streams import Streams, disk_bytes
+    from xent_quant.model.streams import Streams
 
     model = checkpoint.architecture
     if journal.windows is None:
@@ -130,13 +136,13 @@ def _streams(
         count += needed
         listened[lane.stream] = needed
     if journal.windows is None:
-        files = sum(lane.exporter.nbytes for lane in lanes) - work.nbytes()  # most of which are holes yet
-        check_free_space(work.path, files + disk_bytes(windows.numel(), model.hidden_size, count))
+        unwritten = sum(lane.exporter.nbytes for lane in lanes) - work.nbytes()  # the files are holes yet
+        check_free_space(work.path, resources.disk(model, windows.numel(), count - 1) + max(0, unwritten))
         journal.windows = len(windows)
         for lane in lanes:
             lane.writer.sync()
         journal.save()
-    streams = Streams(checkpoint, windows, work.path, text.dtype, count, fresh=not journal.done)
+    streams = Streams(checkpoint, windows, work.path, text.dtype, count, kept_rows, fresh=not journal.done)
     return streams, [Measuring(stream, windows, hessian=needed) for stream, needed in listened.items()]
 
 

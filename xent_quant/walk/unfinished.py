@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from xent_quant.errors import ExportError, Interrupted, XentQuantError
+from xent_quant.journal import Journal
 from xent_quant.storage import Workspace
-from xent_quant.walk.journal import Journal
 
 LEAST_STEPS = 2
 """Finished steps that are worth going on behind: the embedding and a layer."""

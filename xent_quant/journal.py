@@ -74,7 +74,7 @@ def software() -> dict[str, str]:
     """Versions that decide bytes: this project's by a hash of its sources, others' by their numbers."""
     digest = hashlib.sha256()
     for package in ("xent_quant", "exporters", "calibration"):
-        root = Path(__file__).parents[2] / package
+        root = Path(__file__).parents[1] / package
         for file in sorted(root.rglob("*.py")):
             digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     found = {"xent-quant": digest.hexdigest()[:16]}
