@@ -76,7 +76,7 @@ class Collecting:
         return found
 
     def _add(self, stage: Stage, found: Sums) -> None:
-        parts = sums(stage.batches(0))
+        parts = sums(stage)
         for spec in stage.weights:
             if spec.role in KEPT_ROLES or not parts:
                 continue
