@@ -35,7 +35,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,12 @@ class Process:
     @property
     def said(self) -> str:
         return self.log.read_text(errors="replace").strip()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with exit code 1 and one line that says why, behind notes if any."""
+        errors = [line for line in self.said.splitlines() if line.startswith("xent-quant: error: ")]
+        return self.code == 1 and len(errors) == 1 and self.said.endswith(errors[0]) and "internal error" not in errors[0]
 
 
 def kill_behind_commit(number: int, delay: float) -> Hook:
@@ -476,7 +482,7 @@ class Torture:
         if process.code == 0:
             return
         self.expect(process.code == INTERRUPTED, f"{what}: {process.code} {process.said}")
-        message = process.said.removeprefix("xent-quant: interrupted; ").removesuffix(".")
+        message = process.said.rpartition("xent-quant: interrupted; ")[2].removesuffix(".")
         works, whole = work_folders(output), visible(output) == reference.new
         true = {GOES_ON: bool(works), NOTHING: not hidden(output) and not whole, COMPLETE: whole}
         self.expect(true.get(message, False), f"{what}: said {process.said!r} with {hidden(output)}, whole: {whole}")
@@ -511,11 +517,7 @@ class Torture:
                         self.expect(visible(output) == reference.new and not hidden(output), f"{what}: not whole")
                         continue
                     row.blows += 1
-                    one_line = len(process.said.splitlines()) == 1 and process.said.startswith("xent-quant: error: ")
-                    self.expect(
-                        process.code == 1 and one_line and "internal" not in process.said,
-                        f"{what}: {process.code} {process.said}",
-                    )
+                    self.expect(process.failed, f"{what}: {process.code} {process.said}")
                     remount(output, 64 << 20)
                     self.finish(case, output, f"{what} ({process.said})")
 
@@ -604,7 +606,7 @@ class Torture:
                         row.blows += 1
                         process = self.run(case.options, output)
                         what = f"{name} as a link{' to nowhere' if absent else ''}"
-                        self.expect(process.code == 1 and len(process.said.splitlines()) == 1, f"{what}: {process.said}")
+                        self.expect(process.failed, f"{what}: {process.said}")
                         self.expect(name in process.said, f"{what} is not named: {process.said}")
                         self.expect(
                             visible(elsewhere) == before and not any((elsewhere / "folder").iterdir()), f"{what}: followed"
@@ -672,7 +674,7 @@ class Torture:
                         arguments = self.arguments(options, output, model)
                         process = self.start(arguments, hook)
                         process.wait()
-                        refused = process.code == 1 and "--restart" in process.said and len(process.said.splitlines()) == 1
+                        refused = process.failed and "--restart" in process.said
                         self.expect(refused and "(" in process.said, f"{what}: {process.code} {process.said}")
                         self.expect(work.is_dir() and not visible(output), f"{what}: the unfinished run is lost")
                         process = self.start([*arguments, "--restart"], hook)
@@ -752,7 +754,7 @@ def main() -> None:
         torture = Torture(Path(temporary), options.seed)
         for number, case in enumerate(torture.cases.values()):  # compiles and imports, so that no forked run has to
             if not case.old:
-                with redirect_stdout(io.StringIO()), suppress(SystemExit):
+                with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), suppress(SystemExit):
                     command(torture.arguments(case.options, Path(temporary) / f"warm-{number}"))
         print(f"\n{'':<28}{'runs':>6}{'blows':>7}{'violations':>12}{'seconds':>9}")
         each, more = divmod(options.kills, len(torture.cases))

@@ -41,11 +41,11 @@ def test_a_polite_signal(number: signal.Signals, model: Path, tmp_path: Path, be
     behind_commit(lambda done: os.kill(os.getpid(), number) if done == wanted[0] else None)
     arguments = [model, "--method", "rtn", "--type", "Q8_0", "--output", tmp_path / "out"]
     assert command(*arguments) == INTERRUPTED
-    assert capsys.readouterr().err == NOTHING
+    assert capsys.readouterr().err.endswith(NOTHING)
     assert list((tmp_path / "out").iterdir()) == []
     wanted[0] = 3
     assert command(*arguments) == INTERRUPTED
-    assert capsys.readouterr().err == GOES_ON
+    assert capsys.readouterr().err.endswith(GOES_ON)
     (work,) = (tmp_path / "out").iterdir()
     assert work.name.startswith(".xent-quant-")
     wanted[0] = 99
@@ -91,10 +91,10 @@ def test_interrupted_while_it_publishes(
 
     monkeypatch.setattr(module, "publish", stopping(before=True))
     assert command(*arguments) == INTERRUPTED
-    assert capsys.readouterr().err == GOES_ON
+    assert capsys.readouterr().err.endswith(GOES_ON)
     monkeypatch.setattr(module, "publish", stopping(before=False))
     assert command(*arguments) == INTERRUPTED
-    assert capsys.readouterr().err == COMPLETE
+    assert capsys.readouterr().err.endswith(COMPLETE)
     assert tree(output)
     assert not list(output.glob(".*"))
 

@@ -85,7 +85,7 @@ def test_stopped_within_a_layer(model: Path, text: Any, tmp_path: Path, interrup
         stage(walk, each)
 
     monkeypatch.setattr(Walk, "_stage", stages)
-    for count in (19, 9, 17):  # a layer has 16 stages, and there are two
+    for count in (19, 9, 15):  # a layer has 16 stages, and there are two
         left[0] = count
         with pytest.raises(Interrupted):
             make("two types", model, tmp_path / "out", text)
@@ -113,7 +113,7 @@ def test_killed_while_the_streams_were_made(case: str, model: Path, text: Any, t
 
 
 def test_threads_change_no_byte_of_a_resumed_run(model: Path, text: Any, tmp_path: Path, interrupt: Interrupt) -> None:
-    options = {"type": "Q4_0", "formats": ["gguf", "onnx"], "effort": "normal", **text}
+    options = {"type": "Q4_0", **text, "tokens": 80}
     export(model, tmp_path / "whole", threads=1, **options)
     interrupt(2)
     with pytest.raises(Interrupted):
@@ -138,14 +138,15 @@ def test_another_run_is_refused_and_named(model: Path, text: Any, tmp_path: Path
     for change, words in (
         ({"effort": "normal"}, '--effort was "fast", is "normal"'),
         ({"tokens": 200}, "text (--calib, --tokens, --seqlen, --seed) changed"),
-        ({"method": "imatrix"}, r'methods was \["gptq"\], is \["imatrix"\]'),
+        ({"method": "imatrix"}, 'methods was "gptq", is "imatrix"'),
+        ({"tensor_types": ["attn_q=Q8_0"]}, 'exports types blk.0.attn_q.weight was "Q4_0", is "Q8_0"'),
     ):
         with pytest.raises(ExportError, match="add --restart to begin anew") as caught:
             export(model, output, **{"type": "Q4_0", **FAST, **text, **change})
-        assert words.replace("\\", "") in str(caught.value)
+        assert words in str(caught.value)
     with monkeypatch.context() as patched:
         patched.setattr(job, "software", lambda: {"xent-quant": "another"})
-        with pytest.raises(ExportError, match="version changed"):
+        with pytest.raises(ExportError, match="version xent-quant was"):
             make("gguf gptq", model, output, text)
     assert tree(output) == before
     make("gguf gptq", model, output, text)
@@ -184,5 +185,5 @@ def test_what_a_header_says_is_that_of_one_run(model: Path, tmp_path: Path, inte
     with pytest.raises(Interrupted):
         xent_quant.quantize(model, imatrix=tmp_path / "a.gguf", **options)
     interrupt(None)
-    with pytest.raises(ExportError, match="statistics changed"):
+    with pytest.raises(ExportError, match=r'quantize\.imatrix\.file was "a\.gguf", is "b\.gguf"'):
         xent_quant.quantize(model, imatrix=tmp_path / "b.gguf", **options)
