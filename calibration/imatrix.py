@@ -5,7 +5,9 @@ Layout (llama.cpp tools/imatrix): `general.type` = "imatrix", `imatrix.datasets`
 [n_expert, 1] rows seen. Dense tensors have one matrix. Tensor names are llama.cpp's.
 
 Ours hold for experts `<name>.in_sum2_gated` and `<name>.gate_sum2` as well: sums of (g·x)² and of g² [n_expert, 1], g being the
-gate that scales the expert's output for that row. llama.cpp reads past tensors of other suffixes than its two.
+gate that scales the expert's output for that row; and for their down projections `<name>.in_sum2_layer` and
+`<name>.layer_counts`: the same as the first two over a sample of the layer's tokens, for those experts that are rare (0 for
+others). llama.cpp reads past tensors of other suffixes than its two.
 """
 
 from collections.abc import Mapping
@@ -23,17 +25,21 @@ from xent_quant.formats.base import F32
 from xent_quant.tensors import InputStatistics, Role, StatisticsSource, TensorSpec
 
 GATED, GATES = ".in_sum2_gated", ".gate_sum2"
+LAYER, LAYER_COUNTS = ".in_sum2_layer", ".layer_counts"
 
 
 @dataclass(frozen=True)
 class Entry:
     """Statistics of one weight tensor: `sums` [n_experts, n_columns] float32 Σx², `counts` [n_experts] float32 rows; `gated`
-    Σ(g·x)² and `gates` Σg² of the same shapes, None outside experts and where a file lacks them."""
+    Σ(g·x)² and `gates` Σg² of the same shapes, None outside experts and where a file lacks them; `layer` and `layer_counts` as
+    `sums` and `counts` of a sample of the layer's tokens, None outside experts' down projections and where a file lacks them."""
 
     sums: F32
     counts: F32
     gated: F32 | None = None
     gates: F32 | None = None
+    layer: F32 | None = None
+    layer_counts: F32 | None = None
 
 
 @dataclass(frozen=True)
@@ -75,15 +81,18 @@ class Imatrix(StatisticsSource):
             base = name.removesuffix(".in_sum2")
             if base + ".counts" not in tensors:
                 raise CalibrationError(f"{path}: {base}: sums without counts; the file is incomplete, calibrate again")
-            found = [sums.reshape(-1, sums.shape[-1]), tensors[base + ".counts"].reshape(-1)]
-            if base + GATED in tensors and base + GATES in tensors:
-                found += [tensors[base + GATED].reshape(-1, sums.shape[-1]), tensors[base + GATES].reshape(-1)]
-            for part in found:
-                if len(part) != len(found[0]):
-                    raise CalibrationError(f"{path}: {base}: {len(found[0])} matrices but {len(part)} counts; calibrate again")
-                if not (np.isfinite(part).all() and (part >= 0).all()):
+            parts: list[F32 | None] = [sums.reshape(-1, sums.shape[-1]), tensors[base + ".counts"].reshape(-1)]
+            for matrices, vector in ((GATED, GATES), (LAYER, LAYER_COUNTS)):
+                pair = [tensors.get(base + matrices), tensors.get(base + vector)]
+                whole = [part for part in pair if part is not None]
+                parts += [whole[0].reshape(-1, sums.shape[-1]), whole[1].reshape(-1)] if len(whole) == 2 else [None, None]
+            experts = sums.size // sums.shape[-1]
+            for part in parts:
+                if part is not None and len(part) != experts:
+                    raise CalibrationError(f"{path}: {base}: {experts} matrices but {len(part)} counts; calibrate again")
+                if part is not None and not (np.isfinite(part).all() and (part >= 0).all()):
                     raise CalibrationError(f"{path}: {base}: negative or non-finite statistics; calibrate again")
-            entries[base] = Entry(*found)
+            entries[base] = Entry(*parts)  # type: ignore[arg-type]
         if not entries:
             raise CalibrationError(f"{path}: holds no statistics; calibrate again")
         datasets, chunks, size = value("imatrix.datasets"), value("imatrix.chunk_count"), value("imatrix.chunk_size")
@@ -111,6 +120,9 @@ class Imatrix(StatisticsSource):
             if entry.gated is not None and entry.gates is not None:
                 writer.add_tensor(name + GATED, entry.gated)
                 writer.add_tensor(name + GATES, entry.gates[:, None])
+            if entry.layer is not None and entry.layer_counts is not None and (entry.counts < FEWEST_ROWS).any():
+                writer.add_tensor(name + LAYER, entry.layer)
+                writer.add_tensor(name + LAYER_COUNTS, entry.layer_counts[:, None])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -152,7 +164,8 @@ class Imatrix(StatisticsSource):
     def importance(self, name: str, expert: int = 0) -> F32 | None:
         """Mean x² per input column of one matrix, [n_columns] float32, or None where the file has no such tensor.
 
-        A rare expert is made up with the tensor's average over experts, see `calibration.rare`.
+        A rare expert is made up with the layer's sample, in a file without one with the tensor's average over experts, see
+        `calibration.rare`. None as well for an expert that saw nothing where there is neither.
         """
         entry = self.entries.get(name)
         if entry is None:
@@ -160,7 +173,13 @@ class Imatrix(StatisticsSource):
         total = float(entry.counts.sum(dtype=np.float64))
         if total == 0:
             return None
-        average = entry.sums.sum(axis=0, dtype=np.float64) / total  # [n_columns]
         rows = float(entry.counts[expert])
         missing = missing_rows(rows, FEWEST_ROWS)
+        average = entry.sums.sum(axis=0, dtype=np.float64) / total  # [n_columns]
+        if entry.layer is not None and entry.layer_counts is not None:
+            sampled = float(entry.layer_counts[expert])
+            average = entry.layer[expert].astype(np.float64) / max(1.0, sampled)
+            missing = missing if sampled else 0.0
+        if not rows + missing:
+            return None
         return floored((entry.sums[expert] + missing * average) / (rows + missing))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from calibration.correction import Measured
 from calibration.moments import HELD_OUT_ROWS, Moments
-from calibration.rare import fewest_rows
+from calibration.rare import FEWEST_ROWS, fewest_rows
 from xent_quant.errors import CalibrationError
 from xent_quant.model.stages import Batch, Stage
 from xent_quant.tensors import Role
@@ -50,14 +50,20 @@ class Measuring:
     def _others(self, stage: Stage, moments: Moments) -> Moments | None:
         """A sample of the layer's tokens as a rare expert's down projection would see them; every 16th is held out."""
         fewest = fewest_rows(moments.columns, self._hessian)
-        own = moments.rows + sum(len(rows) for rows in moments.held_out)
-        rows = stage.others(self.stream, fewest) if own < fewest else None
-        if rows is None or own >= len(rows):
+        rows = sample(stage, self.stream, moments.rows + sum(len(rows) for rows in moments.held_out), fewest)
+        if rows is None:
             return None
         made = Moments(moments.columns, self._hessian)
         number = torch.arange(len(rows), device=rows.device)
         made.add(Batch(rows, number), number % 16 == 15 if self._hessian else None)
         return made
+
+
+def sample(stage: Stage, stream: int, seen: int, fewest: int) -> Tensor | None:
+    """Rows of the layer's tokens with which an expert that has `seen` fewer than `fewest` is made up; None where it has enough,
+    or the layer no more."""
+    rows = stage.others(stream, fewest) if seen < fewest else None
+    return None if rows is None or seen >= len(rows) else rows
 
 
 def _held_out(windows: int, length: int) -> Tensor:
@@ -70,8 +76,19 @@ def _held_out(windows: int, length: int) -> Tensor:
     return mask
 
 
-def sums(batches: Iterable[Batch]) -> tuple[Tensor, ...]:
-    """Σx² [in] and rows, and of experts Σ(g·x)² and Σg², float64 on the CPU: what an importance matrix keeps."""
+def sums(stage: Stage) -> tuple[Tensor, ...]:
+    """Σx² [in] and rows, and of experts Σ(g·x)² and Σg², float64 on the CPU: what an importance matrix keeps. Of an expert's down
+    projection also Σx² and rows of the sample that makes it up, 0 where there is none."""
+    found = _sums(stage.batches(0))
+    first = stage.weights[0]
+    if first.expert is None or first.role is not Role.DOWN:
+        return found
+    rows = sample(stage, 0, int(found[1]), FEWEST_ROWS)
+    made = _sums([Batch(rows, torch.arange(len(rows)))]) if rows is not None else tuple(map(torch.zeros_like, found[:2]))
+    return (*found, *made)
+
+
+def _sums(batches: Iterable[Batch]) -> tuple[Tensor, ...]:
     found: list[Tensor] = []
     for batch in batches:
         inputs = batch.inputs.float()

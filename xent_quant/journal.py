@@ -6,7 +6,7 @@ A run goes on only where nothing has changed that its bytes depend on; what diff
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -54,9 +54,8 @@ class Journal:
         except (FileNotFoundError, ValueError, TypeError):
             return None  # killed before its first step was done
         now = json.loads(json.dumps(identity, default=str))
-        differing = [_said(key, before.identity.get(key), now.get(key)) for key in now if before.identity.get(key) != now[key]]
-        if differing or before.identity.keys() != now.keys():
-            what = "; ".join(differing[:3]) or "other options"
+        if differing := list(_differences("", before.identity, now)):
+            what = "; ".join(differing[:3])
             raise ExportError(
                 f"{path.parent}: an unfinished run lies here that was not this one ({what}); repeat that command to go on with "
                 "it, or add --restart to begin anew"
@@ -64,9 +63,19 @@ class Journal:
         return before
 
 
-def _said(key: str, before: Any, now: Any) -> str:
-    short = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
-    return f"{key} was {short[0]}, is {short[1]}" if max(map(len, short)) <= 60 else f"{key} changed"
+def _differences(label: str, before: Any, now: Any) -> Iterator[str]:
+    """What differs between two values of JSON, each thing in a few words."""
+    if before == now:
+        return
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            yield from _differences(f"{label} {key}".strip(), before.get(key), now.get(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for each in zip(before, now, strict=True):
+            yield from _differences(label, *each)
+    else:
+        short = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
+        yield f"{label} was {short[0]}, is {short[1]}" if max(map(len, short)) <= 60 else f"{label} changed"
 
 
 @cache

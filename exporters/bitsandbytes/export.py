@@ -56,7 +56,12 @@ class BnbExporter:
     @property
     def identity(self) -> dict[str, Any]:
         """See `Exporter.identity`."""
-        return {"type": self.plan.type, "expert width": self.plan.width, "shards": self.shards}
+        return {
+            "type": self.plan.type,
+            "expert width": self.plan.width,
+            "files": sorted(self.files),
+            "tensors of each file (--split-size)": [len(part) for part in self.parts],
+        }
 
     @property
     def nbytes(self) -> int:

@@ -1,8 +1,7 @@
 """The texts beside GGUF files: one model card for all of a folder (Hub YAML front matter), and ollama's Modelfile for each."""
 
-import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from exporters.base_model import BaseModel
@@ -18,6 +17,7 @@ TAGS = ("gguf", "quantized")
 CARDS_GB = (8, 12, 16, 24)
 SECTION = re.compile(r"<!-- xent-quant: (.+?) -->\n(.*?)\n<!-- /xent-quant -->", re.DOTALL)
 """What a README.md says of one export, and its name."""
+SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 
 
 def experts_on_cpu(plan: GGUFPlan, vram: int) -> int | None:
@@ -79,18 +79,21 @@ def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str) ->
 
 
 def check_readme(path: Path, force: bool) -> None:
-    """Raise ExportError where the card is not one of ours and `force` is False."""
+    """Raise ExportError where the card is not one of ours and `force` is False, or is something that is never replaced."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ExportError(f"{path}: is a link or a folder, where the card is to be written; move it away")
     if path.is_file() and not force and "xent-quant" not in path.read_text("utf-8", errors="replace"):
         raise ExportError(
             f"{path}: exists already and is not xent-quant's; add --force to replace it, or choose another --output"
         )
 
 
-def joined(folder: Path, base: BaseModel, stem: str, section: str, before: bytes | None) -> bytes:
-    """README.md of a folder of GGUF files with the section of `stem` in it, in place of an older one; sections of files that
-    are still there are kept."""
+def joined(base: BaseModel, stem: str, section: str, before: bytes | None, names: Collection[str]) -> bytes:
+    """README.md of a folder of GGUF files with the section of `stem` in it, in place of an older one; sections of which the
+    files are still among the `names` in the folder are kept."""
     known = {found[1]: found[2] for found in SECTION.finditer(before.decode("utf-8", "replace"))} if before else {}
-    known = {name: text for name, text in known.items() if any(folder.glob(f"{glob.escape(name)}*.gguf"))}
+    there = {SHARD.sub("", name).removesuffix(".gguf") for name in names if name.endswith(".gguf")}
+    known = {name: text for name, text in known.items() if name in there}
     known[stem] = section
     head = opening(base, "gguf", TAGS, f"{base.name} GGUF", "in GGUF for llama.cpp and ollama")
     parts = [f"<!-- xent-quant: {name} -->\n{known[name].strip()}\n<!-- /xent-quant -->\n" for name in sorted(known)]

@@ -1,6 +1,7 @@
 """Writes a planned GGUF: header first, then every tensor's rows at their offsets, in any order. Holds nothing."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,10 @@ class GGUFExporter:
         """See `Exporter.identity`."""
         return {
             "files": [path.name for path in self.files],
+            "tensors of each file (--split-size)": [len(part) for part in self.parts],
             "types": {tensor.name: tensor.type for tensor in self.plan.tensors},
             "expert width": self.plan.expert_width,
+            "base model": asdict(self.base),
         }
 
     @property
@@ -199,9 +202,7 @@ class GGUFWriter:
         replace_bytes(modelfile, card.modelfile(exporter.files, exporter.stem).encode())
         moves = [Move(self._folder / path.name, path) for path in exporter.files]
         section = card.section(exporter.plan, exporter.files, exporter.stem, exporter.modelfile.name)
-        readme = Shared(
-            exporter.output / "README.md", partial(card.joined, exporter.output, exporter.base, exporter.stem, section)
-        )
+        readme = Shared(exporter.output / "README.md", partial(card.joined, exporter.base, exporter.stem, section))
         return Exported(
             (*moves, Move(modelfile, exporter.modelfile)),
             (*exporter.files, readme.target, exporter.modelfile),

@@ -51,7 +51,7 @@ class ONNXExporter:
     @property
     def identity(self) -> dict[str, Any]:
         """See `Exporter.identity`."""
-        return {"settings": vars(self.plan.settings), "expert width": self.plan.expert_width}
+        return {"settings": vars(self.plan.settings), "expert width": self.plan.expert_width, "files": sorted(self.files)}
 
     @property
     def nbytes(self) -> int:

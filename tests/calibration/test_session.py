@@ -67,7 +67,8 @@ def test_imatrix_holds_raw_sums_and_counts_under_llama_names(checkpoint, tmp_pat
     stock = [name for name in names if name.endswith((".in_sum2", ".counts"))]
     assert stock == [f"{name}.{kind}" for name in sorted(read.entries) for kind in ("in_sum2", "counts")]
     assert set(names) - set(stock) == {
-        f"{name}.{kind}" for name in read.entries if "_exps" in name for kind in ("in_sum2_gated", "gate_sum2")
+        *(f"{name}.{kind}" for name in read.entries if "_exps" in name for kind in ("in_sum2_gated", "gate_sum2")),
+        *(f"{name}.{kind}" for name in read.entries if "down_exps" in name for kind in ("in_sum2_layer", "layer_counts")),
     }
     assert "blk.1.ffn_down_exps.weight.in_sum2" in names
 

@@ -74,7 +74,7 @@ class Case:
 
     def publish(self, workspace: Workspace) -> None:
         moves = [Move(workspace.path / "parts" / target.path.name, target.path) for target in self.targets]
-        readme = Shared(self.output / README, lambda old: (old or b"") + b"new\n")
+        readme = Shared(self.output / README, lambda old, names: (old or b"") + b"new\n")
         publish(workspace, moves, [readme] if self.shared else [])
 
     def files(self) -> dict[str, bytes]:

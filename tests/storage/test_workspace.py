@@ -39,7 +39,7 @@ def test_kept_until_published(tmp_path: Path) -> None:
         publish(
             again,
             [Move(again.path / "a", targets[0].path), Move(again.path / "b", targets[1].path)],
-            [Shared(output / "README.md", lambda old: repr(old).encode())],
+            [Shared(output / "README.md", lambda old, names: repr(old).encode())],
         )
     assert names(output) == ["README.md", "a.gguf", "folder"]
     assert (output / "a.gguf").read_bytes() == b"a"
@@ -120,7 +120,7 @@ def test_planted_links_are_not_followed(tmp_path: Path) -> None:
         staged.write_bytes(b"new")
         (output / "README.md").symlink_to(elsewhere / "file")
         with pytest.raises(ExportError, match="is a link"):
-            publish(workspace, [Move(staged, output / "a")], [Shared(output / "README.md", lambda old: b"")])
+            publish(workspace, [Move(staged, output / "a")], [Shared(output / "README.md", lambda old, names: b"")])
         (output / "README.md").unlink()
         publish(workspace, [Move(staged, output / "a")])
     assert names(output) == ["a"]
@@ -200,7 +200,7 @@ def test_runs_of_different_names_go_on_beside_each_other(tmp_path: Path) -> None
                 publish(
                     workspace,
                     [Move(staged, target)],
-                    [Shared(output / "README.md", lambda old: (old or b"") + b"%d\n" % index)],
+                    [Shared(output / "README.md", lambda old, names: (old or b"") + b"%d\n" % index)],
                 )
 
     processes = [fork(lambda index=index: run(index)) for index in range(4)]

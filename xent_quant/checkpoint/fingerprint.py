@@ -3,6 +3,7 @@
 import hashlib
 
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.errors import CheckpointError
 
 BLOCKS, BLOCK_BYTES = 64, 4096
 
@@ -22,3 +23,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
                 stream.seek(facts.st_size * part // BLOCKS)
                 digest.update(stream.read(BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def check_same(checkpoint: Checkpoint, before: str) -> None:
+    """Raise CheckpointError where the fingerprint is not `before` any more; OSError where a file is gone."""
+    if fingerprint(checkpoint) != before:
+        raise CheckpointError(f"{checkpoint.path}: changed while it was read; nothing was written, run it again")

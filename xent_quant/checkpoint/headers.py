@@ -53,10 +53,10 @@ def _safetensors(file: Path) -> dict[str, Location]:
     try:
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        parsed = [
-            (name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), *map(int, entry["data_offsets"]))
-            for name, entry in entries.items()
-        ]
+        parsed = []
+        for name, entry in entries.items():
+            start, stop = map(int, entry["data_offsets"])
+            parsed.append((name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), start, stop))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file}: damaged safetensors header ({type(error).__name__}: {error}); {DAMAGED}") from error
     found: dict[str, Location] = {}

@@ -66,8 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     for ours in ("xent_quant", "exporters", "calibration"):
         logging.getLogger(ours).setLevel(logging.WARNING - 10 * min(verbosity, 2))
     for polite in ("SIGTERM", "SIGHUP"):  # they end as Ctrl-C does; Windows has but the first
-        if hasattr(signal, polite):
-            signal.signal(getattr(signal, polite), _interrupt)
+        number = getattr(signal, polite, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except UnusedCliTokensError as error:

@@ -21,10 +21,18 @@ class Streams:
     """
 
     def __init__(
-        self, source: WeightSource, windows: Tensor, folder: Path, dtype: torch.dtype, count: int, kept_rows: int = KEPT_ROWS
+        self,
+        source: WeightSource,
+        windows: Tensor,
+        folder: Path,
+        dtype: torch.dtype,
+        count: int,
+        kept_rows: int = KEPT_ROWS,
+        *,
+        fresh: bool,
     ) -> None:
+        """`fresh`: nothing was committed yet, so whatever a killed run left in the files is made anew."""
         self.folder, self._files = folder, ExitStack()
-        fresh = not (folder / f"{count - 1}.{STATE_FILES[-1]}").exists()
         streams = []
         for number in range(count):
             rows = [

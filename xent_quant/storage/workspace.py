@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +43,11 @@ class Move:
 
 @dataclass(frozen=True)
 class Shared:
-    """A file that several runs contribute to. `content` makes it from what is there (None: nothing), at publication."""
+    """A file that several exports contribute to, of one run or of many. At publication `content` makes it from what is there
+    (None: nothing) and from the names that the folder will hold."""
 
     target: Path
-    content: Callable[[bytes | None], bytes]
+    content: Callable[[bytes | None, Collection[str]], bytes]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Workspace:
                 with suppress(OSError):
                     path.rmdir()
 
+    @property
+    def published(self) -> bool:
+        """Whether everything has its name; what it replaced may not be removed yet."""
+        return not self.path.exists() or (self.path / PUBLISHED).exists()
+
     def clear(self) -> None:
         """Remove what runs before have left in the work folder. Raises OSError."""
         if has_journal(self.path):
@@ -109,7 +115,7 @@ class Workspace:
 
 def publish(workspace: Workspace, moves: Sequence[Move], shared: Sequence[Shared] = ()) -> None:
     """Give what is staged in the work folder its names, all or none, and remove that folder. Whoever opens the first one never
-    sees it beside others of another run.
+    sees it beside others of another run. A file that is `shared` more than once gets all contributions, one after the other.
 
     Raises ExportError for what the system refuses, and then everything is as before: old results under their names, new ones
     in the work folder, for another attempt. So it is after KeyboardInterrupt. A killed run's publication is completed, or
@@ -117,7 +123,7 @@ def publish(workspace: Workspace, moves: Sequence[Move], shared: Sequence[Shared
     """
     work, output = workspace.path, workspace.output
     kinds = {target.path: target for target in workspace.targets}
-    names = [*(move.target for move in moves), *(file.target for file in shared)]
+    names = [*(move.target for move in moves), *{file.target for file in shared}]
     if not moves or len(set(names)) < len(names) or {name.parent for name in names} != {output}:
         raise ValueError(f"{[str(name) for name in names]}: not distinct names in {output}")
     if has_journal(work):
@@ -140,12 +146,19 @@ def publish(workspace: Workspace, moves: Sequence[Move], shared: Sequence[Shared
 def _publish_locked(workspace: Workspace, moves: Sequence[Move], shared: Sequence[Shared]) -> None:
     work = workspace.path
     pairs = [(move.staged, move.target) for move in moves]
-    pairs += [(work / SHARED / str(index), file.target) for index, file in enumerate(shared)]
+    contributions: dict[Path, list[Shared]] = {}
+    for file in shared:
+        contributions.setdefault(file.target, []).append(file)
+    pairs += [(work / SHARED / str(index), target) for index, target in enumerate(contributions)]
     publication = Publication.plan(work, pairs, main_first=len(moves) > 1)
     try:
         (work / SHARED).mkdir(exist_ok=True)
-        for index, file in enumerate(shared):
-            replace_bytes(work / SHARED / str(index), file.content(read_bytes(file.target)))
+        names = {path.name for path in workspace.output.iterdir()} | {move.target.name for move in moves}
+        for index, (target, files) in enumerate(contributions.items()):
+            content = read_bytes(target)
+            for file in files:
+                content = file.content(content, names)
+            replace_bytes(work / SHARED / str(index), content or b"")
         publication.write()
         publication.roll_forward()
     except BaseException as error:

@@ -15,7 +15,7 @@ from calibration.rare import FEWEST_ROWS
 from calibration.session import Session
 from xent_quant import journal as journals
 from xent_quant.checkpoint import architecture as names
-from xent_quant.checkpoint.fingerprint import fingerprint
+from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.llama_names import HEAD, llama_name
 from xent_quant.journal import Journal, software
 from xent_quant.model.stages import Stage
@@ -77,7 +77,7 @@ class Collecting:
         return found
 
     def _add(self, stage: Stage, found: Sums) -> None:
-        parts = sums(stage.batches(0))
+        parts = sums(stage)
         for spec in stage.weights:
             if spec.role in KEPT_ROLES or not parts:
                 continue
@@ -131,8 +131,9 @@ def collect(
     """
     model = session.checkpoint.architecture
     kept_rows = resources.kept_rows(model, 0, True, memory)
+    before = fingerprint(session.checkpoint)
     identity = {
-        "checkpoint": fingerprint(session.checkpoint),
+        "checkpoint": before,
         "version": software(),
         **session.identity,
     }
@@ -143,6 +144,7 @@ def collect(
             work.clear()
             journal = Journal(path, identity)
         files.enter_context(kept(work, journal))
+        opened = files.enter_context(ExitStack())
         if done := journal.layers(model.num_layers):
             progress.note(f"Going on with an interrupted run: {done} of {model.num_layers} layers are done.")
         if journal.windows is None:
@@ -152,14 +154,15 @@ def collect(
             journal.save()
         else:
             windows = session.first(journal.windows)
-        streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1, kept_rows)
-        files.callback(streams.close)
+        streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1, kept_rows, fresh=not journal.done)
+        opened.callback(streams.close)
         collecting = Collecting(session, streams, journal, work.path, progress)
         collecting.run()
-        files.close()
+        opened.close()
         matrix = Imatrix(collecting.entries(), session.text.names, len(windows), windows.shape[1])
         staged = work.path / target.name
         matrix.write(staged)
+        check_same(session.checkpoint, before)
         publish(work, [Move(staged, target)])
     coverage = Coverage(model.num_layers, model.num_experts, FEWEST_ROWS)
     if model.num_experts:

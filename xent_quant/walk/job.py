@@ -10,9 +10,8 @@ from calibration.coverage import Coverage
 from calibration.rare import fewest_rows
 from exporters.interface import Exported, Exporter, unmeasured_notes
 from xent_quant import journal as journals
-from xent_quant.checkpoint.fingerprint import fingerprint
+from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.errors import CheckpointError
 from xent_quant.journal import Journal, software
 from xent_quant.progress import Progress, Silent
 from xent_quant.storage import Workspace, check_free_space, publish
@@ -72,7 +71,7 @@ def run(
     for exporter in exporters:
         exporter.check(force)
     before = fingerprint(checkpoint)
-    whole = _identity(before, exporters, text, identity or {})
+    whole = _identity(before, exporters, text, {**(identity or {}), "statistics": dict(provenance or {})})
     targets = [target for exporter in exporters for target in exporter.targets]
     with Workspace.open(output, targets, force=force) as work, ExitStack() as files:
         path = work.path / journals.FILE
@@ -86,10 +85,11 @@ def run(
         if resumed:
             report.note(f"Going on with an interrupted run: {resumed} of {model.num_layers} layers are done.")
         files.enter_context(kept(work, journal))
+        opened = files.enter_context(ExitStack())
         lanes = []
         for number, exporter in enumerate(exporters):
             writer = exporter.open(work.path, provenance or {}, fresh=fresh)
-            files.callback(writer.close)
+            opened.callback(writer.close)
             lane = Lane(exporter, writer, None, statistics if exporter.method else None)
             if not fresh and journal.measured:
                 lane.resume(journal.unmeasured[number], journal.measured[number])
@@ -97,16 +97,15 @@ def run(
         streams: Streams | None = None
         measuring: list[Measuring] = []
         if text:
-            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work.path, kept_rows, report)
-            files.callback(streams.close)
+            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work, kept_rows, report)
+            opened.callback(streams.close)
         Walk(checkpoint, lanes, journal, streams, measuring, report).run()
         exported = []
         for lane in lanes:
             exported.append(lane.writer.finish(unmeasured_notes(lane.unmeasured, lane.measured)))
             lane.writer.sync()
-        if fingerprint(checkpoint) != before:
-            raise CheckpointError(f"{checkpoint.path}: changed while it was read; nothing was written, run it again")
-        files.close()
+        check_same(checkpoint, before)
+        opened.close()
         publish(work, [move for each in exported for move in each.moves], [one for each in exported for one in each.shared])
     coverage = None
     if text and model.num_experts:
@@ -121,7 +120,7 @@ def _streams(
     lanes: Sequence[Lane],
     hessian: Sequence[bool],
     journal: Journal,
-    folder: Path,
+    work: Workspace,
     kept_rows: int,
     progress: Progress,
 ) -> "tuple[Streams, list[Measuring]]":
@@ -132,7 +131,7 @@ def _streams(
     model = checkpoint.architecture
     if journal.windows is None:
         fewest = fewest_rows(max(model.hidden_size, model.intermediate_size), any(hessian))
-        windows = text.windows(fewest, progress, folder / PROBE)
+        windows = text.windows(fewest, progress, work.path / PROBE)
     else:
         windows = text.first(journal.windows)
     count = 1
@@ -145,14 +144,15 @@ def _streams(
         listened[lane.stream] = needed
     if journal.windows is None:
         nbytes = resources.disk(model, windows.numel(), count - 1)
-        check_free_space(folder, nbytes)
+        unwritten = sum(lane.exporter.nbytes for lane in lanes) - work.nbytes()  # the files are holes yet
+        check_free_space(work.path, nbytes + max(0, unwritten))
         if nbytes >= resources.WORTH_SAYING:
-            progress.note(f"The text's hidden states take {human_bytes(nbytes)} in {folder} until the run is done.")
+            progress.note(f"The text's hidden states take {human_bytes(nbytes)} in {work.path} until the run is done.")
         journal.windows = len(windows)
         for lane in lanes:
             lane.writer.sync()
         journal.save()
-    streams = Streams(checkpoint, windows, folder, text.dtype, count, kept_rows)
+    streams = Streams(checkpoint, windows, work.path, text.dtype, count, kept_rows, fresh=not journal.done)
     return streams, [Measuring(stream, windows, hessian=needed) for stream, needed in listened.items()]
 
 

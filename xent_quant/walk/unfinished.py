@@ -23,6 +23,10 @@ def kept(work: Workspace, journal: Journal) -> Iterator[None]:
             with suppress(OSError, ExportError):  # what was raised matters more
                 work.clear()
             raise
+        if work.published:
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted("the result was complete by then") from None
+            raise
         remark = "the same command goes on where this one stopped"
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(remark) from None

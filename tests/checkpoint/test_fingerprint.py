@@ -1,0 +1,68 @@
+"""What changes a checkpoint's fingerprint, and what does not."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY, random_weights, write_checkpoint
+from xent_quant.checkpoint.fingerprint import BLOCK_BYTES, BLOCKS, check_same, fingerprint
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.errors import CheckpointError
+
+CONFIG = {**TINY, "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 32}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "Model", CONFIG, random_weights(CONFIG))
+
+
+def of(folder: Path) -> str:
+    return fingerprint(Checkpoint.open(folder))
+
+
+def test_the_same_for_the_same_files(folder: Path, tmp_path: Path) -> None:
+    before = of(folder)
+    assert of(folder) == before
+    (folder / "README.md").write_text("a card")
+    (tmp_path / "link").symlink_to(folder)
+    assert of(tmp_path / "link") == before  # another way to it
+    check_same(Checkpoint.open(folder), before)
+
+
+def test_changes_with_weights_config_and_tokenizer(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    found = {of(folder)}
+    size, times = file.stat().st_size, file.stat()
+    with file.open("r+b") as stream:  # in a place that is read, in place, and with the old time
+        stream.seek(size * 40 // BLOCKS + BLOCK_BYTES // 2)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    found.add(of(folder))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    found.add(of(folder))
+    copy = file.with_suffix(".copy")  # another file of the same content and time
+    copy.write_bytes(file.read_bytes())
+    os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    copy.rename(file)
+    found.add(of(folder))
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text((folder / name).read_text() + " ")
+        found.add(of(folder))
+    (folder / "tokenizer_config.json").write_text("{}")
+    found.add(of(folder))
+    assert len(found) == 7
+
+
+def test_a_change_is_told(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    before = fingerprint(checkpoint)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        check_same(checkpoint, before)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        check_same(checkpoint, before)

@@ -1,0 +1,165 @@
+"""Several exports at once, and one beside another: who gets what, and what the folder says of them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calibration.correction import NOTHING
+from calibration.imatrix import Imatrix
+from exporters.gguf.export import GGUFExporter
+from exporters.gguf.plan import plan
+from tests.conftest import random_weights, write_checkpoint
+from tests.walk.conftest import CONFIG, export, tree
+from xent_quant import formats
+from xent_quant.checkpoint import architecture as names
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.errors import ExportError
+from xent_quant.methods import METHODS
+from xent_quant.model.streams import Streams
+from xent_quant.recipes import recipe
+from xent_quant.walk.lanes import Lane
+from xent_quant.walk.loop import Walk
+
+README, FAST = "README.md", {"effort": "fast", "threads": 1}
+
+
+def told(folder: Path) -> list[str]:
+    """Of which exports a card speaks."""
+    return re.findall(r"<!-- xent-quant: (.+?) -->", (folder / README).read_text())
+
+
+def test_exports_of_one_walk_are_those_made_alone(model: Path, text: Any, tmp_path: Path) -> None:
+    together = export(model, tmp_path / "all", type=["Q4_0", "Q8_0"], formats=["gguf", "onnx"], **FAST, **text)
+    assert len(together.exports) == 3
+    for one in ({"type": "Q4_0"}, {"type": "Q8_0"}, {"formats": ["onnx"]}):
+        export(model, tmp_path / "each", **one, **FAST, **text)
+    assert tree(tmp_path / "all") == tree(tmp_path / "each")
+    assert told(tmp_path / "all") == ["Model-Q4_0", "Model-Q8_0"]
+
+
+def test_a_follower_that_chooses_other_experts_disturbs_nobody(tmp_path: Path, text: Any, monkeypatch) -> None:
+    config = {**CONFIG, "num_experts": 24, "moe_top_k": 3, "hidden_size": 256, "num_shared_experts": 1, "num_hidden_layers": 1}
+    folder, text = write_checkpoint(tmp_path / "Model", config, random_weights(config)), {**text, "tokens": 80}
+    chosen: list[list[torch.Tensor]] = []
+    close = Streams.close
+
+    def closed(streams: Streams) -> None:
+        chosen.append([stream.chosen.sort(1).values for stream in streams.run.streams])
+        close(streams)
+
+    monkeypatch.setattr(Streams, "close", closed)
+    export(folder, tmp_path / "all", type=["Q2_K", "Q8_0"], **FAST, **text)
+    coarse, fine = chosen[0][1], chosen[0][2]
+    assert (coarse != fine).any(1).float().mean() > 0.1
+    for kind in ("Q2_K", "Q8_0"):
+        export(folder, tmp_path / "each", type=kind, **FAST, **text)
+    assert tree(tmp_path / "all") == tree(tmp_path / "each")
+
+
+def test_one_type_after_another_into_one_folder(model: Path, tmp_path: Path) -> None:
+    for kind in ("Q8_0", "Q4_0"):
+        export(model, tmp_path, type=kind, method="rtn")
+    assert told(tmp_path) == ["Model-Q4_0", "Model-Q8_0"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"Model-{kind}.{what}" for kind in ("Q4_0", "Q8_0") for what in ("Modelfile", "gguf")),
+        README,
+    ]
+    (tmp_path / "Model-Q8_0.gguf").unlink()
+    export(model, tmp_path, type="Q4_0", method="rtn", name="Model-Q8_0", tensor_types=["output=Q8_0"])
+    assert told(tmp_path) == ["Model-Q4_0", "Model-Q8_0-Q4_0"]  # names that begin alike are not taken for one another
+
+
+def test_what_cannot_be_replaced_is_refused_before_any_work(model: Path, tmp_path: Path, monkeypatch) -> None:
+    export(model, tmp_path, type="Q4_0", method="rtn")
+    monkeypatch.setattr(Walk, "run", lambda walk: pytest.fail("work was done"))
+    modelfile, card = tmp_path / "Model-Q4_0.Modelfile", tmp_path / README
+    modelfile.unlink()
+    modelfile.mkdir()
+    before = tree(tmp_path)
+    with pytest.raises(ExportError, match=r"Model-Q4_0\.Modelfile: is a folder, where a file is to be written"):
+        export(model, tmp_path, type="Q4_0", method="rtn", force=True)
+    modelfile.rmdir()
+    card.rename(tmp_path / "elsewhere")
+    before = tree(tmp_path)
+    for force in (False, True):
+        card.symlink_to("elsewhere")
+        with pytest.raises(ExportError, match=r"README\.md: is a link or a folder"):
+            export(model, tmp_path, type="Q8_0", method="rtn", force=force)
+        card.unlink()
+        card.mkdir()
+        with pytest.raises(ExportError, match=r"README\.md: is a link or a folder"):
+            export(model, tmp_path, type="Q8_0", method="rtn", force=force)
+        card.rmdir()
+    assert tree(tmp_path) == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_tied_embedding_is_followed_as_the_rows_that_are_looked_up(tmp_path: Path, text: Any, monkeypatch) -> None:
+    """It is in the file twice, and the stream begins with the coarser copy."""
+    config = {**CONFIG, "hidden_size": 256, "intermediate_size": 32, "tie_word_embeddings": True}
+    folder = write_checkpoint(tmp_path / "Model", config, random_weights(config))
+    types = ["token_embd=Q2_K", "output.weight=Q6_K"]
+    checkpoint = Checkpoint.open(folder)
+    weights = checkpoint.read(names.EMBEDDING)
+    coarse, fine = (
+        formats.get(kind).dequantize(formats.get(kind).quantize(weights, effort="fast", name="")) for kind in ("Q2_K", "Q6_K")
+    )
+    assert np.abs(coarse - fine).max() > 0.01
+
+    planned = plan(checkpoint.architecture, recipe(type="Q8_0", tensor_types=types, imatrix=True))
+    exporter = GGUFExporter(checkpoint, planned, tmp_path, "Model", METHODS["gptq"]("fast"))
+    writer = exporter.open(tmp_path, {}, fresh=True)
+    tensor = checkpoint.architecture.tensors()[names.EMBEDDING]
+    lane = Lane(exporter, writer, 1)
+    read = lane.put(tensor, 0, weights, NOTHING)
+    np.testing.assert_array_equal(read, coarse)
+    np.testing.assert_array_equal(lane.put(tensor, 0, weights, NOTHING, head=True), fine)
+    assert Lane(exporter, writer, 0).put(tensor, 0, weights, NOTHING) is None
+    writer.close()
+
+    embedded: dict[int, np.ndarray] = {}
+    embed = Streams.embed
+
+    def spy(streams: Streams, stream: int, start: int, rows: np.ndarray) -> None:
+        embedded[stream] = rows
+        embed(streams, stream, start, rows)
+
+    monkeypatch.setattr(Streams, "embed", spy)
+    export(folder, tmp_path / "out", type="Q8_0", tensor_types=types, **FAST, **text)
+    np.testing.assert_array_equal(embedded[0], weights)
+    np.testing.assert_array_equal(embedded[1], coarse)
+
+
+def test_rare_experts_have_one_rule(tmp_path: Path, text: Any, monkeypatch) -> None:
+    """Importance that is measured along the walk, and from the file of `calibrate` on the same text."""
+    import xent_quant
+
+    config = {**CONFIG, "num_experts": 16, "moe_top_k": 2}
+    folder = write_checkpoint(tmp_path / "Model", config, random_weights(config))
+    text = {**text, "tokens": 120}
+    monkeypatch.setattr("calibration.session.SPARE", 0)
+    result = xent_quant.calibrate(folder, output=tmp_path / "imatrix.gguf", **text)
+    counts = np.array(result.coverage.tokens)
+    assert (counts < 64).any()
+    assert (counts >= 1).any()
+    used: dict[str, np.ndarray] = {}
+    quantise = METHODS["imatrix"].quantize
+
+    def spy(method: Any, weights: Any, kind: Any, statistics: Any, *, name: str) -> Any:
+        if statistics is not None:
+            used[name] = statistics.importance
+        return quantise(method, weights, kind, statistics, name=name)
+
+    monkeypatch.setattr(METHODS["imatrix"], "quantize", spy)
+    export(folder, tmp_path / "text", type="Q4_0", method="imatrix", **FAST, **text)
+    measured = dict(used)
+    used.clear()
+    export(folder, tmp_path / "file", type="Q4_0", imatrix=tmp_path / "imatrix.gguf", **FAST)
+    assert measured.keys() == used.keys()
+    for name, importance in measured.items():
+        np.testing.assert_allclose(importance, used[name], rtol=1e-4, err_msg=name)
+    Imatrix.read(tmp_path / "imatrix.gguf").check(Checkpoint.open(folder).architecture)
