@@ -46,7 +46,8 @@ class StockNearest:
     needs_hessian = False
 
     def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
-        assert isinstance(kind, IntGroup)
+        if not isinstance(kind, IntGroup):
+            return kind.quantize(weights, name=name)
         (rows, columns), groups = weights.shape, weights.shape[1] // kind.group_size
         dtype = np.float16 if kind.scale_type == "F16" else np.float32
         codes = np.zeros((rows, groups, kind.group_size * kind.bits // 8), np.uint8)

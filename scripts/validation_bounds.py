@@ -27,6 +27,7 @@ from xent_quant.checkpoint.hub import resolve
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32, U8, QuantFormat
 from xent_quant.methods.gptq import GPTQ
+from xent_quant.methods.interface import Method
 from xent_quant.methods.search import Search
 from xent_quant.tensors import Role
 from xent_quant.validation.gates import CROSS_KL, CROSS_NLL, WEIGHTS, bits_of
@@ -73,6 +74,20 @@ def missed(wanted: F32, changed: F32, format: QuantFormat, bound: float) -> tupl
     return int((errors <= bound).sum()), errors.size
 
 
+def quantised(
+    checkpoint: Checkpoint, slots: dict[str, list[Slot]], method: Method, windows: torch.Tensor
+) -> list[tuple[str, U8]]:
+    """Names and bytes of the linear layers among `slots`."""
+    found: list[tuple[str, U8]] = []
+
+    def receive(slot: Slot, packed: U8) -> None:
+        if slot.tensor.measured:
+            found.append((slot.tensor.name, packed))
+
+    walk(checkpoint, slots, method, receive, windows=windows)
+    return found
+
+
 def weight_errors(checkpoint: Checkpoint, tensors: str) -> None:
     texts = tokenize(checkpoint, choose(["XfictionEN", "XwebccZH"]), 512, 4096)
     windows = torch.from_numpy(np.concatenate([text.windows for text in texts]))
@@ -85,21 +100,14 @@ def weight_errors(checkpoint: Checkpoint, tensors: str) -> None:
         slots = {spec.name: [slot(spec, format)] for spec in (specs[names.EMBEDDING], *chosen)}
         for method in (Search(), GPTQ()):
             key = kind, type(method).__name__
-
-            def look(
-                slot: Slot, packed: U8, format: QuantFormat = format, bound: float = bound, key: tuple[str, str] = key
-            ) -> None:
-                name, columns = slot.tensor.name, slot.tensor.shape[1]
-                if not slot.tensor.measured:
-                    return
-                error = compare(name, checkpoint, Values(checkpoint, format.dequantize(packed)[:, :columns], key[0]))
+            for name, packed in quantised(checkpoint, slots, method, windows):
+                columns = specs[name].shape[1]
+                error = compare(name, checkpoint, Values(checkpoint, format.dequantize(packed)[:, :columns], kind))
                 before = largest.get(key, (0.0, 0.0))
                 largest[key] = (max(before[0], error.error), max(before[1], error.worst))
                 wrong = format.dequantize(doubled(packed, format))[:, :columns]
                 more = missed(checkpoint.read(name), wrong, format, bound)
                 unseen[key] = tuple(np.add(unseen.get(key, (0, 0)), more))
-
-            walk(checkpoint, slots, method, look, windows=windows)
     for (kind, method_name), (whole, block) in sorted(largest.items()):
         bounds, (count, blocks) = WEIGHTS[bits_of(kind)], unseen[kind, method_name]
         print(
