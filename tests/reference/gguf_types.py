@@ -223,6 +223,44 @@ def pack_mxfp4(x: Block) -> bytes:
     return bytes([e]) + nibbles32(stored)
 
 
+def read_tq2_0(b: bytes) -> list[np.float32]:
+    return [f32(b[64:66]) * f(quarter(b, i) - 1) for i in range(256)]
+
+
+def tq1_place(weight: int) -> tuple[int, int]:
+    """The byte that holds a weight, and how many digits stand before it there."""
+    if weight < 160:
+        return weight % 32, weight // 32
+    if weight < 240:
+        return 32 + weight % 16, (weight - 160) // 16
+    return 48 + weight % 4, (weight - 240) // 4
+
+
+def pack_tq1_0(x: Block) -> bytes:
+    digits = [[0] * 5 for _ in range(52)]
+    for weight, code in enumerate(x.codes):
+        byte, place = tq1_place(weight)
+        digits[byte][place] = code
+    values = [int("".join(map(str, five)), 3) for five in digits]
+    return bytes(-(-value * 256 // 243) for value in values) + f16(x.d)
+
+
+def read_tq1_0(b: bytes) -> list[np.float32]:
+    weights = []
+    for i in range(256):
+        byte, place = tq1_place(i)
+        weights.append(f32(b[52:54]) * f((b[byte] * 3**place % 256 * 3 >> 8) - 1))
+    return weights
+
+
+def pack_q1_0(x: Block) -> bytes:
+    return f16(x.d) + bytes(sum(x.codes[8 * j + i] << i for i in range(8)) for j in range(16))
+
+
+def read_q1_0(b: bytes) -> list[np.float32]:
+    return [f32(b[0:2]) * f(1 if b[2 + i // 8] >> (i % 8) & 1 else -1) for i in range(128)]
+
+
 def points(name: str) -> list[list[int]]:
     """ggml's grid of a codebook type, by gguf-py."""
     kind = getattr(gguf.quants, name)
@@ -294,6 +332,9 @@ PACK: dict[str, Callable[[Block], bytes]] = {
     "Q8_0": lambda x: f16(x.d) + bytes((c - 127) % 256 for c in x.codes),
     "IQ4_NL": lambda x: f16(x.d) + nibbles32(x.codes),
     "MXFP4": pack_mxfp4,
+    "TQ2_0": lambda x: quarters(x.codes) + f16(x.d),
+    "TQ1_0": pack_tq1_0,
+    "Q1_0": pack_q1_0,
     "Q2_K": pack_q2_k,
     "Q3_K": pack_q3_k,
     "Q4_K": pack_q4_k,

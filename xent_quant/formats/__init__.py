@@ -26,6 +26,9 @@ _MODULES: dict[str, tuple[str, str]] = {
     "IQ3_XXS": ("iq3_xxs", "IQ3XXS"),
     "Q2_K": ("q2_k", "Q2K"),
     "IQ2_S": ("iq2_s", "IQ2S"),
+    "TQ2_0": ("tq2_0", "TQ20"),
+    "TQ1_0": ("tq1_0", "TQ10"),
+    "Q1_0": ("q1_0", "Q10"),
 }
 """Name to (module, class); modules load on first use, since each compiles its kernel."""
 
