@@ -174,7 +174,8 @@ def layout(model: Architecture, recipe: Recipe, width: int) -> tuple[PlannedTens
 
     def typed(slot: Slot) -> PlannedTensor:
         asked = recipe.type_of(slot.name, slot.role, slot.layer or 0, model)
-        return PlannedTensor(**{**asdict(slot), "role": slot.role}, asked=asked, type=fitting(asked, slot.columns))
+        head = slot.role is Role.HEAD and asked == recipe.mix.head
+        return PlannedTensor(**{**asdict(slot), "role": slot.role}, asked=asked, type=fitting(asked, slot.columns, head))
 
     return tuple(typed(slot) for slot in slots(model, width))
 
