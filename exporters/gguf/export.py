@@ -79,8 +79,7 @@ class GGUFExporter:
         self.tokenizer = tokenizer.load(checkpoint.path, checkpoint.architecture, strict=strict)
         self.tokenizer_notes = tokenizer_check.verify(checkpoint.path, self.tokenizer, strict=strict)
         self.base = BaseModel.of(checkpoint.path)
-        texts = (*self.tokenizer.tokens, *self.tokenizer.merges)
-        self.header_bytes = 65536 + sum(len(text.encode()) + 16 for text in texts)
+        self.header_bytes = 65536 + self.tokenizer.nbytes
         self.parts = shards(plan.tensors, split_size, self.header_bytes)
         self.stem = f"{name}-{plan.recipe.name}"
         count = len(self.parts)
