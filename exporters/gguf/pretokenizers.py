@@ -228,3 +228,12 @@ def _byte_characters() -> dict[int, str]:
 def byte_encoded(word: str) -> str:
     characters = _byte_characters()
     return "".join(characters[byte] for byte in word.encode("utf-8"))
+
+
+def decoded(word: str) -> str:
+    """The text of a byte-encoded word; empty where its bytes alone are none."""
+    bytes_by_character = {character: byte for byte, character in _byte_characters().items()}
+    try:
+        return bytes(bytes_by_character[character] for character in word).decode("utf-8")
+    except (KeyError, UnicodeDecodeError):
+        return ""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.gguf import tokenizer_check
 from exporters.gguf.llama_tokenizer import ENDS_BY_TEXT, TURN_ENDS, LlamaTokenizer
-from exporters.gguf.pretokenizers import ESCAPED_PRE_TOKENIZERS, PRE_TOKENIZERS, PreTokenizer, byte_encoded, split
+from exporters.gguf.pretokenizers import ESCAPED_PRE_TOKENIZERS, PRE_TOKENIZERS, PreTokenizer, byte_encoded, decoded, split
 from exporters.gguf.tokenizer_spec import (
     BYTE,
     CONTROL,
@@ -34,7 +34,7 @@ from xent_quant.checkpoint import special_tokens
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.chat_template import chat_template
 from xent_quant.checkpoint.special_tokens import SpecialTokens
-from xent_quant.checkpoint.tokenizer import load_tokenizer, tokenizer_value, vocabulary
+from xent_quant.checkpoint.tokenizer import from_value, tokenizer_path, tokenizer_value, vocabulary
 from xent_quant.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def load(folder: Path, architecture: Architecture, *, strict: bool = True) -> To
             raise UnsupportedError(f"{message}; --allow-tokenizer-mismatch exports it all the same")
         notes.append(message)
 
-    value, reference = tokenizer_value(folder), load_tokenizer(folder)
-    path = folder / ("tokenizer.json" if (folder / "tokenizer.json").is_file() else "tokenizer.model")
-    special = special_tokens.read(folder, architecture.vocab_size)
+    path, value = tokenizer_path(folder), tokenizer_value(folder)
+    reference = from_value(path, value)
+    special = special_tokens.read(folder, reference, architecture.vocab_size)
     spec = _tokens(path, value, special, architecture.vocab_size)
     spec = replace(spec, chat_template=chat_template(folder))
     kind, parts = value["model"].get("type", "BPE"), _parts(value.get("pre_tokenizer"))
@@ -73,6 +73,8 @@ def load(folder: Path, architecture: Architecture, *, strict: bool = True) -> To
     else:
         raise UnsupportedError(f"{path}: a {kind} tokenizer; only BPE and Unigram can be written for llama.cpp")
     chosen = tokenizer_check.first_that_agrees(reference, candidates)
+    if chosen.pre in PRE_TOKENIZERS and chosen.model == "gpt2":
+        _refuse_tokens_across_splits(path, reference, chosen, inexact)
     return replace(chosen, notes=(*chosen.notes, *special.notes, *notes))
 
 
@@ -218,9 +220,13 @@ def _crossing(reference: "Tokenizer", tokens: list[str]) -> str | None:
 def _byte_level(
     path: Path, spec: TokenizerSpec, value: dict[str, Any], reference: "Tokenizer", inexact: Inexact
 ) -> Iterator[TokenizerSpec]:
-    spec, sample = replace(spec, merges=tuple(map(" ".join, _merges(value)))), tokenizer_check.sample()
-    names = [name for name, pre in PRE_TOKENIZERS.items() if _alike(reference, pre, sample) == len(sample)]
-    names = sorted(names or PRE_TOKENIZERS, key=lambda name: -_alike(reference, PRE_TOKENIZERS[name], tokenizer_check.beyond()))
+    spec = replace(spec, merges=tuple(map(" ".join, _merges(value))))
+    ordinary, others = _Splits(reference, tokenizer_check.sample()), _Splits(reference, tokenizer_check.beyond())
+    names = [name for name, pre in PRE_TOKENIZERS.items() if ordinary.all_alike(pre)]
+    if names:
+        names.sort(key=lambda name: -others.alike(PRE_TOKENIZERS[name]))
+    else:
+        names = sorted(PRE_TOKENIZERS, key=lambda name: -ordinary.alike(PRE_TOKENIZERS[name]))
     ignore = bool(value["model"].get("ignore_merges"))
     same = [name for name in names if PRE_TOKENIZERS[name].ignore_merges == ignore]
     if not same:
@@ -242,9 +248,31 @@ def _words(reference: "Tokenizer", text: str) -> list[str]:
     return [normal] if steps is None else [word for word, _ in steps.pre_tokenize_str(normal)]
 
 
-def _alike(reference: "Tokenizer", pre: PreTokenizer, texts: list[str]) -> int:
-    """How many texts are split as Hugging Face does."""
-    return sum(_words(reference, text) == [byte_encoded(word) for word in split(pre, text)] for text in texts)
+class _Splits:
+    """How Hugging Face splits some texts, to compare with."""
+
+    def __init__(self, reference: "Tokenizer", texts: list[str]) -> None:
+        self._wanted = [(text, _words(reference, text)) for text in texts]
+
+    def _compared(self, pre: PreTokenizer) -> Iterator[bool]:
+        return (words == [byte_encoded(word) for word in split(pre, text)] for text, words in self._wanted)
+
+    def alike(self, pre: PreTokenizer) -> int:
+        """How many texts are split in the same way."""
+        return sum(self._compared(pre))
+
+    def all_alike(self, pre: PreTokenizer) -> bool:
+        return all(self._compared(pre))
+
+
+def _refuse_tokens_across_splits(path: Path, reference: "Tokenizer", spec: TokenizerSpec, inexact: Inexact) -> None:
+    """Ids may be equal although the splits are not, as long as no token lies across one; so every token is tried as a text."""
+    if _Splits(reference, tokenizer_check.sample()).all_alike(PRE_TOKENIZERS[spec.pre]):
+        return
+    texts = [decoded(token) for token, kind in zip(spec.tokens, spec.types, strict=True) if kind == NORMAL]
+    difference = tokenizer_check.first_difference(reference, spec, [text for text in texts if text])
+    if difference:
+        inexact(f"{path}: llama.cpp's pre-tokenizer {spec.pre} is the nearest, and forms tokens otherwise, at {difference}")
 
 
 def _unmerged(value: dict[str, Any]) -> str | None:

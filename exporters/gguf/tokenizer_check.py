@@ -4,7 +4,7 @@ Three kinds of texts: those that a model of English and Chinese meets, which mus
 and such with special tokens inside, as chat programs make them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -14,7 +14,7 @@ from exporters.gguf.llama_tokenizer import LlamaTokenizer
 from exporters.gguf.tokenizer_spec import CONTROL, USER_DEFINED, TokenizerSpec
 from xent_quant.checkpoint import sentencepiece_model
 from xent_quant.checkpoint.headers import read_json
-from xent_quant.checkpoint.tokenizer import load_tokenizer
+from xent_quant.checkpoint.tokenizer import load_tokenizer, tokenizer_path
 from xent_quant.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -84,24 +84,21 @@ def first_difference(
 
 
 def first_that_agrees(reference: "Tokenizer", candidates: Iterable[TokenizerSpec]) -> TokenizerSpec:
-    """Of what llama.cpp offers the first with which all texts agree; else that which agrees longest."""
-    best: tuple[int, int, int] | None = None
+    """Of what llama.cpp offers the first with which all texts agree that must; else that with which most do."""
+    best: tuple[int, ...] | None = None
     for candidate in candidates:
-        ours = LlamaTokenizer(candidate)
+        ours, special = LlamaTokenizer(candidate), with_special_tokens(candidate)
 
-        def agreeing(texts: Sequence[str], special: bool = False, ours: LlamaTokenizer = ours) -> Iterator[bool]:
-            for text in texts:
-                ids = reference.encode(text, add_special_tokens=False).ids
-                yield ids == ours.encode(text, parse_special=special)
+        def agreeing(texts: Sequence[str], parse_special: bool = False, ours: LlamaTokenizer = ours) -> int:
+            return sum(
+                reference.encode(text, add_special_tokens=False).ids == ours.encode(text, parse_special=parse_special)
+                for text in texts
+            )
 
-        ordinary = sample()
-        until = next((i for i, same in enumerate(agreeing(ordinary)) if not same), len(ordinary))
-        if best is not None and until < best[0]:
-            continue
-        rank = (until, sum(agreeing(with_special_tokens(candidate), True)), sum(agreeing(beyond())))
+        rank = (agreeing(sample()), agreeing(special, True), agreeing(beyond()))
         if best is None or rank > best:
             best, chosen = rank, candidate
-        if rank[0] == len(ordinary) and rank[1] == len(with_special_tokens(candidate)) and rank[2] == len(beyond()):
+        if rank[:2] == (len(sample()), len(special)):
             break
     return chosen
 
@@ -134,7 +131,7 @@ def verify(folder: Path, spec: TokenizerSpec, *, strict: bool = True) -> tuple[s
 
     Raises UnsupportedError where they differ, unless `strict` is false.
     """
-    path = folder / ("tokenizer.json" if (folder / "tokenizer.json").is_file() else "tokenizer.model")
+    path = tokenizer_path(folder)
     reference, notes = load_tokenizer(folder), list(spec.notes)
 
     def refuse(message: str) -> None:
@@ -147,7 +144,7 @@ def verify(folder: Path, spec: TokenizerSpec, *, strict: bool = True) -> tuple[s
         text = sentencepiece_model.difference(path, reference, sample())
         if text is not None:
             refuse(f"cannot be reproduced, at {text[:60]!r}")
-    difference = first_difference(reference, spec, sample())
+    ordinary = difference = first_difference(reference, spec, sample())
     if difference:
         refuse(f"llama.cpp will tokenise differently ({_kind(folder)}), first at {difference}")
     difference = first_difference(reference, spec, with_special_tokens(spec), special=True)
@@ -155,7 +152,7 @@ def verify(folder: Path, spec: TokenizerSpec, *, strict: bool = True) -> tuple[s
         notes.append(f"Text after a special token gets a space from llama.cpp, not from Hugging Face: first at {difference}")
     elif difference:
         refuse(f"llama.cpp will tokenise text around special tokens differently, first at {difference}")
-    difference = first_difference(reference, spec, beyond())
+    difference = None if ordinary else first_difference(reference, spec, beyond())
     if difference:
         notes.append(
             "Token ids equal Hugging Face's on English and Chinese; other text llama.cpp may split differently "

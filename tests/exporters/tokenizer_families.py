@@ -87,7 +87,7 @@ BYTE_LEVEL: dict[str, tuple[str, Steps]] = {
     "bloom": ("bloom", lambda: splits(BLOOM)),
     "viking": ("viking", lambda: [*splits(BLOOM)[:-1], digits(), *splits()]),
     "bailing": (
-        "bailingmoe",
+        "qwen2",
         lambda: splits(
             r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
         ),
@@ -113,15 +113,24 @@ def training_text() -> Iterator[str]:
         yield from path.read_text("utf-8").split("\n\n")
 
 
-def _saved(folder: Path, value: dict[str, Any]) -> Path:
+def saved(folder: Path, value: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(value, ensure_ascii=False), "utf-8")
-    config = TINY | {"vocab_size": 1 + max([*value["model"]["vocab"].values(), *(t["id"] for t in value["added_tokens"])])}
+    vocab = value["model"]["vocab"]
+    ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
+    config = TINY | {"vocab_size": 1 + max([*ids, *(token["id"] for token in value["added_tokens"])])}
     (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}))
     return folder
 
 
-def byte_level(folder: Path, steps: list[pre_tokenizers.PreTokenizer], *, ignore_merges: bool = False, nfc: bool = False) -> Path:
+def byte_level(
+    folder: Path,
+    steps: list[pre_tokenizers.PreTokenizer],
+    *,
+    ignore_merges: bool = False,
+    nfc: bool = False,
+    text: list[str] | None = None,
+) -> Path:
     made = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     made.normalizer = normalizers.NFC() if nfc else None
     made.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -132,8 +141,8 @@ def byte_level(folder: Path, steps: list[pre_tokenizers.PreTokenizer], *, ignore
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(training_text(), trainer)
-    return _saved(folder, json.loads(made.to_str()))
+    made.train_from_iterator(training_text() if text is None else text, trainer)
+    return saved(folder, json.loads(made.to_str()))
 
 
 def byte_fallback(folder: Path, family: str) -> Path:
@@ -163,7 +172,7 @@ def byte_fallback(folder: Path, family: str) -> Path:
         value["normalizer"] = replace
         value["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
         value["model"] |= {"unk_token": "<unk>", "fuse_unk": True}
-    return _saved(folder, value)
+    return saved(folder, value)
 
 
 def make(folder: Path, family: str) -> Path:

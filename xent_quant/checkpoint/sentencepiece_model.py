@@ -93,6 +93,8 @@ def _convert(path: Path, data: bytes) -> dict[str, Any]:
             trainer = dict(_fields(value))
         elif number == 3:
             normaliser = dict(_fields(value))
+    if not pieces:
+        raise CheckpointError(f"{path}: a SentencePiece model without pieces; {DAMAGED}")
     kind, fallback = trainer.get(3, UNIGRAM), bool(trainer.get(35))
     if kind not in (UNIGRAM, BPE):
         raise UnsupportedError(f"{path}: a SentencePiece model of words or characters; only BPE and Unigram can be exported")

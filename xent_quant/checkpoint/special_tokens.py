@@ -7,9 +7,12 @@ token that only the post-processor puts before or after a text.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from xent_quant.checkpoint.tokenizer import ROLES, content, load_tokenizer, settings
+from xent_quant.checkpoint.tokenizer import ROLES, content, settings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PROBE = "a"
 
@@ -27,9 +30,11 @@ class SpecialTokens:
     notes: tuple[str, ...]
 
 
-def read(folder: Path, vocab_size: int) -> SpecialTokens:
-    """The special tokens of a checkpoint folder whose model has `vocab_size` tokens. Raises CheckpointError."""
-    tokenizer = load_tokenizer(folder)
+def read(folder: Path, tokenizer: "Tokenizer", vocab_size: int) -> SpecialTokens:
+    """The special tokens of a checkpoint folder, whose tokenizer is loaded and whose model has `vocab_size` tokens.
+
+    Raises CheckpointError for a damaged file.
+    """
     config = settings(folder, "tokenizer_config.json")
     models = [settings(folder, name) for name in ("config.json", "generation_config.json")]
 

@@ -22,11 +22,21 @@ ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
+def tokenizer_path(folder: Path) -> Path:
+    """The file that a checkpoint folder's tokenizer comes from: tokenizer.json, else tokenizer.model."""
+    path = folder / "tokenizer.json"
+    return folder / "tokenizer.model" if not path.is_file() and (folder / "tokenizer.model").is_file() else path
+
+
 def load_tokenizer(folder: Path) -> "Tokenizer":
     """The tokenizer of a checkpoint folder, whole. Raises CheckpointError."""
+    return from_value(tokenizer_path(folder), tokenizer_value(folder))
+
+
+def from_value(path: Path, value: dict[str, Any]) -> "Tokenizer":
+    """The tokenizer of what `tokenizer_value` returned for a file. Raises CheckpointError."""
     from tokenizers import Tokenizer
 
-    value, path = tokenizer_value(folder), folder / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_str(json.dumps(value, ensure_ascii=False))
     except (KeyboardInterrupt, SystemExit):
@@ -70,11 +80,8 @@ def tokenizer_value(folder: Path) -> dict[str, Any]:
     Raises CheckpointError where it cannot be a tokenizer: what is checked here would make the library behind panic, or
     give a file that no runtime loads.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file() and (folder / "tokenizer.model").is_file():
-        value, path = sentencepiece_model.tokenizer_value(folder / "tokenizer.model"), folder / "tokenizer.model"
-    else:
-        value = read_json(path)
+    path = tokenizer_path(folder)
+    value = read_json(path) if path.suffix == ".json" else sentencepiece_model.tokenizer_value(path)
     try:
         for key in ("pre_tokenizer", "decoder", "normalizer"):
             _migrate(value.get(key))
