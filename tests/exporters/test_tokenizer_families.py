@@ -31,8 +31,8 @@ def corpus() -> tuple[str, ...]:
     """Documents of the shared corpus, where this checkout has one beside it."""
     folders = (root / "shared" / "corpus" / "valid" for root in (REPOSITORY, REPOSITORY.parent))
     folder = next((folder for folder in folders if folder.is_dir()), None)
-    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text("utf-8").splitlines()] if folder else []
-    return tuple(json.loads(line)["text"] for line in lines) or tuple(tokenizer_check.sample())
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text("utf-8").split("\n")] if folder else []
+    return tuple(json.loads(line)["text"] for line in lines if line) or tuple(tokenizer_check.sample())
 
 
 def suites() -> list[str]:

@@ -130,13 +130,14 @@ def byte_level(
     ignore_merges: bool = False,
     nfc: bool = False,
     text: list[str] | None = None,
+    size: int = VOCABULARY,
 ) -> Path:
     made = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     made.normalizer = normalizers.NFC() if nfc else None
     made.pre_tokenizer = pre_tokenizers.Sequence(steps)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=size,
         special_tokens=SPECIALS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
