@@ -27,14 +27,13 @@ from exporters.gguf.tokenizer_spec import (
     UNUSED,
     USER_DEFINED,
     TokenizerSpec,
-    charsmap,
     write,
 )
 from xent_quant.checkpoint import special_tokens
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.chat_template import chat_template
 from xent_quant.checkpoint.special_tokens import SpecialTokens
-from xent_quant.checkpoint.tokenizer import from_value, tokenizer_path, tokenizer_value, vocabulary
+from xent_quant.checkpoint.tokenizer import charsmap, from_value, tokenizer_path, tokenizer_value, vocabulary
 from xent_quant.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -98,9 +97,10 @@ def _tokens(path: Path, value: dict[str, Any], special: SpecialTokens, size: int
     if isinstance(model.get("unk_id"), int):
         unknown = by_id.get(model["unk_id"], "")
     tokens, notes = _texts(by_id, size)
-    types = [_type(index, by_id.get(index), added, bool(model.get("byte_fallback")), unknown) for index in range(size)]
+    kept = {index: token for index, token in by_id.items() if token == tokens[index]}
+    types = [_type(index, kept.get(index), added, bool(model.get("byte_fallback")), unknown) for index in range(size)]
     ids = {role: special.ids[role] for role in WRITTEN_ROLES if role in special.ids}
-    if unknown:
+    if unknown in by_id.values():
         ids["unk"] = next(index for index, token in by_id.items() if token == unknown)
     notes += _ends(ids, special, tokens)
     return TokenizerSpec(

@@ -1,6 +1,5 @@
 """What a GGUF says about its tokenizer, and writing it."""
 
-import base64
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,12 +64,3 @@ def write(writer: gguf.GGUFWriter, spec: TokenizerSpec, _: Any = None) -> None:
         add(token)
     if spec.chat_template is not None:
         writer.add_chat_template(spec.chat_template)
-
-
-def charsmap(normalizer: Any) -> bytes:
-    """The precompiled characters' map of a tokenizer.json's normalizer; empty where it has none."""
-    if not isinstance(normalizer, dict):
-        return b""
-    if normalizer.get("type") == "Precompiled":
-        return base64.b64decode(normalizer.get("precompiled_charsmap") or "")
-    return next((found for part in normalizer.get("normalizers") or () if (found := charsmap(part))), b"")

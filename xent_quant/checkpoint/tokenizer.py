@@ -5,6 +5,7 @@ special_tokens_map.json add tokens, or make tokens special, and transformers fol
 once, so that whoever reads the tokenizer sees one.
 """
 
+import base64
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,7 @@ def tokenizer_value(folder: Path) -> dict[str, Any]:
             _migrate(value.get(key))
         vocab = vocabulary(value)
         _check(path, vocab, value)
+        charsmap(value.get("normalizer"))
         value["added_tokens"] = _added_tokens(folder, value, vocab)
         _check_added(path, vocab, value["added_tokens"])
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
@@ -100,6 +102,20 @@ def vocabulary(value: dict[str, Any]) -> dict[str, int]:
     """Token to id of a tokenizer.json's model, added tokens apart."""
     vocab = value["model"]["vocab"]
     return {entry[0]: index for index, entry in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+
+
+def charsmap(normalizer: Any) -> bytes:
+    """The precompiled characters' map of a tokenizer.json's normalizer: the size of its double array, the array, and texts that
+    end in a zero. Empty where there is none. Raises ValueError for what is no such map."""
+    if not isinstance(normalizer, dict):
+        return b""
+    if normalizer.get("type") != "Precompiled":
+        return next((found for part in normalizer.get("normalizers") or () if (found := charsmap(part))), b"")
+    data = base64.b64decode(normalizer.get("precompiled_charsmap") or "", validate=True)
+    size = int.from_bytes(data[:4], "little")
+    if data and (size % 4 or not 0 < size < len(data) - 4 or data[-1]):
+        raise ValueError("its precompiled_charsmap is damaged")
+    return data
 
 
 def _migrate(part: Any) -> None:
