@@ -197,8 +197,10 @@ def _byte_fallback(
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(pairs):
         ranks.setdefault(left + right, rank)
-    # Only merged tokens are ever looked up by score; characters and bytes need none.
-    scored = replace(spec, model="llama", scores=tuple(-float(ranks.get(token, 0)) for token in spec.tokens))
+    # A token that no merge makes comes last: llama.cpp makes it of any two neighbours that spell it. Single characters and
+    # bytes are never looked up.
+    scores = tuple(-float(ranks.get(token, len(pairs))) for token in spec.tokens)
+    scored = replace(spec, model="llama", scores=scores)
     merging = replace(spec, merges=tuple(f"{left} {right}" for left, right in pairs if " " not in left + right))
     crossing = _crossing(reference, [t for t, kind in zip(spec.tokens, spec.types, strict=True) if kind == NORMAL])
     if crossing is not None:

@@ -7,6 +7,7 @@ and such with special tokens inside, as chat programs make them.
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,7 @@ def with_special_tokens(spec: TokenizerSpec) -> list[str]:
     roles = [spec.tokens[index] for index in spec.special.values()]
     tokens = list(dict.fromkeys([*roles, *kinds[CONTROL][:SPECIAL_TOKENS_TRIED], *kinds[USER_DEFINED][:SPECIAL_TOKENS_TRIED]]))
     texts = [f"{token}Hello{token}\n你好 {token} 12 {token}" for token in tokens[: 2 * SPECIAL_TOKENS_TRIED]]
-    return [*texts, *(f"{first}user\nHi!{second}\n" for first, second in zip(tokens, tokens[1:], strict=False))]
+    return [*texts, *(f"{first}user\nHi!{second}\n" for first, second in pairwise(tokens))]
 
 
 def first_difference(

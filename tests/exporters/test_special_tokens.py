@@ -1,4 +1,4 @@
-"""Special tokens and chat templates from all of a checkpoint's files; gguf-py's SpecialVocab and stock llama.cpp are the judges."""
+"""Special tokens and chat templates from all of a checkpoint's files; judged by gguf-py's SpecialVocab and stock llama.cpp."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,9 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     value = json.loads((trained / "tokenizer.json").read_text("utf-8"))
     size = len(value["model"]["vocab"])
     for number, text in enumerate(("<|turn|>", "<|call_done|>", "<|stop|>", "<tool>")):
-        value["added_tokens"].append(value["added_tokens"][0] | {"id": size + number, "content": text, "special": text != "<tool>"})
+        value["added_tokens"].append(
+            value["added_tokens"][0] | {"id": size + number, "content": text, "special": text != "<tool>"}
+        )
     families.saved(tmp_path / "model", value)
     config = json.loads((tmp_path / "model/config.json").read_text())
     for role in ("bos", "eos", "pad"):

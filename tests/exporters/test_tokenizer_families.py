@@ -42,7 +42,9 @@ def suites() -> list[str]:
 
 def equal(reference: Tokenizer, stock: Vocabulary, texts: Iterable[str], *, parse_special: bool = False) -> None:
     for text in texts:
-        assert stock.tokenize(text, parse_special=parse_special) == reference.encode(text, add_special_tokens=False).ids, text[:80]
+        assert stock.tokenize(text, parse_special=parse_special) == reference.encode(text, add_special_tokens=False).ids, text[
+            :80
+        ]
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -9,8 +9,8 @@ import gguf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from exporters.gguf import tokenizer, tokenizer_check
-from xent_quant.checkpoint.architecture import Architecture
 from tests.conftest import TINY
+from xent_quant.checkpoint.architecture import Architecture
 
 SPECIALS = ["<|pad|>", "<|begin|>", "<|end_of_all|>"]
 VOCABULARY = 6000

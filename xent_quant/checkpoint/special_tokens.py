@@ -54,7 +54,7 @@ def read(folder: Path, tokenizer: "Tokenizer", vocab_size: int) -> SpecialTokens
     start = next((at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain), 0)
     before, after = whole[:start], whole[start + len(plain) :]
     notes = [
-        f"Hugging Face puts {tokenizer.decode(ids, skip_special_tokens=False)!r} {where} a text; llama.cpp can put one token there"
+        f"Hugging Face puts {tokenizer.decode(ids, skip_special_tokens=False)!r} {where} a text; llama.cpp can put one token"
         for ids, where in ((before, "before"), (after, "after"))
         if len(ids) > 1
     ]

@@ -148,7 +148,9 @@ def _check(path: Path, vocab: dict[str, int], value: dict[str, Any]) -> None:
     for number, merge in enumerate(merges or ()):
         pair = merge.split(" ", 1) if isinstance(merge, str) else merge
         if len(pair) != 2 or not (pair[0] in known and pair[1] in known and pair[0] + pair[1].removeprefix(prefix) in known):
-            raise CheckpointError(f"{path}: merge {number}, {str(merge)[:80]!r}, is not of two tokens that make a third; {DAMAGED}")
+            raise CheckpointError(
+                f"{path}: merge {number}, {str(merge)[:80]!r}, is not of two tokens that make a third; {DAMAGED}"
+            )
 
 
 def _check_added(path: Path, vocab: dict[str, int], added: list[dict[str, Any]]) -> None:
@@ -159,7 +161,7 @@ def _check_added(path: Path, vocab: dict[str, int], added: list[dict[str, Any]])
         _check_token(path, text, index)
         if by_id.setdefault(index, text) != text or ids.setdefault(text, index) != index:
             raise CheckpointError(
-                f"{path}: added token {text!r} has id {index}, which is {by_id[index]!r} with id {ids.get(text)} elsewhere; {DAMAGED}"
+                f"{path}: added token {text!r} has id {index}; elsewhere {by_id[index]!r} has it, or it has {ids[text]}; {DAMAGED}"
             )
 
 
@@ -176,7 +178,7 @@ def _check_token(path: Path, token: Any, index: Any) -> None:
 
 def _added_tokens(folder: Path, value: dict[str, Any], vocab: dict[str, int]) -> list[dict[str, Any]]:
     """Every added token: tokenizer.json's, then those that only the other files name and whose id is known."""
-    added = [{flag: False for flag in FLAGS} | token for token in value.get("added_tokens") or ()]
+    added = [dict.fromkeys(FLAGS, False) | token for token in value.get("added_tokens") or ()]
     ids = vocab | {token["content"]: token["id"] for token in added}
     config, roles = settings(folder, "tokenizer_config.json"), settings(folder, "special_tokens_map.json")
     named = [content(source.get(f"{role}_token")) for source in (config, roles) for role in ROLES]

@@ -131,7 +131,7 @@ def quantize_chunk(ggml_type: int, row_bytes: int, weights: F32, importance: F32
 
 
 class Vocabulary:
-    """Only the tokenizer of a GGUF file; a context manager. Raises ValidationError with llama.cpp's own words where it refuses."""
+    """The tokenizer of a GGUF file alone; a context manager. Raises ValidationError with llama.cpp's words where it refuses."""
 
     def __init__(self, path: Path) -> None:
         self._library = library()
