@@ -9,6 +9,7 @@ import gguf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from exporters.gguf import tokenizer, tokenizer_check
+from exporters.gguf.pretokenizers import LATIN
 from tests.conftest import TINY
 from xent_quant.checkpoint.architecture import Architecture
 
@@ -38,7 +39,7 @@ DEEPSEEK_V3 = (
 CJK = "[一-龥\u3040-ゟ゠-ヿ]+"
 DEEPSEEK_LLM = (
     "[\r\n]",
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-Ֆ]+",
+    rf"\s?[{LATIN}]+",
     r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+".replace(r"\u3000", "\u3000"),
     r"\s+$",
     "[一-龥\u0800-一가-\ud7ff]+",

@@ -161,7 +161,7 @@ def _check_added(path: Path, vocab: dict[str, int], added: list[dict[str, Any]])
         _check_token(path, text, index)
         if by_id.setdefault(index, text) != text or ids.setdefault(text, index) != index:
             raise CheckpointError(
-                f"{path}: added token {text!r} has id {index}; elsewhere {by_id[index]!r} has it, or it has {ids[text]}; {DAMAGED}"
+                f"{path}: added token {text!r} has id {index}; elsewhere {by_id[index]!r} has it or it has {ids[text]}; {DAMAGED}"
             )
 
 
