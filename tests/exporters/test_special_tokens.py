@@ -8,10 +8,13 @@ import gguf
 import pytest
 from transformers import AutoTokenizer
 
+import xent_quant
 from exporters.gguf import tokenizer_check
+from exporters.hub_files import generation_config, tokenizer_files
 from tests.exporters import tokenizer_families as families
 from xent_quant.checkpoint import special_tokens
 from xent_quant.checkpoint.chat_template import chat_template
+from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
 from xent_quant.errors import CheckpointError
 from xent_quant.validation.llama_cpp import Vocabulary
@@ -275,3 +278,28 @@ def test_roles_of_a_folder(folder: Path) -> None:
     found = special_tokens.read(folder, load_tokenizer(folder), 604)
     assert found.ids["unk"] == 602
     assert found.ends == ()
+
+
+def test_folders_carry_every_end_and_template(checkpoint, tmp_path: Path) -> None:
+    source = checkpoint(num_hidden_layers=1, eos_token_id=[3, 0], bos_token_id=None)
+    (source / "chat_template.jinja").write_text(TEMPLATE)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/rag.jinja").write_text(WHEN_SENT)
+    opened = Checkpoint.open(source)
+    assert opened.architecture.eos_token_id == 3
+    assert generation_config(opened)["eos_token_id"] == [3, 0]
+    for name, data in tokenizer_files(opened).items():
+        (tmp_path / name).write_bytes(data)
+    judge = AutoTokenizer.from_pretrained(tmp_path)
+    assert judge.eos_token_id == 3
+    assert judge.chat_template == {"default": TEMPLATE, "rag": WHEN_SENT}
+
+
+def test_an_exported_file_holds_all_of_it(checkpoint, tmp_path: Path) -> None:
+    source = checkpoint(num_hidden_layers=1, eos_token_id=[3, 0])
+    (source / "chat_template.jinja").write_text(TEMPLATE * 2000)
+    done = xent_quant.quantize(source, method="rtn", type="Q8_0", output=tmp_path / "out")
+    with Vocabulary(done.files[0]) as stock:
+        assert stock.chat_template() == TEMPLATE * 2000
+        assert stock.ends(0)
+        assert stock.special("bos") == 2
