@@ -47,7 +47,8 @@ def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, *,
         *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors if tensor.role is not Role.NORM),
         *(f"{note}\n" for note in plan.notes),
         "```",
-        f'llama-completion -m {first} {"" if chat else "-no-cnv "}--repeat-penalty {REPETITION_PENALTY} -c {CONTEXT} -p "{PROMPT}"',
+        f"llama-completion -m {first} {'' if chat else '-no-cnv '}--repeat-penalty {REPETITION_PENALTY} "
+        f'-c {CONTEXT} -p "{PROMPT}"',
         "```",
         "",
     ]
