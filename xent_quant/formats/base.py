@@ -47,6 +47,8 @@ class QuantFormat(ABC):
     ggml_type: int
     block_size: int
     block_bytes: int
+    has_zero: bool = True
+    """Whether a zero beside other weights is kept."""
 
     @property
     def bits_per_weight(self) -> float:
