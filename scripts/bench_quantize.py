@@ -24,6 +24,7 @@ from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats._codebook import CodebookFormat
 from xent_quant.formats._codes import AffineFormat, SearchedFormat, SymmetricFormat, rises
+from xent_quant.formats._eights import EightsFormat, ShiftedFormat
 from xent_quant.formats._jit import jit
 from xent_quant.formats._lanes import WIDTH, load, store
 from xent_quant.formats.base import Effort, QuantFormat
@@ -46,6 +47,12 @@ def error(kind: QuantFormat, weights: np.ndarray, packed: np.ndarray, importance
 def operations(kind: QuantFormat, effort: Effort) -> float:
     """float32 operations per weight of the passes that the search makes (a comparison with its choice counts as one)."""
     moments, encode = 10, 6
+    if isinstance(kind, EightsFormat | ShiftedFormat):
+        multiples, rounds = getattr(kind.efforts, effort)
+        signs = 2 if isinstance(kind, ShiftedFormat) else 1
+        rounded, pointed = 12, (80 + 36 + 2 * 81 + 3 * 81 + len(kind.points)) / 8
+        moves = 3 * rounds * (pointed if len(multiples) else rounded)
+        return signs * (len(kind.ladder) * rounded + len(multiples) * pointed) + moves + rounds * pointed
     if isinstance(kind, CodebookFormat):
         candidates, rounds = getattr(kind.efforts, effort)
         points, dim = kind.points.shape
@@ -154,7 +161,7 @@ def main() -> None:
     print("\nWeighted squared error, ours / stock\n" + f"{'type':7} {'effort':7}" + "".join(f" {name:>10}" for name in sources))
     for name in options.types:
         kind = formats.get(name)
-        slow = isinstance(kind, CodebookFormat)
+        slow = isinstance(kind, CodebookFormat | ShiftedFormat)
         parts = {key: weights[: 8 if slow else None] for key, weights in sources.items()}
         scales = {key: random.exponential(size=weights.shape[1]).astype(np.float32) for key, weights in parts.items()}
         theirs = {}

@@ -67,7 +67,7 @@ def test_token_ids_equal_hugging_face(tmp_path: Path) -> None:
             assert llama.tokenize(text) == tokenizer.encode(text).ids
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "MXFP4_MOE", "IQ3_XS", "IQ2_M", "IQ1_S", "TQ1_0"])
 def test_every_mix_generates(tmp_path: Path, kind: str) -> None:
     done = xent_quant.quantize(None, method="rtn", type=kind, output=tmp_path, effort="fast")
     with LlamaCpp(done.files[0], context=64) as llama:

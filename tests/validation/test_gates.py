@@ -40,15 +40,18 @@ def test_the_worst_verdict_wins() -> None:
 @pytest.mark.parametrize(
     ("mix", "bits", "name"),
     [("Q4_K_M", 5.3, "4bit"), ("IQ4_XS", 4.4, "4bit"), ("Q8_0", 8.5, "8bit"), ("BF16", 16.0, "8bit"), ("ALL_F32", 32.0, "8bit"),
-     ("Q3_K_M", 4.0, "3bit"), (None, 4.6, "4bit"), (None, 8.5, "8bit"), (None, 1.6, "2bit"), (None, 5.99, "5bit")],
+     ("Q3_K_M", 4.0, "3bit"), (None, 4.6, "4bit"), (None, 8.5, "8bit"), (None, 1.6, "2bit"), (None, 5.99, "5bit"),
+     ("IQ1_S", 1.9, "2bit"), ("TQ1_0", 1.8, "2bit"), ("Q1_0", 1.2, "2bit"), ("IQ2_XXS", 2.3, "2bit"), ("MXFP4_MOE", 4.6, "4bit")],
 )  # fmt: skip
 def test_tier_of_a_file(mix: str | None, bits: float, name: str) -> None:
     assert gates.tier(mix, bits).name == name
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits"), [("Q4_K", 4), ("IQ4_NL", 4), ("NF4", 4), ("MXFP4", 4), ("INT8", 8), ("F16", 16), ("Q6_K", 6)]
-)
+    ("kind", "bits"),
+    [("Q4_K", 4), ("IQ4_NL", 4), ("NF4", 4), ("MXFP4", 4), ("NVFP4", 4), ("INT8", 8), ("F16", 16), ("Q6_K", 6), ("IQ2_XXS", 2),
+     ("TQ2_0", 2), ("TQ1_0", 2), ("IQ1_M", 2), ("Q1_0", 2)],
+)  # fmt: skip
 def test_bits_of_a_type(kind: str, bits: int) -> None:
     assert gates.bits_of(kind) == bits
 

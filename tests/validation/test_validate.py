@@ -226,6 +226,13 @@ def test_padding_that_is_not_zero_is_named(export: Export, mini: Checkpoint, tmp
     assert "padding holds values" in str(gates.suspicious(compare(names[5], mini, source), 16))
 
 
+def test_padding_of_types_without_zero_is_their_gates_and_ups(export: Export, mini: Checkpoint) -> None:
+    source = GGUFSource(GGUFFile(export("Q1_0")), mini.architecture)
+    assert source.type("model.layers.1.mlp.experts.5.down_proj.weight") == "Q1_0"
+    for projection in ("gate", "up", "down"):
+        assert source.padding(f"model.layers.1.mlp.experts.5.{projection}_proj.weight") == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"])
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())

@@ -159,6 +159,7 @@ class CodebookFormat(QuantFormat):
     """Subclasses set what follows, and write `store` and `load`, each other's inverse."""
 
     block_size = 256
+    has_zero = False
     points: F32
     """[points, 4 or 8] float32, ggml's grid."""
     group_size: int

@@ -351,6 +351,7 @@ class ShiftedFormat(QuantFormat):
     each other's inverse."""
 
     block_size = 256
+    has_zero = False
     delta = np.float32(0.125)
     group_size: int
     run: int

@@ -64,6 +64,8 @@ class QuantFormat(ABC):
     block_size: int
     block_bytes: int
     by_rows = True
+    has_zero: bool = True
+    """Whether a zero beside other weights is kept."""
 
     @property
     def bits_per_weight(self) -> float:

@@ -22,6 +22,7 @@ class Q10(SymmetricFormat):
     ggml_type = 41
     block_size = 128
     block_bytes = 18
+    has_zero = False
     group_size = 128
     planes = (Plane(2, 18, bits=1, run=1),)
     levels = np.array([-1, 1], np.float32)

@@ -63,7 +63,7 @@ activations to 8 bits, which costs 0.0003 and under 0.005 on the miniature at an
 
 
 def bits_of(kind: str) -> int:
-    """Bits of a type by its name: Q4_K, IQ4_XS, NF4, INT8, BF16 …; 16 for floats."""
+    """Bits of a type by its name: Q4_K, IQ4_XS, NF4, INT8, BF16 …; 16 for floats. Types of 1 bit are held to the bounds of 2."""
     match = re.search(r"\d+", kind)
     bits = int(match[0]) if match else 16
     return min((known for known in WEIGHTS if known >= min(bits, 16)), default=16)

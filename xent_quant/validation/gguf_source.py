@@ -211,10 +211,16 @@ class GGUFSource:
         return np.ascontiguousarray(self._rows(name, start, stop)[:, : shape[1]])
 
     def padding(self, name: str) -> float:
-        """The largest absolute value in what was padded to a checkpoint tensor, 0 where nothing was."""
+        """The largest absolute value in what was padded to a checkpoint tensor, 0 where nothing was.
+
+        Columns of a type that has no zero are left out: they meet what padded rows of gate and up make, which must be zeros.
+        """
         shape, padded = self._tensors[name].shape, self._padded(name)
         if shape == padded:
             return 0.0
         if padded[0] > shape[0]:
             return float(np.abs(self._rows(name, shape[0], padded[0])).max())
+        kind = self.type(name)
+        if kind in formats.NAMES and not formats.get(kind).has_zero:
+            return 0.0
         return float(np.abs(self._rows(name, 0, shape[0], shape[1])).max())
