@@ -327,6 +327,8 @@ class Torture:
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in (signal.SIGTERM, signal.SIGHUP):  # which the command has set in this process's parent
+                signal.signal(number, signal.SIG_DFL)
             if gate is not None:
                 os.read(gate, 1)
             hook()
@@ -479,12 +481,13 @@ class Torture:
                         self.expect(visible(output) == reference.new and not hidden(output), f"{what}: not whole")
 
     def _said_the_truth(self, process: Process, output: Path, reference: Reference, what: str) -> None:
-        if process.code == 0:
+        if process.code == 0 or (process.code in (-signal.SIGTERM, -signal.SIGHUP) and not hidden(output)):  # too late, or early
             return
         self.expect(process.code == INTERRUPTED, f"{what}: {process.code} {process.said}")
-        message = process.said.rpartition("xent-quant: interrupted; ")[2].removesuffix(".")
+        message = process.said.rpartition("xent-quant: interrupted")[2].removeprefix("; ").removesuffix(".")
         works, whole = work_folders(output), visible(output) == reference.new
-        true = {GOES_ON: bool(works), NOTHING: not hidden(output) and not whole, COMPLETE: whole}
+        nothing = not hidden(output) and not whole
+        true = {GOES_ON: bool(works), NOTHING: nothing, COMPLETE: whole, "": nothing}  # the last before it began to write
         self.expect(true.get(message, False), f"{what}: said {process.said!r} with {hidden(output)}, whole: {whole}")
 
     def full_disks(self, count: int) -> None:
