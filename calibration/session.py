@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from math import ceil
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from xent_quant.model.stages import Stage
 from xent_quant.model.streaming import StreamingModel
 from xent_quant.options import CalibrationOptions
 from xent_quant.progress import Progress
+from xent_quant.storage.files import remove
 from xent_quant.tensors import Role
 
 SPARE = 3
@@ -43,8 +45,9 @@ class Text(Protocol):
     @property
     def identity(self) -> Mapping[str, str]: ...
 
-    def windows(self, fewest: int, progress: Progress | None = None) -> Tensor:
-        """[n, length] int64 on the device that the model runs on; enough, if there are, for `fewest` tokens at every expert."""
+    def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:
+        """[n, length] int64 on the device that the model runs on; enough, if there are, for `fewest` tokens at every expert.
+        Hidden states that it takes to know lie in `folder`, new and removed again, where one is given."""
 
     def first(self, count: int) -> Tensor:
         """The first so many of the windows that there are."""
@@ -59,7 +62,7 @@ class Windows:
         self._windows = windows
         self.identity = {"text": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
 
-    def windows(self, fewest: int, progress: Progress | None = None) -> Tensor:
+    def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:
         """See `Text.windows`."""
         return self._windows
 
@@ -109,7 +112,7 @@ class Session:
             "better: give more text (--calib, --tokens).",
         )
 
-    def windows(self, fewest: int, progress: Progress | None = None) -> Tensor:
+    def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:
         """Token ids [n, seqlen]: the text's windows, and as many spare ones as it takes until every expert is chosen by `fewest`
         tokens, or all. How often an expert is chosen is judged by one window in PROBE. With none to draw from, nothing
         is run for it."""
@@ -126,7 +129,11 @@ class Session:
                 coverage.count(first.layer, stage.run.expert_tokens(0))
 
         probe = chosen[::PROBE]
-        StreamingModel(self.checkpoint, self.dtype, str(self.device)).hidden_states(probe, observe, progress)
+        if folder:
+            folder.mkdir()
+        StreamingModel(self.checkpoint, self.dtype, str(self.device)).run(probe, observe, progress, folder=folder)
+        if folder:
+            remove(folder)
         # One standard error below what was counted, since the rarest of many experts is more often under- than overrated.
         sure = coverage.least - coverage.least**0.5
         needed = ceil(fewest * len(probe) / sure) if sure > 0 else len(chosen) + len(spare)

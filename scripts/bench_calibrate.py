@@ -4,13 +4,13 @@
     scripts/bench_calibrate.py [--model DIR] [--tokens 32k] [--method imatrix gptq] [--measure pass layer command]
                                [--calib FILE] [--layers N] [--experts N] [--bits 4]
 
-pass: the calibration pass alone, statistics made and dropped, weights handed back as they were; tokens/s counts every token
-once, whatever the number of layers. layer: the same for the first layer, whose weights are quantised as well (--type, one
-type for all of them); seconds apart for the forward pass with its statistics, the correction of weights for drifted inputs,
-the factorisation of Hessians, the weighted search, and GPTQ's rounding (error feedback and descent; the search of blocks
-within it included). command: `xent-quant MODEL --bits … --format gguf` as a person runs it. "whole", "CPU" and "peak"
-(ru_maxrss) are of the child process, imports included; seconds of CPU hardly change where other jobs run beside it. The first
-run compiles kernels: run twice.
+pass: the calibration pass alone, statistics made and dropped, no weight quantised; tokens/s counts every token once, whatever
+the number of layers. layer: the first layer alone, its weights quantised (--type, one type for all of them); seconds apart for
+the statistics (which run the rows through norms, gates and activations again), the correction of weights for drifted inputs,
+the factorisation and inversion of Hessians, the weighted search, GPTQ's rounding (error feedback and descent; the search of
+blocks within it included), and all else ("forward": weights read, multiplied, and handed on). command:
+`xent-quant MODEL --bits … --format gguf` as a person runs it. "whole", "CPU" and "peak" (ru_maxrss) are of the child process,
+imports included; seconds of CPU hardly change where other jobs run beside it. The first run compiles kernels: run twice.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 
@@ -34,80 +33,79 @@ def session(options: argparse.Namespace) -> Any:
     return Session(Checkpoint.open(resolve(options.model)), text)
 
 
-def wanted(names: list[str], layers: int | None) -> list[str]:
-    """Names of the embedding and the first layers, or all."""
-    if layers is None:
-        return names
-    first = ("model.embed_tokens.", *(f"model.layers.{layer}." for layer in range(layers)))
-    return [name for name in names if name.startswith(first)]
-
-
 def run_pass(options: argparse.Namespace, method: str) -> dict[str, float]:
-    """The pass over all layers, or the first --layers."""
-    from functools import partial
-
-    import numpy as np
+    """The pass over all layers, or the first --layers; the head is left out."""
     import torch
-    from calibration.running import RunningCalibration
+    from _walk import first_layers, walk
+
+    from xent_quant.methods import METHODS
 
     opened = session(options)
     windows = torch.from_numpy(opened.text.windows)
-    running = RunningCalibration(opened.model, windows, hessian=method == "gptq", follow=method == "gptq")
+    layers = options.layers or opened.checkpoint.architecture.num_layers
     started = time.perf_counter()
-    for name in wanted(list(opened.checkpoint.infos), options.layers):
-        running.get(name)
-        for start, weights in opened.checkpoint.slices(name):
-            running.quantized(name, start, partial(np.asarray, weights))
+    walk(
+        first_layers(opened.checkpoint, layers), {}, METHODS[method]("normal"), lambda *_: None, windows=windows, measure_all=True
+    )
     seconds = time.perf_counter() - started
     return {"tokens": windows.numel(), "seconds": seconds, "tokens/s": windows.numel() / seconds}
 
 
-def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
-    """One layer's statistics and quantisation, by parts."""
-    from functools import partial
+class Clock:
+    """Seconds `spent` in functions, by part; those of wrapped functions that they call are counted there alone."""
 
-    import numpy as np
-    import torch
-    from calibration.running import RunningCalibration
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._inner = [0.0]
 
-    from xent_quant import formats
-    from xent_quant.methods import METHODS, gptq
-    from xent_quant.methods.search import Search
+    def wrap(self, part: str, owner: Any, name: str) -> None:
+        """Replace a function of a class or module by one that is timed."""
+        work = getattr(owner, name)
+        self.spent.setdefault(part, 0.0)
 
-    spent = {"statistics": 0.0, "correction": 0.0, "factorisation": 0.0, "search": 0.0, "quantisation": 0.0}
-
-    def timed(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def timing(*arguments: Any, **named: Any) -> Any:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            self._inner.append(0.0)
             started = time.perf_counter()
             try:
                 return work(*arguments, **named)
             finally:
-                spent[part] += time.perf_counter() - started
+                seconds = time.perf_counter() - started
+                self.spent[part] += seconds - self._inner.pop()
+                self._inner[-1] += seconds
 
-        return timing
+        setattr(owner, name, timed)
 
+
+def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
+    """One layer's statistics and quantisation, by parts."""
+    import torch
+    from _walk import first_layers, slot, walk
+
+    from calibration.correction import Correction
+    from calibration.measuring import Measuring
+    from xent_quant import formats, linalg
+    from xent_quant.methods import METHODS
+    from xent_quant.methods.gptq import GPTQ
+    from xent_quant.methods.search import Search
+    from xent_quant.walk.loop import Walk
+
+    clock = Clock()
+    clock.wrap("forward", Walk, "run")
+    clock.wrap("statistics", Measuring, "measure")
+    clock.wrap("correction", Correction, "target")
+    clock.wrap("factorisation", linalg, "factorise")
+    clock.wrap("factorisation", linalg, "inverse")
+    clock.wrap("search", Search, "quantize")
+    clock.wrap("rounding", GPTQ, "quantize")
     opened = session(options)
-    windows = torch.from_numpy(opened.text.windows)
-    running = RunningCalibration(opened.model, windows, hessian=method == "gptq", follow=method == "gptq")
-    kind, way = formats.get(options.type), METHODS[method]("normal")
-    gptq.Curvature.of = timed("factorisation", gptq.Curvature.of)  # type: ignore[method-assign]
-    Search.quantize = timed("search", Search.quantize)  # type: ignore[method-assign]
-    get, target = timed("statistics", running.get), timed("correction", running.target)
-    quantize = timed("quantisation", way.quantize)
-    names = wanted(list(opened.checkpoint.infos), 1)
+    checkpoint, kind = first_layers(opened.checkpoint, 1), formats.get(options.type)
+    tensors = [spec for spec in checkpoint.architecture.tensors().values() if spec.layer == 0 and spec.measured]
     if options.experts:
-        names = names[: names.index(f"model.layers.0.mlp.experts.{options.experts}.gate_proj.weight")]
-    for name in names:
-        known = get(name)
-        for start, weights in opened.checkpoint.slices(name):
-            if known is not None:
-                rows, columns = weights.shape
-                padded = np.pad(target(name, start, weights), ((0, 0), (0, -columns % kind.block_size)))
-                packed = quantize(padded, kind, known.padded(padded.shape[1]), name=name)
-                weights = kind.dequantize(packed)[:rows, :columns]
-            running.quantized(name, start, partial(np.asarray, weights))
-    spent["rounding"] = spent.pop("quantisation") - spent["factorisation"] - spent["search"]
-    return {"tokens": windows.numel(), **spent}
+        tensors = [spec for spec in tensors if not spec.shared and (spec.expert or 0) < options.experts]
+    slots = {spec.name: [slot(spec, kind)] for spec in tensors}
+    windows = torch.from_numpy(opened.text.windows)
+    walk(checkpoint, slots, METHODS[method]("normal"), lambda *_: None, windows=windows)
+    return {"tokens": windows.numel(), **clock.spent}
 
 
 MEASURES = {"pass": run_pass, "layer": run_layer}

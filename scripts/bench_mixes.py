@@ -19,21 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from calibration.running import RunningCalibration
-from exporters.stream import export
 from make_checkpoint import PRESETS
 from transformers import PreTrainedTokenizerFast
 
+from calibration.session import Windows
 from exporters.gguf.export import GGUFExporter
 from exporters.gguf.plan import plan
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.methods.search import Search
-from xent_quant.model.streaming import StreamingModel
 from xent_quant.recipes import Recipe, recipe
 from xent_quant.validation.llama_cpp import LlamaCpp
 from xent_quant.validation.measures import kl_divergence, log_softmax, scored, windows
+from xent_quant.walk.job import run
 
 DATA = miniature().parent
 CONTEXT = 512
@@ -72,15 +71,14 @@ def measure(folder: Path, recipes: list[Recipe], per_suite: int) -> dict[str, tu
     checkpoint = Checkpoint.open(folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     calibration = torch.from_numpy(token_windows(DATA / "calibration", tokenizer, None))
-    statistics = RunningCalibration(StreamingModel(checkpoint), calibration, hessian=False)
     texts = token_windows(DATA / "suites", tokenizer, per_suite)
     with tempfile.TemporaryDirectory() as room:
         exporters = [
-            GGUFExporter(checkpoint, plan(checkpoint.architecture, one), Path(room) / one.name, "model", Search())
+            GGUFExporter(checkpoint, plan(checkpoint.architecture, one), Path(room), "model", Search())
             for one in [recipe(type="F32"), *recipes]
         ]
-        exported = export(checkpoint, exporters, [statistics] * len(exporters))
-        files = [next(file for file in done.files if file.suffix == ".gguf") for done in exported]
+        run(checkpoint, exporters, Path(room), text=Windows(calibration))
+        files = [exporter.files[0] for exporter in exporters]
         reference, _ = divergences(files[0], texts, None)
         result = {}
         for one, file in zip(recipes, files[1:], strict=True):

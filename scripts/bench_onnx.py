@@ -13,7 +13,7 @@ import argparse
 import shutil
 import tempfile
 import time
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,9 @@ from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32, U8, QuantFormat
 from xent_quant.methods.search import Search
-from xent_quant.tensors import InputStatistics
+from xent_quant.tensors import InputStatistics, TensorInfo
 from xent_quant.validation.onnx_runtime import OnnxModel
+from xent_quant.walk.job import run
 
 CONFIG = {
     "model_type": "xverse",
@@ -75,28 +76,36 @@ class Repeated:
         return self._known[key]
 
 
+class RandomCheckpoint(Checkpoint):
+    """One weight of every shape; norms are ones."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> F32:
+        return weights_of(self.infos[name].shape)[start:stop]
+
+
+@cache
+def weights_of(shape: tuple[int, ...]) -> F32:
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
+    return np.random.default_rng(0).standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5)
+
+
 def write(settings: Settings, output: Path) -> tuple[Path, int]:
     """The export's folder and its bytes."""
-    model = Architecture.from_config(CONFIG)
-    checkpoint = replace(Checkpoint.open(miniature()), architecture=model, config=CONFIG)  # lends tokenizer files
-    exporter = ONNXExporter(checkpoint, plan(model, settings), output, "bench", Repeated(), force=True)
-    random = np.random.default_rng(0)
-    with exporter.open({}) as sink:
-        for name, shape in model.tensors().items():
-            if len(shape) == 1:
-                sink.put(name, 0, np.ones((1, *shape), np.float32), None)
-            else:
-                sink.put(name, 0, random.standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5), None)
-        sink.finish()
-    return output / "onnx", exporter.plan.data_bytes
+    model, lent = Architecture.from_config(CONFIG), vars(Checkpoint.open(miniature()))  # lends tokenizer files
+    infos = {name: TensorInfo(name, spec.shape, "F32") for name, spec in model.tensors().items()}
+    checkpoint = RandomCheckpoint(**lent | {"architecture": model, "config": CONFIG, "infos": infos})
+    exporter = ONNXExporter(checkpoint, plan(model, settings), output, "bench", Repeated())
+    run(checkpoint, [exporter], output, force=True)
+    return exporter.target, exporter.plan.data_bytes
 
 
-def fastest_ms(run, repeats: int) -> float:
-    run()
+def fastest_ms(call, repeats: int) -> float:
+    call()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        run()
+        call()
         times.append(time.perf_counter() - start)
     return 1e3 * min(times)
 
@@ -117,7 +126,7 @@ def float_experts(threads: int, repeats: int) -> list[float]:
     held = [torch.randn(3 * width, hidden) for _ in range(16)]  # 850 MB, far beyond any cache
     torch.set_num_threads(threads)
 
-    def run(tokens: int) -> None:
+    def products(tokens: int) -> None:
         active = min(experts, top * tokens)
         x = torch.ones(max(1, top * tokens // active), hidden)
         for index in range(active):
@@ -125,7 +134,7 @@ def float_experts(threads: int, repeats: int) -> list[float]:
             both[:, :width] @ held[index % 16][2 * width :]
 
     with torch.inference_mode():
-        return [fastest_ms(lambda count=count: run(count), max(3, repeats // 4)) for count in TOKENS]
+        return [fastest_ms(lambda count=count: products(count), max(3, repeats // 4)) for count in TOKENS]
 
 
 def main() -> None:

@@ -2,74 +2,68 @@
 """Prints what every type loses on text that calibration never saw: ours against stock ggml, same layout, same bytes.
 
     scripts/bench_quality.py --corpus CORPUS [--types Q4_K_M Q2_K] [--methods stock gptq] [--tokens 200000]
+                             [--model DIR]
 
-Both sides calibrate the miniature on CORPUS/calib/*.jsonl (or, without --corpus, on the bundled text) and are judged on
-CORPUS/valid/*.jsonl (or the bundled suites). "stock" is ggml_quantize_chunk with the plain per-expert importance matrix of
-that text, as llama-quantize has it: none for the embedding and the head. Dequantised weights run in our own exact forward:
-the figures hold for the weights, apart from any runtime's rounding of activations. KL divergence is
+Both sides calibrate --model (default: the bundled miniature) on CORPUS/calib/*.jsonl (or, without --corpus, on the bundled
+text) and are judged on CORPUS/valid/*.jsonl (or the bundled suites). "stock" is ggml_quantize_chunk with the plain per-expert
+importance matrix of that text, as llama-quantize has it: none for the embedding and the head. Dequantised weights run in our
+own exact forward: the figures hold for the weights, apart from any runtime's rounding of activations. KL divergence is
 KL(bf16 checkpoint ‖ quantised) in nats per token over the second half of each window; ± is the standard error over windows;
-the last column is the ratio to the first of --methods in the same windows.
+the last column is the ratio to the first of --methods in the same windows. Holds the model in float32, and its logits in the
+judged windows a few at a time.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from calibration.collect import collect
-from calibration.running import RunningCalibration
+from _walk import imatrix, quantised
 
+from calibration.imatrix import Imatrix
 from calibration.text import Source, load, sources
-from exporters.gguf.plan import PlannedTensor, plan
-from xent_quant import formats, recipes
-from xent_quant.checkpoint.hub import miniature
+from exporters.gguf.plan import plan
+from xent_quant import recipes
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.hub import resolve
+from xent_quant.checkpoint.llama_names import llama_name
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
+from xent_quant.formats.base import F32, U8, QuantFormat
 from xent_quant.methods import METHODS
-from xent_quant.methods.interface import Method
 from xent_quant.model.streaming import StreamingModel
-from xent_quant.recipes import Role
-from xent_quant.tensors import InputStatistics, StatisticsSource
+from xent_quant.tensors import InputStatistics
 from xent_quant.validation import measures, suites
 from xent_quant.validation.llama_cpp import quantize_chunk
 
 TYPES = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K"]
-Quantize = Callable[[PlannedTensor, str, np.ndarray, InputStatistics | None], np.ndarray]
 
 
-class Weights:
-    """A WeightSource over arrays."""
+class Stock:
+    """ggml's own quantisers, on two threads, with the importance matrix that llama-quantize would give them."""
 
-    def __init__(self, checkpoint: Checkpoint, arrays: dict[str, np.ndarray]) -> None:
-        self.architecture, self.arrays = checkpoint.architecture, arrays
+    name = "stock"
+    needs_hessian = False
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self.arrays[name][start:stop]
+    def __init__(self, plain: Imatrix, model: Architecture) -> None:
+        self._plain, self._specs = plain, model.tensors()
 
-
-def quantized(
-    checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...], quantize: Quantize, source: StatisticsSource
-) -> Weights:
-    """Every tensor of the plan quantised, padding included, and dequantised, in the order of an export."""
-    planned = {name: tensor for tensor in tensors for name in tensor.sources}
-    arrays = {}
-    for name in checkpoint.infos:
-        tensor, known, weights = planned[name], source.get(name), checkpoint.read(name)
-        kind = formats.get(tensor.type)
-        if len(weights.shape) > 1:
-            rows, columns = weights.shape
-            weights = source.target(name, 0, weights)
-            if kind.block_size > 1:
-                padded = np.pad(weights, ((0, 0), (0, tensor.columns - columns)))
-                packed = quantize(tensor, name, padded, known and known.padded(tensor.columns))
-                weights = np.ascontiguousarray(kind.dequantize(packed)[:rows, :columns])
-            source.quantized(name, 0, partial(np.asarray, weights))
-        arrays[name] = weights
-    return Weights(checkpoint, arrays)
+    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+        """See `Method.quantize`."""
+        if kind.block_size == 1:
+            return kind.quantize(weights, name=name)
+        spec, importance = self._specs[name], None
+        entry = self._plain.entries.get(llama_name(spec)) if spec.measured and spec.layer is not None else None
+        if entry is not None:
+            expert = spec.expert or 0
+            importance = np.pad(entry.sums[expert] / max(entry.counts[expert], 1), (0, weights.shape[1] - entry.sums.shape[1]))
+        with ThreadPoolExecutor(2) as pool:
+            row_bytes = kind.row_bytes(weights.shape[1])
+            parts = pool.map(lambda part: quantize_chunk(kind.ggml_type, row_bytes, part, importance), np.array_split(weights, 2))
+            return np.concatenate(list(parts))
 
 
 def log_probabilities(model: StreamingModel, windows: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -99,7 +93,7 @@ def judge(reference: StreamingModel, model: StreamingModel, windows: torch.Tenso
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, help="folder with calib/*.jsonl and valid/*.jsonl; default: the bundled texts")
-    parser.add_argument("--model", type=Path, default=miniature())
+    parser.add_argument("--model", help="checkpoint folder or Hub id; default: the bundled miniature")
     parser.add_argument("--types", nargs="+", default=TYPES)
     parser.add_argument("--methods", nargs="+", default=["stock", "imatrix", "gptq"], choices=["stock", *METHODS])
     parser.add_argument("--rows", nargs="+", default=["plain"], choices=["plain", "gated"], help="gated: weighed by gate squared")
@@ -111,8 +105,8 @@ def main() -> None:
     parser.add_argument("--float", nargs="+", default=[], help="roles kept in float, e.g. embedding head")
     options = parser.parse_args()
 
-    checkpoint = Checkpoint.open(options.model)
-    tokenizer, bos = load_tokenizer(options.model), checkpoint.architecture.bos_token_id
+    checkpoint = Checkpoint.open(resolve(options.model))
+    tokenizer, bos = load_tokenizer(checkpoint.path), checkpoint.architecture.bos_token_id
     if options.corpus:
         texts = [Source(path.stem, path) for path in sorted((options.corpus / "calib").glob("*.jsonl"))]
         unseen = [
@@ -127,28 +121,12 @@ def main() -> None:
     windows, judged = torch.from_numpy(text.windows), torch.from_numpy(np.concatenate(unseen))
     model = StreamingModel(checkpoint)
     started = time.perf_counter()
-    plain, coverage = collect(model, windows)
+    plain, coverage = imatrix(checkpoint, windows)
     least = coverage.least
     print(
         f"calibrated on {windows.numel()} tokens in {time.perf_counter() - started:.0f} s, no expert on fewer than {least}; "
         f"judged on {judged.numel()} tokens, {judged.numel() // 2 - len(judged)} scored"
     )
-
-    def stock(tensor: PlannedTensor, source: str, weights: np.ndarray, known: InputStatistics | None) -> np.ndarray:
-        kind, entry, importance = formats.get(tensor.type), plain.entries.get(tensor.name), None
-        if entry is not None and tensor.role is not Role.HEAD:
-            expert = tensor.sources.index(source)
-            importance = np.pad(entry.sums[expert] / max(entry.counts[expert], 1), (0, weights.shape[1] - entry.sums.shape[1]))
-        with ThreadPoolExecutor(2) as pool:
-            row_bytes = kind.row_bytes(weights.shape[1])
-            parts = pool.map(lambda part: quantize_chunk(kind.ggml_type, row_bytes, part, importance), np.array_split(weights, 2))
-            return np.concatenate(list(parts))
-
-    def ours(method: Method) -> Quantize:
-        def quantize(tensor: PlannedTensor, source: str, weights: np.ndarray, known: InputStatistics | None) -> np.ndarray:
-            return method.quantize(weights, formats.get(tensor.type), known, name=source)
-
-        return quantize
 
     sides: dict[str, tuple[str, bool, bool]] = {}  # method, gated, follow
     for method in options.methods:
@@ -170,14 +148,14 @@ def main() -> None:
         first: np.ndarray | None = None
         for side, (chosen, gated, follow) in sides.items():
             started = time.perf_counter()
-            method = METHODS[chosen](options.effort)
-            source: StatisticsSource = plain
-            if side != "stock":
-                source = RunningCalibration(model, windows, hessian=method.needs_hessian, gated=gated, follow=follow)
-            weights = quantized(checkpoint, planned.tensors, stock if side == "stock" else ours(method), source)
+            if side == "stock":
+                weights = quantised(checkpoint, planned.slots(), Stock(plain, checkpoint.architecture))
+            else:
+                method = METHODS[chosen](options.effort)
+                weights = quantised(checkpoint, planned.slots(), method, windows=windows, gated=gated, follow=follow)
             for tensor in planned.tensors:
                 if tensor.role.value in options.float:
-                    weights.arrays[tensor.sources[0]] = checkpoint.read(tensor.sources[0])
+                    weights.arrays |= {spec.name: checkpoint.read(spec.name) for spec in tensor.sources}
             seconds = time.perf_counter() - started
             result = judge(model, StreamingModel(weights), judged)
             ratio = measures.perplexity_ratio(result["nll"], base["nll"])

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from exporters.stream import export
 from onnxruntime.capi import _pybind_state as stock
 
 import xent_quant
+from calibration.session import Windows
 from exporters.onnx.export import ONNXExporter
 from exporters.onnx.plan import Settings, plan
 from xent_quant.checkpoint.hub import miniature
@@ -31,10 +31,10 @@ from xent_quant.formats.int_group import IntGroup
 from xent_quant.methods.gptq import GPTQ
 from xent_quant.methods.interface import Method
 from xent_quant.methods.search import Search
-from xent_quant.model.streaming import StreamingModel
 from xent_quant.tensors import InputStatistics
 from xent_quant.validation import measures
 from xent_quant.validation.onnx_runtime import OnnxModel
+from xent_quant.walk.job import run
 
 BUNDLED = Path(xent_quant.__file__).parent / "data" / "calibration"
 
@@ -46,7 +46,8 @@ class StockNearest:
     needs_hessian = False
 
     def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
-        assert isinstance(kind, IntGroup)
+        if not isinstance(kind, IntGroup):
+            return kind.quantize(weights, name=name)
         (rows, columns), groups = weights.shape, weights.shape[1] // kind.group_size
         dtype = np.float16 if kind.scale_type == "F16" else np.float32
         codes = np.zeros((rows, groups, kind.group_size * kind.bits // 8), np.uint8)
@@ -100,15 +101,8 @@ def texts(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def write(checkpoint: Checkpoint, variant: Variant, windows: torch.Tensor, output: Path) -> OnnxModel:
-    statistics = None
-    if variant.calibrated:
-        from calibration.running import RunningCalibration
-
-        statistics = RunningCalibration(
-            StreamingModel(checkpoint), windows, hessian=variant.method.needs_hessian, follow=variant.method.needs_hessian
-        )
-    planned = plan(checkpoint.architecture, variant.settings)
-    export(checkpoint, [ONNXExporter(checkpoint, planned, output, "model", variant.method, force=True)], [statistics])
+    exporter = ONNXExporter(checkpoint, plan(checkpoint.architecture, variant.settings), output, "model", variant.method)
+    run(checkpoint, [exporter], output, text=Windows(windows) if variant.calibrated else None, force=True)
     return OnnxModel(output / "onnx")
 
 

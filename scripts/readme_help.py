@@ -4,6 +4,7 @@
 `scripts/readme_help.py` rewrites the block between the two markers, `--check` fails where it differs.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -22,11 +23,14 @@ def real_help() -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the block differs")
+    options = parser.parse_args()
     text = README.read_text("utf-8")
     if not BLOCK.search(text):
         sys.exit("README.md has no help block between <!-- help --> and <!-- /help -->")
     wanted = BLOCK.sub(lambda match: match[1] + real_help() + match[2], text)
-    if "--check" in sys.argv[1:]:
+    if options.check:
         if wanted != text:
             sys.exit("README.md: the help block differs from `xent-quant --help`; run scripts/readme_help.py")
         return

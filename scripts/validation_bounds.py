@@ -13,22 +13,23 @@ quality. Of a large model, tensors may be chosen by a regular expression; the pa
 import argparse
 import re
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from calibration.running import RunningCalibration
+from _walk import slot, walk
 
 import xent_quant
+from exporters.interface import Slot
 from xent_quant import formats
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.hub import resolve
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32, U8, QuantFormat
 from xent_quant.methods.gptq import GPTQ
+from xent_quant.methods.interface import Method
 from xent_quant.methods.search import Search
-from xent_quant.model.streaming import StreamingModel
+from xent_quant.tensors import Role
 from xent_quant.validation.gates import CROSS_KL, CROSS_NLL, WEIGHTS, bits_of
 from xent_quant.validation.reference import tokenize
 from xent_quant.validation.suites import choose
@@ -73,37 +74,40 @@ def missed(wanted: F32, changed: F32, format: QuantFormat, bound: float) -> tupl
     return int((errors <= bound).sum()), errors.size
 
 
+def quantised(
+    checkpoint: Checkpoint, slots: dict[str, list[Slot]], method: Method, windows: torch.Tensor
+) -> list[tuple[str, U8]]:
+    """Names and bytes of the linear layers among `slots`."""
+    found: list[tuple[str, U8]] = []
+
+    def receive(slot: Slot, packed: U8) -> None:
+        if slot.tensor.measured:
+            found.append((slot.tensor.name, packed))
+
+    walk(checkpoint, slots, method, receive, windows=windows)
+    return found
+
+
 def weight_errors(checkpoint: Checkpoint, tensors: str) -> None:
     texts = tokenize(checkpoint, choose(["XfictionEN", "XwebccZH"]), 512, 4096)
     windows = torch.from_numpy(np.concatenate([text.windows for text in texts]))
-    model = StreamingModel(checkpoint)
     largest: dict[tuple[str, str], tuple[float, float]] = {}
     unseen: dict[tuple[str, str], tuple[int, int]] = {}
-    chosen = [
-        name
-        for name, info in checkpoint.infos.items()
-        if re.search(tensors, name) and len(info.shape) == 2 and name != names.HEAD and not name.endswith("router.weight")
-    ]
+    specs = checkpoint.architecture.tensors()
+    chosen = [spec for spec in specs.values() if spec.measured and spec.role is not Role.HEAD and re.search(tensors, spec.name)]
     for kind in TYPES:
         format, bound = formats.get(kind), WEIGHTS[bits_of(kind)][1]
+        slots = {spec.name: [slot(spec, format)] for spec in (specs[names.EMBEDDING], *chosen)}
         for method in (Search(), GPTQ()):
-            key, hessian = (kind, type(method).__name__), method.needs_hessian
-            statistics = RunningCalibration(model, windows, hessian=hessian, follow=hessian)
-            for name in list(checkpoint.infos)[: list(checkpoint.infos).index(chosen[-1]) + 1]:
-                found, weights = statistics.get(name), checkpoint.read(name)
-                values = weights
-                if name in chosen or name == names.EMBEDDING:
-                    padded = np.pad(statistics.target(name, 0, weights), ((0, 0), (0, -weights.shape[1] % format.block_size)))
-                    packed = method.quantize(padded, format, found and found.padded(padded.shape[1]), name=name)
-                    values = format.dequantize(packed)[:, : weights.shape[1]]
-                statistics.quantized(name, 0, partial(np.asarray, values))
-                if found is None or name not in chosen:
-                    continue
-                error = compare(name, checkpoint, Values(checkpoint, values, kind))
+            key = kind, type(method).__name__
+            for name, packed in quantised(checkpoint, slots, method, windows):
+                columns = specs[name].shape[1]
+                error = compare(name, checkpoint, Values(checkpoint, format.dequantize(packed)[:, :columns], kind))
                 before = largest.get(key, (0.0, 0.0))
                 largest[key] = (max(before[0], error.error), max(before[1], error.worst))
-                wrong = format.dequantize(doubled(packed, format))[:, : weights.shape[1]]
-                unseen[key] = tuple(np.add(unseen.get(key, (0, 0)), missed(weights, wrong, format, bound)))
+                wrong = format.dequantize(doubled(packed, format))[:, :columns]
+                more = missed(checkpoint.read(name), wrong, format, bound)
+                unseen[key] = tuple(np.add(unseen.get(key, (0, 0)), more))
     for (kind, method_name), (whole, block) in sorted(largest.items()):
         bounds, (count, blocks) = WEIGHTS[bits_of(kind)], unseen[kind, method_name]
         print(

@@ -201,8 +201,8 @@ class SuiteOptions(_Choices):
     """A bundled suite, XfictionZH for example; repeatable. Default: all six."""
     suite_files: tuple[str, ...] = ()
     """NAME=PATH of a UTF-8 text of your own; repeatable."""
-    max_tokens: int | None = None
-    """Tokens of each suite, at most. Default: all."""
+    max_tokens: int | None = 20480
+    """Tokens of each suite, at most; the bundled ones have two to four times as many."""
     context: int = 512
     """Length of the windows, of which the second half is scored."""
 

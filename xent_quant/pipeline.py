@@ -35,7 +35,9 @@ class QuantizeResult:
     notes: tuple[str, ...]
     coverage: "Coverage | None" = None
     resumed: int = 0
-    """Layers that an earlier, interrupted run had done."""
+    """Layers that earlier, interrupted runs had done."""
+    walk_seconds: float = 0.0
+    """Of the walk over the layers, in these runs too."""
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +52,8 @@ class QuantizeResult:
             "seconds": self.seconds,
             "threads": self.threads,
             "resumed_layers": self.resumed,
+            "walk_seconds": self.walk_seconds,
+            "weights_per_second": sum(plan.n_weights for plan in self.plans) / max(self.walk_seconds, 1e-9),
             "notes": list(self.notes),
             "plans": [plan.to_json() for plan in self.plans],
             "coverage": self.coverage.to_json() if self.coverage else None,
@@ -194,6 +198,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
         + (coverage.notes() if coverage else ()),
         coverage=coverage,
         resumed=done.resumed,
+        walk_seconds=done.seconds,
     )
 
 

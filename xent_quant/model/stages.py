@@ -74,6 +74,9 @@ class Stream:
 class Stage(ABC):
     """Weights that read the same rows, and what happens with what they make of them."""
 
+    is_head = False
+    """Whether it is the last one, of the whole model."""
+
     def __init__(self, run: "Pass", weights: Sequence[TensorSpec]) -> None:
         self.run, self.weights = run, tuple(weights)
 
@@ -402,6 +405,8 @@ class _SharedDown(_MlpStage):
 
 
 class _Head(Stage):
+    is_head = True
+
     def _rows(self, stream: int, start: int, stop: int, norm: Tensor) -> Tensor:
         return rms_norm(self.run.streams[stream].x.read(start, stop), norm, self.run.architecture.rms_norm_eps)
 

@@ -47,7 +47,30 @@ class StreamingModel:
         after_layer: AfterLayer | None = None,
         folder: Path | None = None,
     ) -> Tensor:
-        """Token ids [n_windows, length] to final, normed hidden states [n_windows, length, hidden].
+        """Token ids [n_windows, length] to final, normed hidden states [n_windows, length, hidden]; see `run`, and holds these
+        beside."""
+        found = torch.empty((windows.numel(), self.architecture.hidden_size), dtype=self.dtype, device=self.device)
+
+        def final(stage: Stage) -> None:
+            if observer:
+                observer(stage)
+            if stage.is_head:
+                for batch in stage.batches(0):
+                    found[batch.tokens] = batch.inputs
+
+        self.run(windows, final, progress, after_layer, folder)
+        return found.view(*windows.shape, -1)
+
+    @torch.no_grad()
+    def run(
+        self,
+        windows: Tensor,
+        observer: Observer,
+        progress: Progress | None = None,
+        after_layer: AfterLayer | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Run token ids [n_windows, length] through all stages, the head's the last.
 
         With a `folder` the states lie in files there, and a call with the same windows goes on behind the last layer that an
         earlier one finished; it sees no more of those before. Holds what `Pass` holds and, without a folder, two copies of the
@@ -79,8 +102,7 @@ class StreamingModel:
             for layer in range(max(0, done - 1), model.num_layers):
                 report.phase(f"layer {layer + 1} of {model.num_layers}")
                 for stage in run.layer(layer):
-                    if observer:
-                        observer(stage)
+                    observer(stage)
                     stage.advance([{spec.name: run.weight(spec.name) for spec in stage.weights}])
                 if after_layer:
                     after_layer(layer, run.streams[0].x)
@@ -89,14 +111,8 @@ class StreamingModel:
                     journal.swapped, journal.done = streams.swapped, layer + 2
                     journal.save()
                 report.advance(run.n_tokens)
-            head = run.head()
-            if observer:
-                observer(head)
-            found = torch.empty((run.n_tokens, model.hidden_size), dtype=self.dtype, device=self.device)
-            for batch in head.batches(0):
-                found[batch.tokens] = batch.inputs
+            observer(run.head())
             report.finish()
-        return found.view(*windows.shape, -1)
 
     @property
     def _head_name(self) -> str:

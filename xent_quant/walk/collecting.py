@@ -24,6 +24,7 @@ from xent_quant.progress import Progress
 from xent_quant.storage import Move, Target, Workspace, check_free_space, publish, replace_bytes
 from xent_quant.tensors import KEPT_ROLES, Role
 from xent_quant.walk import resources
+from xent_quant.walk.job import PROBE
 from xent_quant.walk.unfinished import kept
 
 Sums = dict[str, tuple[np.ndarray, ...]]
@@ -147,7 +148,7 @@ def collect(
         if done := journal.layers(model.num_layers):
             progress.note(f"Going on with an interrupted run: {done} of {model.num_layers} layers are done.")
         if journal.windows is None:
-            windows = session.windows(FEWEST_ROWS, progress)
+            windows = session.windows(FEWEST_ROWS, progress, work.path / PROBE)
             check_free_space(work.path, resources.disk(model, windows.numel(), 0))
             journal.windows = len(windows)
             journal.save()

@@ -16,6 +16,7 @@ from xent_quant.journal import Journal, software
 from xent_quant.progress import Progress, Silent
 from xent_quant.storage import Workspace, check_free_space, publish
 from xent_quant.tensors import StatisticsSource
+from xent_quant.units import human_bytes
 from xent_quant.walk import resources
 from xent_quant.walk.lanes import Lane
 from xent_quant.walk.loop import Walk
@@ -27,13 +28,19 @@ if TYPE_CHECKING:
     from xent_quant.model.streams import Streams
 
 
+PROBE = "probe"
+"""Where in the work folder the states lie that tell how much text there must be."""
+
+
 @dataclass(frozen=True)
 class Done:
-    """What was published; `coverage` where text was run; `resumed` layers were done by an earlier run."""
+    """What was published; `coverage` where text was run; `resumed` layers were done by earlier runs, `seconds` is the time of the
+    walk in all of them."""
 
     exported: tuple[Exported, ...]
     coverage: Coverage | None
     resumed: int
+    seconds: float
 
 
 def run(
@@ -104,7 +111,7 @@ def run(
     if text and model.num_experts:
         coverage = Coverage(model.num_layers, model.num_experts, fewest_rows(model.intermediate_size, any(hessian)))
         coverage.tokens = journal.coverage
-    return Done(tuple(exported), coverage, resumed)
+    return Done(tuple(exported), coverage, resumed, journal.seconds)
 
 
 def _streams(
@@ -124,7 +131,7 @@ def _streams(
     model = checkpoint.architecture
     if journal.windows is None:
         fewest = fewest_rows(max(model.hidden_size, model.intermediate_size), any(hessian))
-        windows = text.windows(fewest, progress)
+        windows = text.windows(fewest, progress, work.path / PROBE)
     else:
         windows = text.first(journal.windows)
     count = 1
@@ -136,8 +143,11 @@ def _streams(
         count += needed
         listened[lane.stream] = needed
     if journal.windows is None:
+        nbytes = resources.disk(model, windows.numel(), count - 1)
         unwritten = sum(lane.exporter.nbytes for lane in lanes) - work.nbytes()  # the files are holes yet
-        check_free_space(work.path, resources.disk(model, windows.numel(), count - 1) + max(0, unwritten))
+        check_free_space(work.path, nbytes + max(0, unwritten))
+        if nbytes >= resources.WORTH_SAYING:
+            progress.note(f"The text's hidden states take {human_bytes(nbytes)} in {work.path} until the run is done.")
         journal.windows = len(windows)
         for lane in lanes:
             lane.writer.sync()

@@ -28,6 +28,8 @@ TORCH = 330 * MIB
 VOCABULARY = 700
 """Bytes that tokenizer, its check and the header of a file take for each token, about."""
 MARGIN = 1.1
+WORTH_SAYING = 256 * MIB
+"""Of disk that the work takes for a while."""
 PROBE_ROWS, PROBE_COLUMNS = 192, 1024
 """Of the weight that the time of rounding is measured on."""
 
