@@ -9,8 +9,9 @@ TAGS = ("mixture-of-experts", "xverse")
 PROMPT = "The old lamp in the window"
 
 
-def opening(base: BaseModel, library: str, tags: Sequence[str], title: str, sentence: str) -> list[str]:
-    """Lines up to what is said of the export itself. `sentence` goes on after the base model's name."""
+def opening(base: BaseModel, library: str, tags: Sequence[str], title: str, sentence: str, *, chat: bool = False) -> list[str]:
+    """Lines up to what is said of the export itself. `sentence` goes on after the base model's name; `chat`: it has a chat
+    template."""
     return [
         *base.front_matter(library, (*tags, *TAGS)),
         "",
@@ -18,7 +19,7 @@ def opening(base: BaseModel, library: str, tags: Sequence[str], title: str, sent
         "",
         f"{base.link} {sentence}. Made by xent-quant. {base.terms}",
         "",
-        "A base model: it continues text, there is no chat template.",
+        "It has a chat template." if chat else "A base model: it continues text, there is no chat template.",
         "",
     ]
 

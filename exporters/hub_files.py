@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
-from xent_quant.checkpoint.headers import read_json
+from xent_quant.checkpoint import special_tokens
+from xent_quant.checkpoint.chat_template import chat_template
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.checkpoint.tokenizer import load_tokenizer, tokenizer_json
+from xent_quant.checkpoint.tokenizer import load_tokenizer, settings, tokenizer_json
 
 REPETITION_PENALTY = 1.1
 COPIED = (
@@ -16,7 +17,7 @@ COPIED = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "pad_token_id"}
+ROLES = ("bos", "eos", "pad")
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
@@ -25,29 +26,35 @@ def json_bytes(value: dict[str, Any]) -> bytes:
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's defaults, and the repetition penalty that the model's authors generate with."""
-    path, model = checkpoint.path / "generation_config.json", checkpoint.architecture
-    tokens = {key: getattr(model, key) for key in ROLES.values() if getattr(model, key) is not None}
-    given = read_json(path) if path.is_file() else {}
-    return {**tokens, "repetition_penalty": REPETITION_PENALTY, **given}
+    folder = checkpoint.path
+    special = special_tokens.read(folder, load_tokenizer(folder), checkpoint.architecture.vocab_size)
+    tokens: dict[str, Any] = {f"{role}_token_id": special.ids[role] for role in ROLES if role in special.ids}
+    if len(special.ends) > 1:
+        tokens["eos_token_id"] = list(special.ends)
+    return {**tokens, "repetition_penalty": REPETITION_PENALTY, **settings(folder, "generation_config.json")}
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """File name to content: tokenizer.json in today's form, and settings with which AutoTokenizer takes it as it is.
 
-    Raises CheckpointError where tokenizer.json is missing or damaged.
+    Raises CheckpointError where it is missing or damaged.
     """
-    folder, model = checkpoint.path, checkpoint.architecture
-    tokenizer, path = load_tokenizer(folder), folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    if settings.pop("auto_map", None) or "tokenizer_class" not in settings:  # remote code that is not carried along
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for role, key in ROLES.items():
-        index = getattr(model, key)
-        token = None if index is None else tokenizer.id_to_token(index)
-        if token is not None:
-            settings.setdefault(role, token)
+    folder = checkpoint.path
+    tokenizer, config = load_tokenizer(folder), settings(folder, "tokenizer_config.json")
+    if config.pop("auto_map", None) or "tokenizer_class" not in config:  # remote code that is not carried along
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    special = special_tokens.read(folder, tokenizer, checkpoint.architecture.vocab_size)
+    for role in ROLES:
+        token = tokenizer.id_to_token(special.ids[role]) if role in special.ids else None
+        if token is not None and config.get(f"{role}_token") is None:
+            config[f"{role}_token"] = token
+    copied = [name for name in COPIED if (folder / name).is_file()]
+    templates = chat_template(folder)
+    if isinstance(templates, list):  # several: the folder of further ones is not carried along
+        config["chat_template"] = templates
+        copied = [name for name in copied if not name.startswith("chat_template")]
     return {
         "tokenizer.json": tokenizer_json(folder).encode(),
-        "tokenizer_config.json": json_bytes(settings),
-        **{name: (folder / name).read_bytes() for name in COPIED if (folder / name).is_file()},
+        "tokenizer_config.json": json_bytes(config),
+        **{name: (folder / name).read_bytes() for name in copied},
     }

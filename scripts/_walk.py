@@ -14,6 +14,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from xent_quant.walk.journal import FILE, Journal
+from xent_quant.walk.streams import Streams
 
 from calibration.correction import NOTHING, Measured
 from calibration.coverage import Coverage
@@ -29,10 +31,8 @@ from xent_quant.model.stages import Stage
 from xent_quant.progress import Silent
 from xent_quant.tensors import Role, StatisticsSource, TensorSpec
 from xent_quant.walk.collecting import collect
-from xent_quant.walk.journal import FILE, Journal
 from xent_quant.walk.lanes import Lane
 from xent_quant.walk.loop import Walk
-from xent_quant.walk.streams import Streams
 
 Slots = Mapping[str, Sequence[Slot]]
 """By the checkpoint's name of a tensor where it goes. One that is missing goes nowhere; the model runs on with it as it is."""

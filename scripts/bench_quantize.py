@@ -23,7 +23,7 @@ from xent_quant import formats
 from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats._codebook import CodebookFormat
-from xent_quant.formats._codes import AffineFormat, SearchedFormat, rises
+from xent_quant.formats._codes import AffineFormat, SearchedFormat, SymmetricFormat, rises
 from xent_quant.formats._jit import jit
 from xent_quant.formats._lanes import WIDTH, load, store
 from xent_quant.formats.base import Effort, QuantFormat
@@ -56,7 +56,7 @@ def operations(kind: QuantFormat, effort: Effort) -> float:
     nested = kind.block_size > kind.group_size
     if isinstance(kind, AffineFormat):
         return moments + encode + 11 * (len(candidates) + rounds * (6 if nested else 1))
-    table = len(rises(kind.levels[kind.unused :]))
+    table = len(rises(kind.searched if isinstance(kind, SymmetricFormat) else kind.levels))
     one = 6 + 2 * table if table else 9
     return moments + encode + one * (len(candidates) + rounds * (3 if nested else 1))
 

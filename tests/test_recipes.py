@@ -62,6 +62,28 @@ BY_HAND = {
         {Role.ATTENTION_V: {"Q4_K": ALL}, Role.DOWN: {"Q4_K": {0, 1, 2}}, Role.ATTENTION_OUTPUT: {"Q4_K": ALL}},
     ),
     "IQ3_S": ("IQ3_S", "Q6_K", {}),
+    "IQ3_XS": (
+        "IQ3_S",
+        "Q6_K",
+        {
+            Role.ATTENTION_Q: {"IQ3_XXS": ALL},
+            Role.ATTENTION_K: {"IQ3_XXS": ALL},
+            Role.GATE: {"IQ3_XXS": ALL - {0, 1, 2, 24, 25, 26, 27}},
+            Role.UP: {"IQ3_XXS": ALL - {0, 1, 2, 24, 25, 26, 27}},
+        },
+    ),
+    "IQ3_XXS": (
+        "IQ3_XXS",
+        "Q5_K",
+        {
+            Role.EMBEDDING: {"IQ3_S": ALL},
+            Role.ATTENTION_Q: {"IQ2_S": ALL},
+            Role.ATTENTION_K: {"IQ2_S": ALL},
+            Role.ATTENTION_V: {"IQ3_S": ALL},
+            Role.DOWN: {"Q4_K": {0, 1, 2}, "Q3_K": ALL - {0, 1, 2}},
+            Role.ATTENTION_OUTPUT: {"IQ3_S": ALL},
+        },
+    ),
     "Q3_K_L": (
         "Q3_K",
         "Q6_K",
@@ -83,6 +105,60 @@ BY_HAND = {
         {Role.ATTENTION_V: {"Q3_K": ALL}, Role.DOWN: {"Q3_K": ALL}, Role.ATTENTION_OUTPUT: {"Q3_K": ALL}},
     ),
     "Q2_K_S": ("Q2_K", "Q6_K", {Role.DOWN: {"Q4_K": {0, 1, 2}}}),
+    "IQ2_M": (
+        "IQ2_S",
+        "Q5_K",
+        {
+            Role.EMBEDDING: {"IQ3_S": ALL},
+            Role.ATTENTION_V: {"Q4_K": ALL},
+            Role.DOWN: {"IQ3_S": {0, 1}},
+            Role.ATTENTION_OUTPUT: {"IQ3_S": ALL},
+        },
+    ),
+    "IQ2_S": (
+        "IQ2_XS",
+        "Q5_K",
+        {
+            Role.EMBEDDING: {"IQ3_S": ALL},
+            Role.ATTENTION_V: {"Q4_K": ALL},
+            Role.DOWN: {"IQ3_S": {0, 1}},
+            Role.ATTENTION_OUTPUT: {"IQ3_S": ALL},
+        },
+    ),
+    "IQ2_XS": (
+        "IQ2_XS",
+        "Q5_K",
+        {Role.EMBEDDING: {"Q2_K": ALL}, Role.ATTENTION_V: {"Q4_K": ALL}, Role.DOWN: {"Q2_K": {0, 1}}},
+    ),
+    "IQ2_XXS": (
+        "IQ2_XXS",
+        "Q5_K",
+        {Role.EMBEDDING: {"Q2_K": ALL}, Role.ATTENTION_V: {"Q4_K": ALL}, Role.DOWN: {"Q2_K": {0, 1}}},
+    ),
+    "IQ1_M": (
+        "IQ1_M",
+        "Q5_K",
+        {
+            Role.EMBEDDING: {"Q2_K": ALL},
+            Role.ATTENTION_V: {"Q4_K": ALL},
+            Role.DOWN: {"Q2_K": {0, 1}},
+            Role.ATTENTION_OUTPUT: {"IQ2_XXS": ALL},
+        },
+    ),
+    "IQ1_S": (
+        "IQ1_S",
+        "Q5_K",
+        {
+            Role.EMBEDDING: {"Q2_K": ALL},
+            Role.ATTENTION_V: {"Q4_K": ALL},
+            Role.DOWN: {"Q2_K": {0, 1}},
+            Role.ATTENTION_OUTPUT: {"IQ2_XXS": ALL},
+        },
+    ),
+    "TQ2_0": ("TQ2_0", "Q6_K", {Role.EMBEDDING: {"Q4_K": ALL}}),
+    "TQ1_0": ("TQ1_0", "Q6_K", {Role.EMBEDDING: {"Q4_K": ALL}}),
+    "Q1_0": ("Q1_0", "Q6_K", {}),
+    "MXFP4_MOE": ("Q8_0", "Q8_0", {}),
 }
 AVAILABLE = [name for name, mix in MIXES.items() if name not in OWN and mix.types <= set(formats.NAMES)]
 
@@ -96,7 +172,8 @@ def test_mix_follows_llama_quantize(name: str) -> None:
     base, head, differing = BY_HAND[name]
     chosen = recipe(type=name)
     assert chosen.type_of("output.weight", Role.HEAD, 0, model()) == head
-    assert chosen.type_of("token_embd.weight", Role.EMBEDDING, 0, model()) == base
+    embedding = next(iter(differing.get(Role.EMBEDDING, {base: ALL})))
+    assert chosen.type_of("token_embd.weight", Role.EMBEDDING, 0, model()) == embedding
     for role in set(Role) - {Role.HEAD, Role.EMBEDDING}:
         for layer in ALL:
             wanted = next((kind for kind, layers in differing.get(role, {}).items() if layer in layers), base)
@@ -111,15 +188,67 @@ def test_grouped_queries_and_imatrix_change_what_llama_quantize_changes() -> Non
     assert [value("Q2_K", kv) for kv in (32, 16, 8, 4)] == ["Q3_K", "Q3_K", "Q4_K", "Q4_K"]
     assert [value("Q2_K_S", kv) for kv in (16, 8)] == ["Q2_K", "Q4_K"]
     assert [value("IQ4_XS", kv) for kv in (16, 8)] == ["IQ4_XS", "Q5_K"]
+    assert [value("IQ3_XS", kv) for kv in (16, 8)] == ["IQ3_S", "Q4_K"]
+    assert [value("IQ3_XXS", kv) for kv in (16, 8)] == ["IQ3_S", "Q4_K"]
+    with_imatrix = recipe(type="IQ3_XXS", imatrix=True)
+    assert {with_imatrix.type_of("x", role, 0, model()) for role in (Role.ATTENTION_V, Role.DOWN)} == {"IQ3_XXS"}
     assert recipe(type="IQ4_XS", imatrix=True).type_of("x", Role.DOWN, 0, model()) == "IQ4_XS"
     for name, kind in (("Q4_0", "Q4_1"), ("Q5_0", "Q5_1")):
         types = [recipe(type=name, imatrix=True).type_of("x", Role.DOWN, layer, model()) for layer in range(28)]
         assert types == [kind] * 3 + [name] * 25
 
 
+def test_mixes_of_two_bits_count_down_projections_not_layers() -> None:
+    """In the order of llama-quantize: routed experts of layer 0, shared ones of layer 0, routed experts of layer 1, …"""
+    chosen = recipe(type="IQ2_XS")
+
+    def ups(part: str, model: Architecture) -> list[int]:
+        name = f"ffn_down{part}.weight"
+        return [layer for layer in range(28) if chosen.type_of(f"blk.{layer}.{name}", Role.DOWN, layer, model) == "Q2_K"]
+
+    assert (ups("_exps", model()), ups("_shexp", model())) == ([0, 1], [0])
+    assert ups("", model(experts=0)) == [0, 1, 2]
+
+
+def test_mixes_of_two_bits_give_values_more_where_they_are_few_or_experts_many() -> None:
+    def value(heads: int, experts: int, name: str) -> str:
+        return recipe(type=name).type_of("x", Role.ATTENTION_V, 9, model(kv_heads=heads, experts=experts))
+
+    few = [(32, 0), (16, 0), (8, 0), (32, 6), (32, 64)]
+    assert [value(*case, "IQ1_S") for case in few] == ["Q2_K", "Q2_K", "Q4_K", "Q4_K", "Q4_K"]
+    assert [value(*case, "IQ2_M") for case in few] == ["IQ3_S", "IQ3_S", "Q4_K", "Q4_K", "Q4_K"]
+
+
+def test_mxfp4_moe_is_for_routed_experts_alone() -> None:
+    chosen = recipe(type="mxfp4_moe")
+    for role, part in ((Role.GATE, "gate"), (Role.UP, "up"), (Role.DOWN, "down")):
+        for experts in (8, 64):
+            assert chosen.type_of(f"blk.3.ffn_{part}_exps.weight", role, 3, model(experts=experts)) == "MXFP4"
+            assert chosen.type_of(f"blk.3.ffn_{part}_shexp.weight", role, 3, model(experts=experts)) == "Q8_0"
+        assert chosen.type_of(f"blk.3.ffn_{part}.weight", role, 3, model(experts=0)) == "Q8_0"
+
+
+@pytest.mark.parametrize("name", ["IQ2_M", "IQ2_XXS", "IQ1_S"])
+def test_eight_experts_of_two_bits(name: str) -> None:
+    chosen, eight = recipe(type=name), model(experts=8)
+    assert chosen.type_of("x", Role.ATTENTION_K, 5, eight) == chosen.type_of("x", Role.ATTENTION_V, 5, eight) == "Q4_K"
+    assert chosen.type_of("x", Role.ATTENTION_OUTPUT, 5, eight) == "Q5_K"
+
+
 @pytest.mark.parametrize(
     ("name", "output"),
-    [("Q4_K_M", "Q5_K"), ("Q5_K_M", "Q5_K"), ("Q2_K", "Q5_K"), ("Q6_K", "Q6_K"), ("Q3_K_L", "Q3_K"), ("F16", "F16")],
+    [
+        ("IQ3_XS", "Q5_K"),
+        ("IQ3_XXS", "Q5_K"),
+        ("TQ2_0", "TQ2_0"),
+        ("MXFP4_MOE", "Q8_0"),
+        ("Q4_K_M", "Q5_K"),
+        ("Q5_K_M", "Q5_K"),
+        ("Q2_K", "Q5_K"),
+        ("Q6_K", "Q6_K"),
+        ("Q3_K_L", "Q3_K"),
+        ("F16", "F16"),
+    ],
 )
 def test_eight_experts_are_quantised_as_mixtral(name: str, output: str) -> None:
     eight, chosen = model(experts=8), recipe(type=name)
@@ -138,6 +267,12 @@ def test_eight_experts_are_quantised_as_mixtral(name: str, output: str) -> None:
         ("Q3_K", 1728, "Q4_0"),
         ("Q2_K", 1728, "Q4_0"),
         ("IQ4_XS", 1728, "IQ4_NL"),
+        ("IQ2_XXS", 1728, "IQ4_NL"),
+        ("IQ1_M", 1728, "IQ4_NL"),
+        ("TQ1_0", 1728, "Q4_0"),
+        ("Q1_0", 1792, "Q1_0"),
+        ("NVFP4", 1728, "NVFP4"),
+        ("NVFP4", 1760, "F16"),
         ("Q4_K", 1744, "F16"),
         ("Q8_0", 1728, "Q8_0"),
         ("Q8_0", 1744, "F16"),
@@ -147,6 +282,11 @@ def test_eight_experts_are_quantised_as_mixtral(name: str, output: str) -> None:
 )
 def test_fallbacks_are_llama_quantize_s(kind: str, columns: int, wanted: str) -> None:
     assert fitting(kind, columns) == wanted
+
+
+def test_a_head_falls_back_to_eight_bits() -> None:
+    assert [fitting("Q5_K", columns, head=True) for columns in (2560, 2592, 2600)] == ["Q5_K", "Q8_0", "F16"]
+    assert fitting("Q5_K", 2592) == "Q5_1"
 
 
 def test_bits_and_names() -> None:
@@ -186,7 +326,7 @@ def test_own_mixes_tell_what_every_token_uses_from_what_few_do(name: str, expert
     chosen = recipe(type=name)
     for role, part in ((Role.GATE, "gate"), (Role.UP, "up"), (Role.DOWN, "down")):
         assert chosen.type_of(f"blk.3.ffn_{part}_exps.weight", role, 3, model()) == experts
-        assert chosen.type_of(f"blk.3.ffn_{part}_shexp.weight", role, 3, model(), shared=True) == active
+        assert chosen.type_of(f"blk.3.ffn_{part}_shexp.weight", role, 3, model()) == active
         assert chosen.type_of(f"blk.3.ffn_{part}_exps.weight", role, 3, model(experts=8)) == experts
     for role in (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_OUTPUT, Role.EMBEDDING, Role.HEAD):
         assert chosen.type_of("x.weight", role, 3, model()) == active

@@ -23,7 +23,9 @@ class Layers(Enum):
     FIRST_2 = auto()
     FIRST_4 = auto()
     FIRST_EIGHTH = auto()
+    FIRST_EIGHTH_COUNTED = auto()  # by tensors of the role, of which a layer with shared experts has two: routed, then shared
     FIRST_SIXTEENTH = auto()
+    MIDDLE = auto()  # neither in the first nor in the last eighth
     MORE_BITS = auto()  # the first and the last eighth, and every third between
 
     def contains(self, layer: int, layers: int) -> bool:
@@ -34,10 +36,12 @@ class Layers(Enum):
                 return layer < 2
             case Layers.FIRST_4:
                 return layer < 4
-            case Layers.FIRST_EIGHTH:
+            case Layers.FIRST_EIGHTH | Layers.FIRST_EIGHTH_COUNTED:
                 return layer < layers // 8
             case Layers.FIRST_SIXTEENTH:
                 return layer < layers // 16
+            case Layers.MIDDLE:
+                return layers // 8 <= layer < 7 * layers // 8
             case Layers.MORE_BITS:
                 return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
@@ -47,6 +51,7 @@ class When(Enum):
 
     ALWAYS = auto()
     GROUPED_QUERIES = auto()  # four or more query heads to a key head: attn_v is small, bits there are cheap
+    GROUPED_QUERIES_OR_EXPERTS = auto()  # that, or four or more experts
     WITH_IMATRIX = auto()
     WITHOUT_IMATRIX = auto()
 
@@ -55,14 +60,18 @@ class When(Enum):
 class Rule:
     """Tensors of this role, in these layers, get `type`. The first rule that holds decides.
 
-    With `shared`, of the MLP's roles only the shared experts' tensors, which every token uses.
+    With a `part`, of the MLP's roles only the tensors that have it in their name: ROUTED experts', or SHARED ones', which every
+    token uses.
     """
 
     role: Role
     type: str
     layers: Layers = Layers.ALL
     when: When = When.ALWAYS
-    shared: bool = False
+    part: str = ""
+
+
+ROUTED, SHARED = "_exps.", "_shexp."
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Mix:
     """One of llama.cpp's file types: `number` is its LLAMA_FTYPE, `base` the type where no rule holds.
 
     `eight_experts_output` is the type of the attention output in models of 8 experts, which llama-quantize takes for
-    Mixtral; None leaves the base.
+    Mixtral; None leaves the base. `eight_experts_kv` is that of their keys and values.
     """
 
     number: int
@@ -78,13 +87,28 @@ class Mix:
     rules: tuple[Rule, ...] = ()
     head: str = "Q6_K"
     eight_experts_output: str | None = None
+    eight_experts_kv: str = "Q8_0"
 
     @property
     def types(self) -> set[str]:
         return {self.base, self.head, *(rule.type for rule in self.rules)}
 
 
-V, DOWN, OUTPUT = Role.ATTENTION_V, Role.DOWN, Role.ATTENTION_OUTPUT
+Q, K, V, OUTPUT = Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_OUTPUT
+EMBEDDING, GATE, UP, DOWN = Role.EMBEDDING, Role.GATE, Role.UP, Role.DOWN
+
+
+def _very_low(number: int, base: str, step_up: str, output: str | None, embedding: str) -> Mix:
+    """llama-quantize's rules for the mixes of 1 and 2 bits but Q2_K's: `step_up` where a tensor deserves more."""
+    rules = (
+        Rule(EMBEDDING, embedding),
+        Rule(V, "Q4_K", when=When.GROUPED_QUERIES_OR_EXPERTS),
+        Rule(V, step_up),
+        Rule(DOWN, step_up, Layers.FIRST_EIGHTH_COUNTED),
+        Rule(OUTPUT, output or base),
+    )
+    return Mix(number, base, rules, head="Q5_K", eight_experts_output="Q5_K", eight_experts_kv="Q4_K")
+
 
 MIXES: dict[str, Mix] = {
     "F32": Mix(0, "F32", head="F32"),
@@ -129,6 +153,34 @@ MIXES: dict[str, Mix] = {
         eight_experts_output="Q5_K",
     ),
     "IQ3_S": Mix(26, "IQ3_S", (Rule(V, "Q4_K", when=When.GROUPED_QUERIES),), eight_experts_output="Q5_K"),
+    "IQ3_XS": Mix(
+        22,
+        "IQ3_S",
+        (
+            Rule(V, "Q4_K", when=When.GROUPED_QUERIES),
+            Rule(Q, "IQ3_XXS"),
+            Rule(K, "IQ3_XXS"),
+            Rule(GATE, "IQ3_XXS", Layers.MIDDLE),
+            Rule(UP, "IQ3_XXS", Layers.MIDDLE),
+        ),
+        eight_experts_output="Q5_K",
+    ),
+    "IQ3_XXS": Mix(
+        23,
+        "IQ3_XXS",
+        (
+            Rule(EMBEDDING, "IQ3_S"),
+            Rule(V, "Q4_K", when=When.GROUPED_QUERIES),
+            Rule(V, "IQ3_S", when=When.WITHOUT_IMATRIX),
+            Rule(Q, "IQ2_S"),
+            Rule(K, "IQ2_S"),
+            Rule(DOWN, "Q4_K", Layers.FIRST_EIGHTH, When.WITHOUT_IMATRIX),
+            Rule(DOWN, "Q3_K", when=When.WITHOUT_IMATRIX),
+            Rule(OUTPUT, "IQ3_S"),
+        ),
+        head="Q5_K",
+        eight_experts_output="Q5_K",
+    ),
     "Q3_K_L": Mix(13, "Q3_K", (Rule(V, "Q5_K"), Rule(DOWN, "Q5_K"), Rule(OUTPUT, "Q5_K"))),
     "Q3_K_M": Mix(
         12,
@@ -150,8 +202,27 @@ MIXES: dict[str, Mix] = {
         eight_experts_output="Q5_K",
     ),
     "Q2_K_S": Mix(21, "Q2_K", (Rule(V, "Q4_K", when=When.GROUPED_QUERIES), Rule(DOWN, "Q4_K", Layers.FIRST_EIGHTH))),
+    "IQ2_M": _very_low(29, "IQ2_S", "IQ3_S", "IQ3_S", "IQ3_S"),
+    "IQ2_S": _very_low(28, "IQ2_XS", "IQ3_S", "IQ3_S", "IQ3_S"),
+    "IQ2_XS": _very_low(20, "IQ2_XS", "Q2_K", None, "Q2_K"),
+    "IQ2_XXS": _very_low(19, "IQ2_XXS", "Q2_K", None, "Q2_K"),
+    "IQ1_M": _very_low(31, "IQ1_M", "Q2_K", "IQ2_XXS", "Q2_K"),
+    "IQ1_S": _very_low(24, "IQ1_S", "Q2_K", "IQ2_XXS", "Q2_K"),
+    "TQ2_0": Mix(37, "TQ2_0", (Rule(EMBEDDING, "Q4_K"),)),
+    "TQ1_0": Mix(36, "TQ1_0", (Rule(EMBEDDING, "Q4_K"),)),
+    "Q1_0": Mix(40, "Q1_0"),
+    "MXFP4_MOE": Mix(
+        38,
+        "Q8_0",
+        tuple(Rule(role, "MXFP4", part=ROUTED) for role in (GATE, UP, DOWN)),
+        head="Q8_0",
+        eight_experts_output="Q8_0",
+    ),
 }
-"""Every mix of llama.cpp's known here. Those whose types `formats` does not have yet are refused, not approximated."""
+"""Every mix of llama.cpp's known here. Those whose types `formats` does not have yet are refused, not approximated.
+
+llama-quantize refuses IQ3_XXS and every IQ2 and IQ1 type without an imatrix; here they are searched for without importance then.
+"""
 
 
 def _fine_grained(number: int, experts: str, active: str) -> Mix:
@@ -159,9 +230,8 @@ def _fine_grained(number: int, experts: str, active: str) -> Mix:
 
     `number` is llama.cpp's file type that names the experts' type.
     """
-    always = (Role.EMBEDDING, Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_OUTPUT)
-    rules = [Rule(role, active) for role in always]
-    rules += [Rule(role, active, shared=True) for role in (Role.GATE, Role.UP, Role.DOWN)]
+    rules = [Rule(role, active) for role in (EMBEDDING, Q, K, V, OUTPUT)]
+    rules += [Rule(role, active, part=SHARED) for role in (GATE, UP, DOWN)]
     return Mix(number, experts, tuple(rules), head=active, eight_experts_output=active)
 
 
@@ -189,6 +259,12 @@ FALLBACK = {
     "IQ3_S": "IQ4_NL",
     "IQ3_XXS": "IQ4_NL",
     "IQ2_S": "IQ4_NL",
+    "IQ2_XS": "IQ4_NL",
+    "IQ2_XXS": "IQ4_NL",
+    "IQ1_M": "IQ4_NL",
+    "IQ1_S": "IQ4_NL",
+    "TQ2_0": "Q4_0",
+    "TQ1_0": "Q4_0",
 }
 """llama-quantize's replacement where rows are not a multiple of 256."""
 
@@ -204,9 +280,9 @@ class Recipe:
     overrides: tuple[tuple[re.Pattern[str], str], ...] = ()
     imatrix: bool = False
 
-    def type_of(self, name: str, role: Role, layer: int, model: Architecture, shared: bool = False) -> str:
+    def type_of(self, name: str, role: Role, layer: int, model: Architecture) -> str:
         """The type asked for, before any fallback for the row length, of a tensor that the file calls `name`. `layer` is ignored
-        outside of layers; `shared` marks shared experts."""
+        outside of layers."""
         if role in KEPT_ROLES:
             return "F32"
         for pattern, kind in self.overrides:
@@ -217,16 +293,18 @@ class Recipe:
             return mix.head
         if model.num_experts == 8 and formats.get(mix.base).block_size > 1:
             if role in (Role.ATTENTION_K, Role.ATTENTION_V):
-                return "Q8_0"
+                return mix.eight_experts_kv
             if role is Role.ATTENTION_OUTPUT:
                 return mix.eight_experts_output or mix.base
             if role is Role.DOWN and self.name == "IQ3_M" and Layers.MORE_BITS.contains(layer, model.num_layers):
                 return "Q4_K"
+        count = 2 * layer + (SHARED in name) if model.num_shared_experts else layer
         for rule in mix.rules:
+            depth = count if rule.layers is Layers.FIRST_EIGHTH_COUNTED else layer
             if (
                 rule.role is role
-                and (not rule.shared or shared)
-                and rule.layers.contains(layer, model.num_layers)
+                and rule.part in name
+                and rule.layers.contains(depth, model.num_layers)
                 and self._holds(rule.when, model)
             ):
                 return rule.type
@@ -238,6 +316,8 @@ class Recipe:
                 return True
             case When.GROUPED_QUERIES:
                 return model.num_heads // model.num_kv_heads >= 4
+            case When.GROUPED_QUERIES_OR_EXPERTS:
+                return model.num_heads // model.num_kv_heads >= 4 or model.num_experts >= 4
             case When.WITH_IMATRIX:
                 return self.imatrix
             case When.WITHOUT_IMATRIX:
@@ -272,12 +352,13 @@ def recipe(*, bits: int = 4, type: str | None = None, tensor_types: Sequence[str
     return Recipe(name, mix, tuple(overrides), imatrix)
 
 
-def fitting(kind: str, columns: int) -> str:
-    """`kind`, or llama-quantize's fallback where its blocks do not divide rows of `columns` weights.
+def fitting(kind: str, columns: int, head: bool = False) -> str:
+    """`kind`, or llama-quantize's fallback where its blocks do not divide rows of `columns` weights; for the `head` of a mix that
+    is Q8_0.
 
     Where the fallback does not divide them either, F16 as llama-quantize; also where it knows no fallback and stops.
     """
     if columns % formats.get(kind).block_size == 0:
         return kind
-    smaller = FALLBACK.get(kind, LAST_RESORT)
+    smaller = "Q8_0" if head else FALLBACK.get(kind, LAST_RESORT)
     return smaller if columns % formats.get(smaller).block_size == 0 else LAST_RESORT

@@ -36,7 +36,7 @@ def _group(tensor: PlannedTensor) -> str:
     return ("expert " if tensor.routed else "shared expert " if tensor.shared else "") + tensor.role
 
 
-def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str) -> str:
+def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, *, chat: bool) -> str:
     """What the model card says of one export; `files` are its GGUF files in order."""
     first = files[0].name
     lines = [
@@ -47,7 +47,8 @@ def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str) ->
         *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors if tensor.role is not Role.NORM),
         *(f"{note}\n" for note in plan.notes),
         "```",
-        f'llama-completion -m {first} -no-cnv --repeat-penalty {REPETITION_PENALTY} -c {CONTEXT} -p "{PROMPT}"',
+        f"llama-completion -m {first} {'' if chat else '-no-cnv '}--repeat-penalty {REPETITION_PENALTY} "
+        f'-c {CONTEXT} -p "{PROMPT}"',
         "```",
         "",
     ]
@@ -88,27 +89,27 @@ def check_readme(path: Path, force: bool) -> None:
         )
 
 
-def joined(base: BaseModel, stem: str, section: str, before: bytes | None, names: Collection[str]) -> bytes:
+def joined(base: BaseModel, chat: bool, stem: str, section: str, before: bytes | None, names: Collection[str]) -> bytes:
     """README.md of a folder of GGUF files with the section of `stem` in it, in place of an older one; sections of which the
     files are still among the `names` in the folder are kept."""
     known = {found[1]: found[2] for found in SECTION.finditer(before.decode("utf-8", "replace"))} if before else {}
     there = {SHARD.sub("", name).removesuffix(".gguf") for name in names if name.endswith(".gguf")}
     known = {name: text for name, text in known.items() if name in there}
     known[stem] = section
-    head = opening(base, "gguf", TAGS, f"{base.name} GGUF", "in GGUF for llama.cpp and ollama")
+    head = opening(base, "gguf", TAGS, f"{base.name} GGUF", "in GGUF for llama.cpp and ollama", chat=chat)
     parts = [f"<!-- xent-quant: {name} -->\n{known[name].strip()}\n<!-- /xent-quant -->\n" for name in sorted(known)]
     return "\n".join([*head, *parts]).encode()
 
 
-def modelfile(files: Sequence[Path], stem: str) -> str:
-    """ollama's recipe: raw completion with the base model's generation defaults. It wants one file, so shards must be
-    merged into `stem`.gguf first."""
+def modelfile(files: Sequence[Path], stem: str, *, chat: bool) -> str:
+    """ollama's recipe: the base model's generation defaults, and raw completion unless there is a `chat` template, which ollama
+    takes from the file. It wants one file, so shards must be merged into `stem`.gguf first."""
     merge = [f"# First: llama-gguf-split --merge {files[0].name} {stem}.gguf"] if len(files) > 1 else []
     return "\n".join(
         [
             *merge,
             f"FROM ./{stem}.gguf",
-            'TEMPLATE "{{ .Prompt }}"',
+            *([] if chat else ['TEMPLATE "{{ .Prompt }}"']),
             f"PARAMETER repeat_penalty {REPETITION_PENALTY}",
             f"PARAMETER num_ctx {CONTEXT}",
             "",

@@ -15,6 +15,7 @@ from exporters.gguf import card, metadata, tokenizer, tokenizer_check
 from exporters.gguf.plan import GGUFPlan, GGUFSlot, PlannedTensor
 from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
 from xent_quant import formats
+from xent_quant.checkpoint.chat_template import chat_template
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ExportError
 from xent_quant.formats.base import U8
@@ -69,8 +70,8 @@ class GGUFExporter:
         self.tokenizer = tokenizer.load(checkpoint.path, checkpoint.architecture, strict=strict)
         self.tokenizer_notes = tokenizer_check.verify(checkpoint.path, self.tokenizer, strict=strict)
         self.base = BaseModel.of(checkpoint.path)
-        texts = (*self.tokenizer.tokens, *self.tokenizer.merges)
-        self.header_bytes = 65536 + sum(len(text.encode()) + 16 for text in texts)
+        self.chat = chat_template(checkpoint.path) is not None
+        self.header_bytes = 65536 + self.tokenizer.nbytes
         self.parts = shards(plan.tensors, split_size, self.header_bytes)
         self.stem = f"{name}-{plan.recipe.name}"
         count = len(self.parts)
@@ -199,10 +200,10 @@ class GGUFWriter:
         """See `Writer.finish`."""
         exporter = self._exporter
         modelfile = self._folder / exporter.modelfile.name
-        replace_bytes(modelfile, card.modelfile(exporter.files, exporter.stem).encode())
+        replace_bytes(modelfile, card.modelfile(exporter.files, exporter.stem, chat=exporter.chat).encode())
         moves = [Move(self._folder / path.name, path) for path in exporter.files]
-        section = card.section(exporter.plan, exporter.files, exporter.stem, exporter.modelfile.name)
-        readme = Shared(exporter.output / "README.md", partial(card.joined, exporter.base, exporter.stem, section))
+        section = card.section(exporter.plan, exporter.files, exporter.stem, exporter.modelfile.name, chat=exporter.chat)
+        readme = Shared(exporter.output / "README.md", partial(card.joined, exporter.base, exporter.chat, exporter.stem, section))
         return Exported(
             (*moves, Move(modelfile, exporter.modelfile)),
             (*exporter.files, readme.target, exporter.modelfile),

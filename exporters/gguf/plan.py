@@ -156,14 +156,14 @@ def _planned(
         shape = (shape[0], padded) if role is Role.DOWN else (padded, shape[1])
     if first.expert is not None:
         shape = (len(sources), *shape)
-    asked = recipe.type_of(name, role, first.layer or 0, model, first.shared)
+    asked = recipe.type_of(name, role, first.layer or 0, model)
     return PlannedTensor(
         name=name,
         role=role,
         shape=shape,
         sources=sources,
         heads={Role.ATTENTION_Q: model.num_heads, Role.ATTENTION_K: model.num_kv_heads}.get(role, 0),
-        type=fitting(asked, shape[-1]),
+        type=fitting(asked, shape[-1], role is Role.HEAD and asked == recipe.mix.head),
         asked=asked,
     )
 

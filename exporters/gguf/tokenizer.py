@@ -1,41 +1,48 @@
-"""tokenizer.json as GGUF keys, so that llama.cpp's token ids equal Hugging Face's.
+"""A checkpoint's tokenizer as GGUF keys, so that llama.cpp's token ids equal Hugging Face's.
 
-Byte-fallback BPE goes to llama.cpp's model `llama` with score = −(merge rank): its greedy merging of the best-scored
-pair is then BPE's order. Byte-level BPE goes to `gpt2` with the pre-tokenizer whose regex is the same.
+What llama.cpp offers for each kind of tokenizer is tried, and compared with Hugging Face on texts made to tell them apart:
+the first that agrees is taken. Nothing is chosen by name.
+
+- Byte-level BPE: model `gpt2` with the pre-tokenizer that splits alike.
+- Byte-fallback BPE: model `llama` with score = −(merge rank), whose greedy merging of the best-scored pair is then BPE's
+  order; else `gpt2` with a pre-tokenizer that escapes spaces, which merges by rank.
+- Unigram: model `t5`.
 """
 
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
-
+from exporters.gguf import tokenizer_check
+from exporters.gguf.llama_tokenizer import ENDS_BY_TEXT, TURN_ENDS, LlamaTokenizer
+from exporters.gguf.pretokenizers import ESCAPED_PRE_TOKENIZERS, PRE_TOKENIZERS, PreTokenizer, byte_encoded, decoded, split
+from exporters.gguf.tokenizer_spec import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    TokenizerSpec,
+    write,
+)
+from xent_quant.checkpoint import special_tokens
 from xent_quant.checkpoint.architecture import Architecture
-from xent_quant.checkpoint.headers import read_json
+from xent_quant.checkpoint.chat_template import chat_template
+from xent_quant.checkpoint.special_tokens import SpecialTokens
+from xent_quant.checkpoint.tokenizer import charsmap, from_value, tokenizer_path, tokenizer_value, vocabulary
 from xent_quant.errors import CheckpointError, UnsupportedError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-REGEX_BY_PRE = {"llama-bpe": LLAMA3, "qwen2": QWEN2, "gpt-2": GPT2}
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
+WRITTEN_ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
+UNUSED_SCORE = -10000.0
 
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """What goes into the GGUF: tokens by id with type and score, and for `gpt2` the merges."""
-
-    model: str
-    pre: str
-    tokens: tuple[str, ...]
-    types: tuple[int, ...]
-    scores: tuple[float, ...]
-    merges: tuple[str, ...]
-    add_space_prefix: bool
-    add_bos: bool
-    add_eos: bool
-    notes: tuple[str, ...]
+Inexact = Callable[[str], None]
 
 
 def load(folder: Path, architecture: Architecture, *, strict: bool = True) -> TokenizerSpec:
@@ -48,119 +55,235 @@ def load(folder: Path, architecture: Architecture, *, strict: bool = True) -> To
             raise UnsupportedError(f"{message}; --allow-tokenizer-mismatch exports it all the same")
         notes.append(message)
 
-    path = folder / "tokenizer.json"
-    value = read_json(path)
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    try:
-        model = value["model"]
-        kind, vocab = model["type"], model["vocab"]
-        added = {int(token["id"]): token for token in value.get("added_tokens") or []}
-        if kind != "BPE":
-            raise UnsupportedError(f"{path}: a {kind} tokenizer; only BPE can be written for llama.cpp")
-        by_id: dict[int, str] = {int(index): token for token, index in vocab.items()}
-        by_id |= {index: token["content"] for index, token in added.items()}
-        merges = [tuple(item.split(" ", 1)) if isinstance(item, str) else tuple(item) for item in model["merges"]]
-        if any(len(merge) != 2 for merge in merges):
-            raise CheckpointError(f"{path}: a merge is not a pair; the file is damaged, download it again")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a tokenizer ({type(error).__name__}: {error}); download it again") from error
-    if value.get("normalizer"):
-        inexact(f"{path}: normalizer {value['normalizer'].get('type')} cannot be expressed in llama.cpp")
-    size = architecture.vocab_size
+    path, value = tokenizer_path(folder), tokenizer_value(folder)
+    reference = from_value(path, value)
+    special = special_tokens.read(folder, reference, architecture.vocab_size)
+    spec = _tokens(path, value, special, architecture.vocab_size)
+    spec = replace(spec, chat_template=chat_template(folder))
+    kind, parts = value["model"].get("type", "BPE"), _parts(value.get("pre_tokenizer"))
+    if kind == "Unigram":
+        candidates = _unigram(spec, value)
+    elif kind == "BPE" and value["model"].get("byte_fallback"):
+        candidates = _byte_fallback(path, spec, value, reference, inexact)
+    elif kind == "BPE" and "ByteLevel" in [part.get("type") for part in (*parts, *_parts(value.get("decoder"), "decoders"))]:
+        candidates = _byte_level(path, spec, value, reference, inexact)
+    elif kind == "BPE":
+        raise UnsupportedError(f"{path}: neither byte-fallback nor byte-level BPE; llama.cpp has no such tokenizer")
+    else:
+        raise UnsupportedError(f"{path}: a {kind} tokenizer; only BPE and Unigram can be written for llama.cpp")
+    chosen = tokenizer_check.first_that_agrees(reference, candidates)
+    if chosen.pre in PRE_TOKENIZERS and chosen.model == "gpt2":
+        _refuse_tokens_across_splits(path, reference, chosen, inexact)
+    return replace(chosen, notes=(*chosen.notes, *special.notes, *notes))
+
+
+def _parts(step: Any, key: str = "pretokenizers") -> list[dict[str, Any]]:
+    """The steps of a pre-tokenizer, normalizer or decoder, sequences opened."""
+    if not isinstance(step, dict):
+        return []
+    return [part for nested in step.get(key, ()) for part in _parts(nested, key)] if step.get("type") == "Sequence" else [step]
+
+
+def _tokens(path: Path, value: dict[str, Any], special: SpecialTokens, size: int) -> TokenizerSpec:
+    """Tokens, types and special ids, which no candidate changes."""
+    added = {int(token["id"]): token for token in value["added_tokens"]}
+    by_id = {index: token for token, index in vocabulary(value).items()} | {i: token["content"] for i, token in added.items()}
     if by_id and max(by_id) >= size:
         raise CheckpointError(
             f"{path}: token id {max(by_id)} does not fit config.json's vocab_size {size}; they belong to different models"
         )
-    tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
-    parts = _parts(value.get("pre_tokenizer"))
-    kinds = [part.get("type") for part in parts]
-    byte_fallback = bool(model.get("byte_fallback"))
-    types = [_token_type(index, tokens[index], index in by_id, added, byte_fallback) for index in range(size)]
-    add = (bool(settings.get("add_bos_token", False)), bool(settings.get("add_eos_token", False)))
-    if byte_fallback:
-        others = set(kinds) - {"Metaspace", "Digits", "Punctuation", None}
-        if others:
-            inexact(f"{path}: pre-tokenizer {', '.join(sorted(map(str, others)))} with byte fallback cannot be expressed")
-        prefix = next((_prefix(part) for part in parts if part.get("type") == "Metaspace"), False)
-        crossing = _crossing(kinds, [token for index, token in by_id.items() if types[index] == NORMAL])
-        if crossing:
-            inexact(f"{path}: {crossing}; llama.cpp would form it, Hugging Face never does")
-        ranks: dict[str, int] = {}
-        for rank, (left, right) in enumerate(merges):
-            ranks.setdefault(left + right, rank)
-        # Only merged tokens are ever looked up by score; characters and bytes need none.
-        scores = [-float(ranks.get(token, 0)) for token in tokens]
-        return TokenizerSpec("llama", "default", tuple(tokens), tuple(types), tuple(scores), (), prefix, *add, tuple(notes))
-    if "ByteLevel" not in kinds:
-        raise UnsupportedError(f"{path}: neither byte-fallback nor byte-level BPE; llama.cpp has no such tokenizer")
-    regex = next((part["pattern"].get("Regex", "") for part in parts if part.get("type") == "Split"), GPT2)
-    pre = next((name for name, known in REGEX_BY_PRE.items() if known == regex), None)
-    if pre is None:
-        inexact(f"{path}: its splitting regex is none of those that llama.cpp knows ({', '.join(REGEX_BY_PRE)})")
-        pre = "llama-bpe"
-    joined = tuple(f"{left} {right}" for left, right in merges)
-    return TokenizerSpec("gpt2", pre, tuple(tokens), tuple(types), (0.0,) * size, joined, False, *add, tuple(notes))
+    model = value["model"]
+    unknown = model.get("unk_token") or ""
+    if isinstance(model.get("unk_id"), int):
+        unknown = by_id.get(model["unk_id"], "")
+    tokens, notes = _texts(by_id, size)
+    kept = {index: token for index, token in by_id.items() if token == tokens[index]}
+    types = [_type(index, kept.get(index), added, bool(model.get("byte_fallback")), unknown) for index in range(size)]
+    ids = {role: special.ids[role] for role in WRITTEN_ROLES if role in special.ids}
+    if unknown in by_id.values():
+        ids["unk"] = next(index for index, token in by_id.items() if token == unknown)
+    notes += _ends(ids, special, tokens)
+    return TokenizerSpec(
+        model="gpt2",
+        pre="default",
+        tokens=tuple(tokens),
+        types=tuple(types),
+        add_bos=special.add_bos,
+        add_eos=special.add_eos,
+        special=ids,
+        notes=tuple(notes),
+    )
 
 
-def _parts(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if pre_tokenizer is None:
-        return []
-    return list(pre_tokenizer["pretokenizers"]) if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
+def _texts(by_id: dict[int, str], size: int) -> tuple[list[str], list[str]]:
+    """The tokens by id, and notes. llama.cpp wants each text once, none empty, and reads up to a zero character."""
+    taken, tokens, renamed = set(by_id.values()), [], 0
+    for index in range(size):
+        token = by_id.get(index)
+        if token is None or not token or "\0" in token:
+            renamed += token is not None
+            token = f"[PAD{index}]"
+            while token in taken:
+                token = f"[{token}]"
+            taken.add(token)
+        tokens.append(token)
+    told = f"llama.cpp cannot hold {renamed} tokens that are empty or contain a zero character; their text is lost"
+    return tokens, [told] if renamed else []
 
 
-def _prefix(metaspace: dict[str, Any]) -> bool:
-    """Whether a space is put before the text; `add_prefix_space` is how tokenizers before 0.19 wrote it."""
-    scheme = metaspace.get("prepend_scheme")
-    return scheme != "never" if scheme is not None else bool(metaspace.get("add_prefix_space", True))
-
-
-def _token_type(index: int, token: str, present: bool, added: dict[int, Any], byte_fallback: bool) -> int:
-    if not present:
+def _type(index: int, token: str | None, added: dict[int, Any], byte_fallback: bool, unknown: str) -> int:
+    if token is None:
         return UNUSED
+    if unknown and token == unknown:
+        return UNKNOWN
     if index in added:
-        return CONTROL if added[index].get("special") else USER_DEFINED
+        return CONTROL if added[index]["special"] else USER_DEFINED
     if byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
         return BYTE
-    return UNKNOWN if token == "<unk>" else NORMAL
+    return NORMAL
 
 
-def _crossing(kinds: list[str | None], tokens: list[str]) -> str | None:
-    """Digits and Punctuation only split; llama.cpp needs no such step as long as no token crosses a split. The first that
-    does, in words."""
-    from tokenizers import pre_tokenizers
+def _ends(ids: dict[str, int], special: SpecialTokens, tokens: list[str]) -> list[str]:
+    """Put further end tokens, of a chat's turn say, where llama.cpp looks for them; into `ids`, and notes."""
+    notes = []
+    others = list(special.ends[1:])
+    if others:
+        turn = next((index for index in others if tokens[index] in TURN_ENDS), others[0])
+        ids["eot"] = turn
+        others.remove(turn)
+    unseen = [index for index in others if tokens[index] not in ENDS_BY_TEXT]
+    if unseen:
+        ids["eom"] = unseen[0]
+    if len(unseen) > 1:
+        names = ", ".join(repr(tokens[index]) for index in unseen[1:])
+        notes.append(f"generation should end at {names} too; llama.cpp has no place for more end tokens")
+    if "eos" not in ids:
+        notes.append("no file names the token that ends a text; llama.cpp takes one of its own choice")
+    elif "bos" not in ids:  # else llama.cpp takes the token of id 1, or 11
+        ids["bos"] = ids["eos"]
+    return notes
 
-    splitters = {
-        "Digits": pre_tokenizers.Digits(individual_digits=True),
-        "Punctuation": pre_tokenizers.Punctuation("isolated"),
-    }
-    for kind, splitter in splitters.items():
-        if kind in kinds:
-            crossing = next((token for token in tokens if len(token) > 1 and len(splitter.pre_tokenize_str(token)) > 1), None)
-            if crossing is not None:
-                return f"token {crossing!r} crosses a {kind} split"
-    return None
+
+def _merges(value: dict[str, Any]) -> list[tuple[str, str]]:
+    """The merges in order of rank; of one that is listed twice Hugging Face takes the last, llama.cpp the first."""
+    pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in value["model"]["merges"]]
+    return list(dict.fromkeys(reversed(pairs)))[::-1]
 
 
-def write(writer: gguf.GGUFWriter, spec: TokenizerSpec, architecture: Architecture) -> None:
-    """Add every tokenizer key to the file."""
-    writer.add_tokenizer_model(spec.model)
-    writer.add_tokenizer_pre(spec.pre)
-    writer.add_token_list([token.encode("utf-8") for token in spec.tokens])
-    writer.add_token_types(list(spec.types))
-    if spec.model == "llama":
-        writer.add_token_scores(list(spec.scores))
+def _unigram(spec: TokenizerSpec, value: dict[str, Any]) -> Iterator[TokenizerSpec]:
+    scores = [float(score) for _, score in value["model"]["vocab"]]
+    every = [UNUSED_SCORE if kind == UNUSED else 0.0 for kind in spec.types]
+    every[: len(scores)] = scores
+    table = charsmap(value.get("normalizer"))
+    for prefix in (True, False):
+        for merge in (False, True):
+            yield replace(
+                spec,
+                model="t5",
+                scores=tuple(every),
+                add_space_prefix=prefix,
+                remove_extra_whitespaces=merge,
+                charsmap=table,
+            )
+
+
+def _byte_fallback(
+    path: Path, spec: TokenizerSpec, value: dict[str, Any], reference: "Tokenizer", inexact: Inexact
+) -> Iterator[TokenizerSpec]:
+    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in set(spec.tokens)]
+    if missing:  # llama.cpp ends the process over it
+        raise UnsupportedError(f"{path}: byte fallback without a token for byte {missing[0]}; llama.cpp needs all 256")
+    pairs = _merges(value)
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(pairs):
+        ranks.setdefault(left + right, rank)
+    # A token that no merge makes comes last: llama.cpp makes it of any two neighbours that spell it. Single characters and
+    # bytes are never looked up.
+    scores = tuple(-float(ranks.get(token, len(pairs))) for token in spec.tokens)
+    scored = replace(spec, model="llama", scores=scores)
+    merging = replace(spec, merges=tuple(f"{left} {right}" for left, right in pairs if " " not in left + right))
+    crossing = _crossing(reference, [t for t, kind in zip(spec.tokens, spec.types, strict=True) if kind == NORMAL])
+    if crossing is not None:
+        inexact(
+            f"{path}: token {crossing!r} crosses a split of its pre-tokenizer; llama.cpp would form it, Hugging Face never does"
+        )
+    yield replace(scored, add_space_prefix=True)
+    yield replace(scored, add_space_prefix=False)
+    for name in ESCAPED_PRE_TOKENIZERS:
+        yield replace(merging, pre=name)
+
+
+def _crossing(reference: "Tokenizer", tokens: list[str]) -> str | None:
+    """llama.cpp's model `llama` does not split a text before it merges; it needs not as long as no token crosses a split.
+    The first that does."""
+    return next((t for t in tokens if len(t) > 1 and len(_words(reference, t.replace("▁", " "))) > 1), None)
+
+
+def _byte_level(
+    path: Path, spec: TokenizerSpec, value: dict[str, Any], reference: "Tokenizer", inexact: Inexact
+) -> Iterator[TokenizerSpec]:
+    spec = replace(spec, merges=tuple(map(" ".join, _merges(value))))
+    ordinary, others = _Splits(reference, tokenizer_check.sample()), _Splits(reference, tokenizer_check.beyond())
+    names = [name for name, pre in PRE_TOKENIZERS.items() if ordinary.all_alike(pre)]
+    if names:
+        names.sort(key=lambda name: -others.alike(PRE_TOKENIZERS[name]))
     else:
-        writer.add_token_merges(list(spec.merges))
-    writer.add_add_space_prefix(spec.add_space_prefix)
-    writer.add_add_bos_token(spec.add_bos)
-    writer.add_add_eos_token(spec.add_eos)
-    for token, add in (
-        (architecture.bos_token_id, writer.add_bos_token_id),
-        (architecture.eos_token_id, writer.add_eos_token_id),
-        (architecture.pad_token_id, writer.add_pad_token_id),
-    ):
+        names = sorted(PRE_TOKENIZERS, key=lambda name: -ordinary.alike(PRE_TOKENIZERS[name]))
+    ignore = bool(value["model"].get("ignore_merges"))
+    same = [name for name in names if PRE_TOKENIZERS[name].ignore_merges == ignore]
+    if not same:
+        token = _unmerged(value)
         if token is not None:
-            add(token)
+            inexact(
+                f"{path}: token {token!r} is {'taken whole' if ignore else 'not reached'} where its merges do not make it; "
+                f"llama.cpp's pre-tokenizer {names[0]} does the opposite"
+            )
+        same = names
+    for name in same:
+        yield replace(spec, pre=name)
 
 
-__all__ = ["TokenizerSpec", "load", "write"]
+def _words(reference: "Tokenizer", text: str) -> list[str]:
+    """What Hugging Face merges within, byte-encoded where it does so."""
+    normal = text if reference.normalizer is None else reference.normalizer.normalize_str(text)
+    steps = reference.pre_tokenizer
+    return [normal] if steps is None else [word for word, _ in steps.pre_tokenize_str(normal)]
+
+
+class _Splits:
+    """How Hugging Face splits some texts, to compare with."""
+
+    def __init__(self, reference: "Tokenizer", texts: list[str]) -> None:
+        self._wanted = [(text, _words(reference, text)) for text in texts]
+
+    def _compared(self, pre: PreTokenizer) -> Iterator[bool]:
+        return (words == [byte_encoded(word) for word in split(pre, text)] for text, words in self._wanted)
+
+    def alike(self, pre: PreTokenizer) -> int:
+        """How many texts are split in the same way."""
+        return sum(self._compared(pre))
+
+    def all_alike(self, pre: PreTokenizer) -> bool:
+        return all(self._compared(pre))
+
+
+def _refuse_tokens_across_splits(path: Path, reference: "Tokenizer", spec: TokenizerSpec, inexact: Inexact) -> None:
+    """Ids may be equal although the splits are not, as long as no token lies across one; so every token is tried as a text."""
+    if _Splits(reference, tokenizer_check.sample()).all_alike(PRE_TOKENIZERS[spec.pre]):
+        return
+    texts = [decoded(token) for token, kind in zip(spec.tokens, spec.types, strict=True) if kind == NORMAL]
+    difference = tokenizer_check.first_difference(reference, spec, [text for text in texts if text])
+    if difference:
+        inexact(f"{path}: llama.cpp's pre-tokenizer {spec.pre} is the nearest, and forms tokens otherwise, at {difference}")
+
+
+def _unmerged(value: dict[str, Any]) -> str | None:
+    """The first token that merging does not make, so that it matters whether merges are ignored; None where there is none."""
+    from tokenizers import Tokenizer
+
+    merging = Tokenizer.from_str(json.dumps(value | {"model": value["model"] | {"ignore_merges": False}}, ensure_ascii=False))
+    added = {token["content"] for token in value["added_tokens"]}
+    return next((t for t in vocabulary(value) if t not in added and len(merging.model.tokenize(t)) > 1), None)
+
+
+__all__ = ["BYTE", "LlamaTokenizer", "TokenizerSpec", "load", "write"]

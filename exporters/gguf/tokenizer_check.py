@@ -1,174 +1,162 @@
-"""Tokenises as llama.cpp will, from the keys that a GGUF is going to hold, and compares with Hugging Face.
+"""Compares how llama.cpp will tokenise, from the keys that a GGUF is going to hold, with Hugging Face.
 
-Written from llama.cpp's src/llama-vocab.cpp (llm_tokenizer_spm_session, llm_tokenizer_bpe_session): the check needs no
-llama.cpp, so that it runs before a weight is read; the tests hold it against stock llama.cpp.
+Three kinds of texts: those that a model of English and Chinese meets, which must agree; others, where a difference is told;
+and such with special tokens inside, as chat programs make them.
 """
 
-import heapq
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from exporters.gguf.tokenizer import BYTE, REGEX_BY_PRE, USER_DEFINED, TokenizerSpec
-from xent_quant.checkpoint.tokenizer import load_tokenizer
+from exporters.gguf.llama_tokenizer import LlamaTokenizer
+from exporters.gguf.tokenizer_spec import CONTROL, USER_DEFINED, TokenizerSpec
+from xent_quant.checkpoint import sentencepiece_model
+from xent_quant.checkpoint.headers import read_json
+from xent_quant.checkpoint.tokenizer import load_tokenizer, tokenizer_path
 from xent_quant.errors import UnsupportedError
 
-WHOLE_WORDS_FIRST = {"llama-bpe"}
-"""Pre-tokenizers with which llama.cpp takes a word that is a token as it is, without merging."""
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BEYOND = "<|beyond|>"
+WHITE_SPACE = (
+    "a\r\nb\r\n\r\nc\n\n\n d\n \n\t\n  e   \n\n   f\t\tg \t h  ",
+    "\n\nstarts with two newlines, ends with three\n\n\n",
+    "x     y          z                    w\t\t\t\tv\n\n\n\n\n\nu",
+    "if x:\n    for y in z:\n        print(y)\n\n\ndef f(a, b=1):\n\treturn a+b  # sum\n",
+    "第一行\n\n　　第二行，前有全角空格。\r\n\t第三行\u3000\n\n\n。\n！\n",
+)
+LEADING_SPACE = (" starts with a space", "   starts with three", " ", "   ")
+SPECIAL_TOKENS_TRIED = 12
+
+
+@cache
+def _paragraphs() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    text = (resources.files("exporters.gguf") / "tokenizer_sample.txt").read_text("utf-8")
+    ordinary, beyond = text.split(f"\n\n{BEYOND}\n\n")
+    return tuple(p for p in ordinary.split("\n\n") if p), tuple(p for p in beyond.split("\n\n") if p)
 
 
 def sample() -> list[str]:
-    """The bundled bilingual texts, one a paragraph: punctuation, digits, spaces, emoji, rare characters."""
-    text = (resources.files("exporters.gguf") / "tokenizer_sample.txt").read_text("utf-8")
-    return [paragraph for paragraph in text.split("\n\n") if paragraph]
+    """English and Chinese, code, numbers, white space, punctuation: on these ids must be equal."""
+    paragraphs, _ = _paragraphs()
+    return [*paragraphs, *WHITE_SPACE, "\n\n".join(paragraphs)]
 
 
-def first_difference(folder: Path, spec: TokenizerSpec, texts: list[str]) -> str | None:
+def beyond() -> list[str]:
+    """What an export may get otherwise, if it says so: other scripts, combining marks, emoji that hold them, text that begins
+    with a space."""
+    return [*_paragraphs()[1], *LEADING_SPACE]
+
+
+def with_special_tokens(spec: TokenizerSpec) -> list[str]:
+    """Texts that hold the tokenizer's special and user-defined tokens."""
+    kinds = {CONTROL: [], USER_DEFINED: []}  # type: dict[int, list[str]]
+    for token, kind in zip(spec.tokens, spec.types, strict=True):
+        if kind in kinds:
+            kinds[kind].append(token)
+    roles = [spec.tokens[index] for index in spec.special.values()]
+    tokens = list(dict.fromkeys([*roles, *kinds[CONTROL][:SPECIAL_TOKENS_TRIED], *kinds[USER_DEFINED][:SPECIAL_TOKENS_TRIED]]))
+    texts = [f"{token}Hello{token}\n你好 {token} 12 {token}" for token in tokens[: 2 * SPECIAL_TOKENS_TRIED]]
+    return [*texts, *(f"{first}user\nHi!{second}\n" for first, second in pairwise(tokens))]
+
+
+def first_difference(
+    reference: "Tokenizer", spec: TokenizerSpec, texts: Iterable[str], *, special: bool = False, around: bool = False
+) -> str | None:
     """Where the two tokenise one of `texts` differently: the text around, for a message; None where all ids are equal.
 
-    Raises CheckpointError where Hugging Face cannot load the tokenizer.
+    `special`: special tokens inside a text are parsed. `around`: those that are added at its ends are compared, too.
     """
-    reference, ours = load_tokenizer(folder), LlamaTokenizer(spec)
+    ours = LlamaTokenizer(spec)
     for text in texts:
-        wanted, got = reference.encode(text, add_special_tokens=False).ids, ours.encode(text)
+        wanted = reference.encode(text, add_special_tokens=around).ids
+        got = ours.encode(text, parse_special=special, add_special=around)
         if wanted != got:
             index = next(
                 (i for i, pair in enumerate(zip(wanted, got, strict=False)) if pair[0] != pair[1]), min(len(wanted), len(got))
             )
-            return (
-                f"{reference.decode(wanted[max(0, index - 4) : index + 4])!r}: Hugging Face {wanted[index : index + 4]}, "
-                f"llama.cpp {got[index : index + 4]}"
-            )
+            near = reference.decode(wanted[max(0, index - 4) : index + 4], skip_special_tokens=False)
+            return f"{near!r}: Hugging Face {wanted[index : index + 4]}, llama.cpp {got[index : index + 4]}"
     return None
 
 
+def first_that_agrees(reference: "Tokenizer", candidates: Iterable[TokenizerSpec]) -> TokenizerSpec:
+    """Of what llama.cpp offers the first with which all texts agree that must; else that with which most do."""
+    best: tuple[int, ...] | None = None
+    for candidate in candidates:
+        ours, special = LlamaTokenizer(candidate), with_special_tokens(candidate)
+
+        def agreeing(texts: Sequence[str], parse_special: bool = False, ours: LlamaTokenizer = ours) -> int:
+            return sum(
+                reference.encode(text, add_special_tokens=False).ids == ours.encode(text, parse_special=parse_special)
+                for text in texts
+            )
+
+        rank = (agreeing(sample()), agreeing(special, True), agreeing(beyond()))
+        if best is None or rank > best:
+            best, chosen = rank, candidate
+        if rank[:2] == (len(sample()), len(special)):
+            break
+    return chosen
+
+
+def _kind(folder: Path) -> str:
+    """A tokenizer's steps in words, for a message."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return "tokenizer.model"
+    value = read_json(path)
+
+    def names(step: object, key: str) -> list[str]:
+        if not isinstance(step, dict):
+            return []
+        return [name for part in step[key] for name in names(part, key)] if key in step else [str(step.get("type"))]
+
+    steps = [
+        f"{word} {', '.join(found)}"
+        for word, key, nested in (
+            ("normalizer", "normalizer", "normalizers"),
+            ("pre-tokenizer", "pre_tokenizer", "pretokenizers"),
+        )
+        if (found := names(value.get(key), nested))
+    ]
+    return "; ".join([str(value["model"].get("type", "BPE")), *steps])
+
+
 def verify(folder: Path, spec: TokenizerSpec, *, strict: bool = True) -> tuple[str, ...]:
-    """Compare on the bundled sample. Notes for the person: where ids will differ, or a known exception.
+    """Compare a chosen spec with Hugging Face. Notes for the person: where ids will differ, or a known exception.
 
     Raises UnsupportedError where they differ, unless `strict` is false.
     """
-    difference = first_difference(folder, spec, sample())
-    if difference:
-        message = f"{folder / 'tokenizer.json'}: llama.cpp will tokenise differently, at {difference}"
+    path = tokenizer_path(folder)
+    reference, notes = load_tokenizer(folder), list(spec.notes)
+
+    def refuse(message: str) -> None:
+        message = f"{path}: {message}"
         if strict:
             raise UnsupportedError(f"{message}; --allow-tokenizer-mismatch exports it all the same")
-        return (*spec.notes, message)
-    return (*spec.notes, SPACE_PREFIX_NOTE) if spec.add_space_prefix else spec.notes
+        notes.append(message)
 
-
-SPACE_PREFIX_NOTE = (
-    "Token ids equal Hugging Face's, except that llama.cpp puts one more space before a text that begins with one, and "
-    "before text after a special token."
-)
-
-
-class LlamaTokenizer:
-    """Plain text to ids, special tokens not parsed."""
-
-    def __init__(self, spec: TokenizerSpec) -> None:
-        self._spec = spec
-        self._ids: dict[str, int] = {}
-        for index, token in enumerate(spec.tokens):
-            self._ids.setdefault(token, index)
-        self._bytes = {int(spec.tokens[i][3:5], 16): i for i, kind in enumerate(spec.types) if kind == BYTE}
-        self._ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(spec.merges)}
-        self._whole = sorted(
-            (token for token, kind in zip(spec.tokens, spec.types, strict=True) if kind == USER_DEFINED and token),
-            key=len,
-            reverse=True,
+    if path.name == "tokenizer.model":
+        text = sentencepiece_model.difference(path, reference, sample())
+        if text is not None:
+            refuse(f"cannot be reproduced, at {text[:60]!r}")
+    ordinary = difference = first_difference(reference, spec, sample())
+    if difference:
+        refuse(f"llama.cpp will tokenise differently ({_kind(folder)}), first at {difference}")
+    difference = first_difference(reference, spec, with_special_tokens(spec), special=True)
+    if difference and spec.add_space_prefix:
+        notes.append(f"Text after a special token gets a space from llama.cpp, not from Hugging Face: first at {difference}")
+    elif difference:
+        refuse(f"llama.cpp will tokenise text around special tokens differently, first at {difference}")
+    difference = None if ordinary else first_difference(reference, spec, beyond())
+    if difference:
+        notes.append(
+            "Token ids equal Hugging Face's on English and Chinese; other text llama.cpp may split differently "
+            f"(pre-tokenizer {spec.pre}): first at {difference}"
         )
-
-    def encode(self, text: str) -> list[int]:
-        if self._spec.model == "gpt2":
-            return [index for part in self._partition(text) for index in self._encode_bpe(part)]
-        ids: list[int] = []
-        first = True
-        for part in self._partition(text):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += self._encode_spm((" " if first and self._spec.add_space_prefix else "") + part)
-            first = False
-        return ids
-
-    def _partition(self, text: str) -> list[str | int]:
-        """Text cut at user-defined tokens, longest first."""
-        parts: list[str | int] = [text] if text else []
-        for token in self._whole:
-            cut: list[str | int] = []
-            for part in parts:
-                if isinstance(part, int) or token not in part:
-                    cut.append(part)
-                    continue
-                for number, piece in enumerate(part.split(token)):
-                    cut += [self._ids[token]] if number else []
-                    cut += [piece] if piece else []
-            parts = cut
-        return parts
-
-    def _encode_spm(self, text: str) -> list[int]:
-        """Greedy merging of the best-scored pair of neighbours that is a token; the leftmost of equals."""
-        spec, ids = self._spec, self._ids
-        pieces: list[str | None] = list(text.replace(" ", "▁"))
-
-        def score(left: int, right: int) -> tuple[float, int, int, str] | None:
-            joined = f"{pieces[left]}{pieces[right]}"
-            return (-spec.scores[ids[joined]], left, right, joined) if joined in ids else None
-
-        return [index for piece in self._merge(pieces, score) for index in self._resolve(piece)]
-
-    def _resolve(self, piece: str) -> list[int]:
-        if piece in self._ids:
-            return [self._ids[piece]]
-        return [self._bytes[byte] for byte in piece.encode("utf-8")]
-
-    def _encode_bpe(self, part: str | int) -> list[int]:
-        """Byte-level BPE: words by the pre-tokenizer's regex, merges by rank."""
-        if isinstance(part, int):
-            return [part]
-        result: list[int] = []
-        for word, _ in _splitter(self._spec.pre).pre_tokenize_str(part):
-            if self._spec.pre in WHOLE_WORDS_FIRST and word in self._ids:
-                result.append(self._ids[word])
-                continue
-            pieces: list[str | None] = list(word)
-
-            def rank(left: int, right: int, pieces: list[str | None] = pieces) -> tuple[float, int, int, str] | None:
-                pair = (str(pieces[left]), str(pieces[right]))
-                return (self._ranks[pair], left, right, "".join(pair)) if pair in self._ranks else None
-
-            result += [self._ids[piece] for piece in self._merge(pieces, rank)]
-        return result
-
-    @staticmethod
-    def _merge(pieces, candidate) -> list[str]:  # type: ignore[no-untyped-def]
-        """Merge neighbours, least candidate first, until none is left. `pieces` is used up."""
-        following = [*range(1, len(pieces)), -1]
-        before = [*range(-1, len(pieces) - 1)]
-        queue = [found for left in range(len(pieces) - 1) if (found := candidate(left, left + 1))]
-        heapq.heapify(queue)
-        while queue:
-            _, left, right, joined = heapq.heappop(queue)
-            if pieces[left] is None or pieces[right] is None or pieces[left] + pieces[right] != joined:
-                continue  # a neighbour was merged meanwhile
-            pieces[left], pieces[right] = joined, None
-            following[left] = following[right]
-            if following[right] >= 0:
-                before[following[right]] = left
-            if before[left] >= 0 and (found := candidate(before[left], left)):
-                heapq.heappush(queue, found)
-            if following[left] >= 0 and (found := candidate(left, following[left])):
-                heapq.heappush(queue, found)
-        return [piece for piece in pieces if piece is not None]
-
-
-@cache
-def _splitter(pre: str):  # type: ignore[no-untyped-def]
-    from tokenizers import Regex, pre_tokenizers
-
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(REGEX_BY_PRE[pre]), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    return tuple(notes)

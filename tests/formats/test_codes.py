@@ -26,7 +26,8 @@ def test_weights_are_scale_times_level_plus_offset(kind: CodedFormat) -> None:
     want = grid.scale[:, group] * grid.levels[codes] + grid.offset[:, group]
     assert want.dtype == np.float32
     assert np.array_equal(kind.dequantize(packed), want)
-    assert np.array_equal(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(kind.ggml_type)), want)
+    if kind.name != "Q1_0":  # which gguf-py cannot read
+        assert np.array_equal(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(kind.ggml_type)), want)
 
 
 @pytest.mark.parametrize("kind", CODED, ids=ids)

@@ -10,10 +10,14 @@ from tests.reference import gguf_types, search
 from xent_quant import formats
 from xent_quant.formats._codebook import CodebookFormat
 from xent_quant.formats._codes import AffineFormat, SearchedFormat
+from xent_quant.formats._eights import EightsFormat, ShiftedFormat
 from xent_quant.formats.base import Effort
 from xent_quant.validation import llama_cpp
 
-TYPES = [name for name in formats.NAMES if isinstance(formats.get(name), SearchedFormat | CodebookFormat)]
+Searched = SearchedFormat | CodebookFormat | ShiftedFormat
+TYPES = [name for name in formats.NAMES if isinstance(formats.get(name), Searched)]
+SIZE_ONLY = {"Q1_0"}
+"""gguf-py knows the size of their blocks and cannot read them; stock ggml can."""
 RANDOM = np.random.default_rng(5)
 IMPORTANCE = RANDOM.exponential(size=256).astype(np.float32) + np.float32(0.01)
 
@@ -34,13 +38,34 @@ def ladder() -> np.ndarray:
     return np.concatenate([base * scales, np.array(odd, np.float32)])
 
 
-def expected(kind: SearchedFormat | CodebookFormat, row: np.ndarray, importance: np.ndarray, effort: Effort) -> bytes:
+def held(kind: formats.QuantFormat) -> np.ndarray:
+    """The rows of `ladder` that a type can hold: NVFP4 ends at 2688."""
+    rows = ladder()
+    return rows[np.abs(rows).max(axis=1) < 2688] if kind.name == "NVFP4" else rows
+
+
+def expected(kind: Searched, row: np.ndarray, importance: np.ndarray, effort: Effort) -> bytes:
     """The reference's bytes of a row."""
     candidates, rounds = getattr(kind.efforts, effort)
     groups = kind.block_size // kind.group_size
     packed = b""
     for start in range(0, len(row), kind.block_size):
         x, w = list(row[start : start + kind.block_size]), list(importance[start : start + kind.block_size])
+        if isinstance(kind, EightsFormat):
+            negative, y = search.signs_and_magnitudes(x, w, kind.even_signs)
+            size, unit = kind.group_size, float(kind.unit)
+            pointed = search.eights(
+                y, w, size, unit, 15, kind.points, 0, size // 8, list(kind.ladder), list(candidates), rounds
+            )  # fmt: skip
+            pointed.negative = negative
+            packed += gguf_types.PACK_POINTS[kind.name](pointed)
+            continue
+        if isinstance(kind, ShiftedFormat):
+            pointed = search.eights(
+                x, w, kind.group_size, 1, 7, kind.points, 0.125, kind.run, list(kind.ladder), list(candidates), rounds
+            )  # fmt: skip
+            packed += gguf_types.PACK_POINTS[kind.name](pointed)
+            continue
         if isinstance(kind, CodebookFormat):
             pointed = search.codebook(
                 x, w, kind.group_size, float(kind.unit), kind.points, kind.even_signs, list(candidates), rounds
@@ -51,8 +76,10 @@ def expected(kind: SearchedFormat | CodebookFormat, row: np.ndarray, importance:
             found = search.affine(x, w, groups, len(kind.levels) - 1, kind.scale_top, list(map(tuple, candidates)), rounds)
         elif kind.name == "MXFP4":
             found = search.powers(x, w, list(kind.levels), list(candidates))
+        elif kind.name == "NVFP4":
+            found = search.small_floats(x, w, list(kind.levels), list(candidates), rounds)
         else:
-            found = search.symmetric(x, w, groups, list(kind.levels[kind.unused :]), kind.scale_low, list(candidates), rounds)
+            found = search.symmetric(x, w, groups, list(kind.searched), kind.scale_low, list(candidates), rounds)
         packed += gguf_types.PACK[kind.name](found)
     return packed
 
@@ -61,8 +88,8 @@ def expected(kind: SearchedFormat | CodebookFormat, row: np.ndarray, importance:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_bytes_equal_the_slow_reference(name: str, weighted: bool) -> None:
     kind = formats.get(name)
-    assert isinstance(kind, SearchedFormat | CodebookFormat)
-    weights = ladder()
+    assert isinstance(kind, Searched)
+    weights = held(kind)
     importance = IMPORTANCE / IMPORTANCE.mean(dtype=np.float64).astype(np.float32) if weighted else np.ones(256, np.float32)
     packed = kind.quantize(weights, IMPORTANCE if weighted else None, effort="fast")
     with np.errstate(all="ignore"):
@@ -73,11 +100,24 @@ def test_bytes_equal_the_slow_reference(name: str, weighted: bool) -> None:
 @pytest.mark.parametrize("name", TYPES)
 def test_normal_effort_equals_the_slow_reference(name: str) -> None:
     kind = formats.get(name)
-    assert isinstance(kind, SearchedFormat | CodebookFormat)
+    assert isinstance(kind, Searched)
     row = (RANDOM.standard_t(4, (1, kind.block_size)) * 0.02).astype(np.float32)
     packed = kind.quantize(row)
     with np.errstate(all="ignore"):
         assert packed[0].tobytes() == expected(kind, row[0], np.ones(kind.block_size, np.float32), "normal")
+
+
+@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ1_S", "IQ1_M"])
+def test_several_rounds_equal_the_slow_reference(name: str) -> None:
+    """At high effort, since the other two make one round of the types of eight weights."""
+    kind = formats.get(name)
+    assert isinstance(kind, EightsFormat | ShiftedFormat)
+    rows = (RANDOM.standard_t(4, (3, 256)) * 0.02).astype(np.float32)
+    packed = kind.quantize(rows, IMPORTANCE, effort="high")
+    importance = IMPORTANCE / IMPORTANCE.mean(dtype=np.float64).astype(np.float32)
+    with np.errstate(all="ignore"):
+        for row, got in zip(rows, packed, strict=True):
+            assert got.tobytes() == expected(kind, row, importance, "high")
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -89,7 +129,8 @@ def test_any_bytes_mean_what_the_layout_says(name: str) -> None:
     ours = kind.dequantize(packed)
     assert np.isfinite(ours).all()
     assert np.array_equal(ours, np.array([gguf_types.READ[name](row.tobytes()) for row in packed]))
-    assert np.array_equal(ours, gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(kind.ggml_type)))
+    if name not in SIZE_ONLY:
+        assert np.array_equal(ours, gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(kind.ggml_type)))
     assert np.array_equal(ours, stock_dequantize(kind, packed))
 
 
@@ -97,9 +138,12 @@ def _finite_scales(kind: formats.QuantFormat) -> np.ndarray:
     """A mask [block_bytes] that keeps the exponents of float16 scales below the infinite one."""
     mask = np.full(kind.block_bytes, 255, np.uint8)
     last = {"Q2_K": (81, 83), "Q3_K": (109,), "Q6_K": (209,), "Q4_K": (1, 3), "Q5_K": (1, 3), "Q4_1": (1, 3), "Q5_1": (1, 3)}
+    last |= {"TQ2_0": (65,), "TQ1_0": (53,), "IQ1_M": (55,)}
     mask[list(last.get(kind.name, (1,)))] = 0xBF
     if kind.name == "MXFP4":
         mask[0], mask[1] = 0x7F, 255
+    if kind.name == "NVFP4":
+        mask[1] = 255
     return mask
 
 
@@ -133,7 +177,7 @@ def stock_dequantize(kind: formats.QuantFormat, packed: np.ndarray) -> np.ndarra
 @pytest.mark.parametrize("name", TYPES)
 def test_stock_ggml_reads_what_we_write(name: str) -> None:
     kind = formats.get(name)
-    packed = kind.quantize(ladder(), IMPORTANCE, effort="fast")
+    packed = kind.quantize(held(kind), IMPORTANCE, effort="fast")
     assert np.array_equal(stock_dequantize(kind, packed), kind.dequantize(packed))
 
 
@@ -152,6 +196,15 @@ def test_rounding_ties_go_to_even() -> None:
         15,
         0,
     ]
+
+
+@pytest.mark.parametrize("name", ["TQ2_0", "TQ1_0"])
+@pytest.mark.parametrize("effort", ["fast", "normal", "high"])
+def test_ternary_weights_are_kept_exactly(name: str, effort: Effort) -> None:
+    d = np.array([[0.0123], [3.5], [2e-5]], np.float16).astype(np.float32)
+    weights = d * RANDOM.integers(-1, 2, (3, 512)).astype(np.float32)
+    kind = formats.get(name)
+    assert np.array_equal(kind.dequantize(kind.quantize(weights, np.resize(IMPORTANCE, 512), effort=effort)), weights)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0"])

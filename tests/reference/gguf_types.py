@@ -223,6 +223,65 @@ def pack_mxfp4(x: Block) -> bytes:
     return bytes([e]) + nibbles32(stored)
 
 
+def e4m3(byte: int) -> float:
+    """An unsigned E4M3; ggml reads 0x7F as 0 and ignores the highest bit."""
+    exponent, rest = byte >> 3 & 15, byte & 7
+    return 0.0 if byte == 0x7F else (1 + rest / 8) * 2.0 ** (exponent - 7) if exponent else rest * 2.0**-9
+
+
+def pack_nvfp4(x: Block) -> bytes:
+    scales = bytes(next(byte for byte in range(128) if e4m3(byte) == 2 * d) for d in x.s)
+    levels = [-v for v in E2M1[:0:-1]] + E2M1
+    stored = [E2M1.index(abs(levels[c])) + (8 if levels[c] < 0 else 0) for c in x.codes]
+    return scales + bytes(stored[16 * j + i] + 16 * stored[16 * j + 8 + i] for j in range(4) for i in range(8))
+
+
+def read_nvfp4(b: bytes) -> list[np.float32]:
+    weights = []
+    for i in range(64):
+        code = b[4 + 8 * (i // 16) + i % 8] >> (4 * (i // 8 % 2)) & 15
+        weights.append(f(e4m3(b[i // 16]) / 2) * f(E2M1[code] if code < 8 else -E2M1[code - 8]))
+    return weights
+
+
+def read_tq2_0(b: bytes) -> list[np.float32]:
+    return [f32(b[64:66]) * f(quarter(b, i) - 1) for i in range(256)]
+
+
+def tq1_place(weight: int) -> tuple[int, int]:
+    """The byte that holds a weight, and how many digits stand before it there."""
+    if weight < 160:
+        return weight % 32, weight // 32
+    if weight < 240:
+        return 32 + weight % 16, (weight - 160) // 16
+    return 48 + weight % 4, (weight - 240) // 4
+
+
+def pack_tq1_0(x: Block) -> bytes:
+    digits = [[0] * 5 for _ in range(52)]
+    for weight, code in enumerate(x.codes):
+        byte, place = tq1_place(weight)
+        digits[byte][place] = code
+    values = [int("".join(map(str, five)), 3) for five in digits]
+    return bytes(-(-value * 256 // 243) for value in values) + f16(x.d)
+
+
+def read_tq1_0(b: bytes) -> list[np.float32]:
+    weights = []
+    for i in range(256):
+        byte, place = tq1_place(i)
+        weights.append(f32(b[52:54]) * f((b[byte] * 3**place % 256 * 3 >> 8) - 1))
+    return weights
+
+
+def pack_q1_0(x: Block) -> bytes:
+    return f16(x.d) + bytes(sum(x.codes[8 * j + i] << i for i in range(8)) for j in range(16))
+
+
+def read_q1_0(b: bytes) -> list[np.float32]:
+    return [f32(b[0:2]) * f(1 if b[2 + i // 8] >> (i % 8) & 1 else -1) for i in range(128)]
+
+
 def points(name: str) -> list[list[int]]:
     """ggml's grid of a codebook type, by gguf-py."""
     kind = getattr(gguf.quants, name)
@@ -251,10 +310,7 @@ def read_iq3_s(b: bytes) -> list[np.float32]:
 
 
 def pack_iq3_xxs(x: Pointed) -> bytes:
-    words = b""
-    for j in range(8):
-        signs = sum(x.negative[32 * j + 8 * k + i] << (7 * k + i) for k in range(4) for i in range(7))
-        words += struct.pack("<I", signs + (x.s[j] << 28))
+    words = b"".join(signed_word(x, j) for j in range(8))
     return f16(x.d) + bytes(x.numbers) + words
 
 
@@ -263,9 +319,8 @@ def read_iq3_xxs(b: bytes) -> list[np.float32]:
     for i in range(256):
         word = struct.unpack("<I", b[66 + 4 * (i // 32) : 70 + 4 * (i // 32)])[0]
         seven = word >> (7 * (i // 8 % 4)) & 127
-        negative = seven >> (i % 8) & 1 if i % 8 < 7 else bin(seven).count("1") % 2
         magnitude = f32(b[0:2]) * f(0.5 + (word >> 28)) * f(0.5) * f(grid[b[2 + i // 4]][i % 4])
-        weights.append(-magnitude if negative else magnitude)
+        weights.append(-magnitude if is_negative(seven, i % 8) else magnitude)
     return weights
 
 
@@ -285,7 +340,95 @@ def read_iq2_s(b: bytes) -> list[np.float32]:
     return weights
 
 
-PACK_POINTS: dict[str, Callable[[Pointed], bytes]] = {"IQ3_S": pack_iq3_s, "IQ3_XXS": pack_iq3_xxs, "IQ2_S": pack_iq2_s}
+def signed_word(x: Pointed, j: int) -> bytes:
+    """s of a sub-block of 32 above the first seven of each eight of its signs."""
+    signs = sum(x.negative[32 * j + 8 * k + i] << (7 * k + i) for k in range(4) for i in range(7))
+    return struct.pack("<I", signs + (x.s[j] << 28))
+
+
+def is_negative(seven: int, i: int) -> int:
+    """The sign of weight i of eight; the eighth makes the number of negative ones even."""
+    return seven >> i & 1 if i < 7 else bin(seven).count("1") % 2
+
+
+def pack_iq2_xxs(x: Pointed) -> bytes:
+    return f16(x.d) + b"".join(bytes(x.numbers[4 * j : 4 * j + 4]) + signed_word(x, j) for j in range(8))
+
+
+def read_iq2_xxs(b: bytes) -> list[np.float32]:
+    grid, weights = points("IQ2_XXS"), []
+    for i in range(256):
+        part = b[2 + 8 * (i // 32) : 10 + 8 * (i // 32)]
+        word = struct.unpack("<I", part[4:])[0]
+        magnitude = f32(b[0:2]) * f(0.5 + (word >> 28)) * f(0.25) * f(grid[part[i // 8 % 4]][i % 8])
+        weights.append(-magnitude if is_negative(word >> (7 * (i // 8 % 4)) & 127, i % 8) else magnitude)
+    return weights
+
+
+def pack_iq2_xs(x: Pointed) -> bytes:
+    words = b""
+    for j, number in enumerate(x.numbers):
+        words += struct.pack("<H", number + sum(x.negative[8 * j + i] << (9 + i) for i in range(7)))
+    return f16(x.d) + words + bytes(x.s[2 * j] + 16 * x.s[2 * j + 1] for j in range(8))
+
+
+def read_iq2_xs(b: bytes) -> list[np.float32]:
+    grid, weights = points("IQ2_XS"), []
+    for i in range(256):
+        word = struct.unpack("<H", b[2 + 2 * (i // 8) : 4 + 2 * (i // 8)])[0]
+        s = b[66 + i // 32] >> (4 * (i // 16 % 2)) & 15
+        magnitude = f32(b[0:2]) * f(0.5 + s) * f(0.25) * f(grid[word & 511][i % 8])
+        weights.append(-magnitude if is_negative(word >> 9, i % 8) else magnitude)
+    return weights
+
+
+def pack_iq1_s(x: Pointed) -> bytes:
+    words = b""
+    for j in range(8):
+        high = sum((x.numbers[4 * j + k] // 256) << (3 * k) for k in range(4))
+        words += struct.pack("<H", high + (x.s[j] << 12) + (x.minus[j] << 15))
+    return f16(x.d) + bytes(n % 256 for n in x.numbers) + words
+
+
+def read_iq1_s(b: bytes) -> list[np.float32]:
+    grid, weights = points("IQ1_S"), []
+    for i in range(256):
+        word = struct.unpack("<H", b[34 + 2 * (i // 32) : 36 + 2 * (i // 32)])[0]
+        number = b[2 + i // 8] + 256 * (word >> (3 * (i // 8 % 4)) & 7)
+        level = grid[number][i % 8] + (-0.125 if word >> 15 else 0.125)
+        weights.append(f32(b[0:2]) * f(1 + 2 * (word >> 12 & 7)) * f(level))
+    return weights
+
+
+def pack_iq1_m(x: Pointed) -> bytes:
+    high = [x.numbers[j] // 256 + 8 * x.minus[j] for j in range(32)]
+    d = struct.unpack("<H", f16(x.d))[0]
+    words = b""
+    for j in range(4):
+        words += struct.pack("<H", sum(x.s[4 * j + k] << (3 * k) for k in range(4)) + ((d >> (4 * j) & 15) << 12))
+    return bytes(n % 256 for n in x.numbers) + bytes(high[2 * j] + 16 * high[2 * j + 1] for j in range(16)) + words
+
+
+def read_iq1_m(b: bytes) -> list[np.float32]:
+    grid, weights = points("IQ1_M"), []
+    words = struct.unpack("<4H", b[48:56])
+    d = f32(struct.pack("<H", sum((words[j] >> 12) << (4 * j) for j in range(4))))
+    for i in range(256):
+        high = b[32 + i // 16] >> (4 * (i // 8 % 2)) & 15
+        level = grid[b[i // 8] + 256 * (high & 7)][i % 8] + (-0.125 if high & 8 else 0.125)
+        weights.append(d * f(1 + 2 * (words[i // 64] >> (3 * (i // 16 % 4)) & 7)) * f(level))
+    return weights
+
+
+PACK_POINTS: dict[str, Callable[[Pointed], bytes]] = {
+    "IQ3_S": pack_iq3_s,
+    "IQ3_XXS": pack_iq3_xxs,
+    "IQ2_S": pack_iq2_s,
+    "IQ2_XS": pack_iq2_xs,
+    "IQ2_XXS": pack_iq2_xxs,
+    "IQ1_S": pack_iq1_s,
+    "IQ1_M": pack_iq1_m,
+}
 PACK: dict[str, Callable[[Block], bytes]] = {
     "Q4_0": lambda x: f16(x.d) + nibbles32(x.codes),
     "Q4_1": lambda x: f16(x.d) + f16(0 - x.dmin) + nibbles32(x.codes),
@@ -294,6 +437,10 @@ PACK: dict[str, Callable[[Block], bytes]] = {
     "Q8_0": lambda x: f16(x.d) + bytes((c - 127) % 256 for c in x.codes),
     "IQ4_NL": lambda x: f16(x.d) + nibbles32(x.codes),
     "MXFP4": pack_mxfp4,
+    "NVFP4": pack_nvfp4,
+    "TQ2_0": lambda x: quarters(x.codes) + f16(x.d),
+    "TQ1_0": pack_tq1_0,
+    "Q1_0": pack_q1_0,
     "Q2_K": pack_q2_k,
     "Q3_K": pack_q3_k,
     "Q4_K": pack_q4_k,

@@ -2,7 +2,7 @@
 words in `xent_quant/formats/_search.py`'s docstrings. A block is a list of weights, with a list of their importance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -19,7 +19,7 @@ class Block:
 
     codes: list[int]
     d: np.float32
-    s: list[int] = field(default_factory=list)
+    s: list[int] | list[float] = field(default_factory=list)
     dmin: np.float32 = ZERO
     m: list[int] = field(default_factory=list)
 
@@ -248,6 +248,36 @@ def powers(
     return Block([nearest(reciprocal(best[1]) * value, levels) for value in x], best[1])
 
 
+def half_e4m3(value: np.float32) -> np.float32:
+    """The half of an E4M3 nearest to a value: eighths of a power of two, below 2^−7 multiples of 2^−10; at most 224."""
+    step = f(max(2.0 ** (np.frexp(value)[1] - 4), 2.0**-10))
+    return min(np.rint(value / step) * step, f(224))
+
+
+def small_floats(
+    x: Sequence[np.float32], w: Sequence[np.float32], levels: Sequence[np.float32], candidates: Sequence[np.float32], rounds: int
+) -> Block:
+    """w = d·level, d the half of an E4M3 for each sixteen weights; `s` of the block holds the scales."""
+    codes, scales = [], []
+    for start in range(0, len(x), 16):
+        part, weights = x[start : start + 16], w[start : start + 16]
+        sxx = statistics(part, weights)[2]
+        peak = max(abs(value) for value in part)
+        d, least, fit = ZERO, sxx, ZERO
+        for reach in [*candidates, *[None] * rounds]:
+            a = half_e4m3(fit if reach is None else peak / reach)
+            _, sll, sxl = totals(part, weights, [levels[nearest(reciprocal(a) * value, levels)] for value in part])
+            error = sxx + a * a * sll - TWO * a * sxl
+            if error < least:
+                d, least, fit = a, error, sxl / sll if sll > 0 else ZERO
+        codes += [nearest(reciprocal(d) * value, levels) for value in part]
+        scales.append(float(d))
+    return Block(codes, ZERO, scales)
+
+
+Sum = Callable[[range, np.float32, np.float32], np.float32]
+
+
 @dataclass
 class Pointed:
     """What a codebook search chose: point numbers, signs per weight (True: negative), s per group, d."""
@@ -256,6 +286,23 @@ class Pointed:
     negative: list[bool]
     s: list[int]
     d: np.float32
+    minus: list[bool] = field(default_factory=list)
+    """Per run of vectors: whether delta is subtracted."""
+
+
+def signs_and_magnitudes(
+    x: Sequence[np.float32], w: Sequence[np.float32], even_signs: bool
+) -> tuple[list[bool], list[np.float32]]:
+    """Which weights are negative, and their magnitudes; with `even_signs` in every eight an even number is, the least w·x² being
+    held for the other sign."""
+    negative = [bool(value < 0) for value in x]
+    y = [abs(value) for value in x]
+    if even_signs:
+        for start in range(0, len(x), 8):
+            if sum(negative[start : start + 8]) % 2:
+                least = min(range(start, start + 8), key=lambda i: w[i] * y[i] * y[i])
+                negative[least], y[least] = not negative[least], -y[least]
+    return negative, y
 
 
 def codebook(
@@ -271,13 +318,7 @@ def codebook(
     """w = ±d·(2s+1)·unit·g in groups of `size`; points [n, dim] float32 (scored together, each in the order of its four
     or eight magnitudes)."""
     dim, unit = points.shape[1], f(unit)
-    negative = [bool(value < 0) for value in x]
-    y = [abs(value) for value in x]
-    if even_signs:
-        for start in range(0, len(x), 8):
-            if sum(negative[start : start + 8]) % 2:
-                least = min(range(start, start + 8), key=lambda i: w[i] * y[i] * y[i])
-                negative[least], y[least] = not negative[least], -y[least]
+    negative, y = signs_and_magnitudes(x, w, even_signs)
 
     def closest(start: int, inverse: np.float32) -> tuple[int, np.float32, np.float32]:
         cost = np.zeros(len(points), f)
@@ -336,3 +377,124 @@ def codebook(
     for part, s in zip(parts, chosen, strict=True):
         numbers += [closest(start, reciprocal(d * unit * (TWO * s + ONE)))[0] for start in part[::dim]]
     return Pointed(numbers, negative, [int(s) for s in chosen], d)
+
+
+def eights(
+    x: Sequence[np.float32],
+    w: Sequence[np.float32],
+    size: int,
+    unit: float,
+    top: int,
+    points: np.ndarray,
+    delta: float,
+    run: int,
+    ladder: Sequence[np.float32],
+    multiples: Sequence[np.float32],
+    rounds: int,
+) -> Pointed:
+    """w = d·(2s+1)·unit·(g ± delta) in groups of `size`, a sign of delta for each `run` of vectors; points [n, 8] float32 (their
+    sums are made together)."""
+    unit, delta, top = f(unit), f(delta), f(top)
+    families = [np.flatnonzero((points[:, 4:] == last).all(axis=1)) for last in np.unique(points[:, :3:-1], axis=0)[:, ::-1]]
+
+    def half_sum(values: np.ndarray) -> np.ndarray:
+        """(0 + 1) + (2 + 3) of values [n, 4]."""
+        return (values[:, 0] + values[:, 1]) + (values[:, 2] + values[:, 3])
+
+    def closest(vector: int, scale: np.float32, shift: np.float32) -> tuple[int, np.float32, np.float32]:
+        """Point, its sum and its Σwl²."""
+        part = slice(8 * vector, 8 * vector + 8)
+        weight, level = np.array(w[part], f), points + shift
+        terms = weight * level * (level - np.array(x[part], f) * (reciprocal(scale) * TWO))
+        energies = weight * level * level
+        first, last = half_sum(terms[:, :4]), half_sum(terms[:, 4:])
+        best, number = HUGE, 0
+        for family in families:
+            least = int(family[first[family].argmin()])
+            if last[least] + first[least] < best:
+                best, number = last[least] + first[least], least
+        energy = half_sum(energies[[number], :4])[0] + half_sum(energies[[number], 4:])[0]
+        return number, best, energy
+
+    def rounded(vectors: range, scale: np.float32, shift: np.float32) -> np.float32:
+        """The least sum with a level for every weight."""
+        total, levels = ZERO, np.unique(points) + shift
+        for i in range(8 * vectors[0], 8 * vectors[-1] + 8):
+            total += min(level * (level - x[i] * (reciprocal(scale) * TWO)) for level in levels) * w[i]
+        return total
+
+    def pointed(vectors: range, scale: np.float32, shift: np.float32) -> np.float32:
+        """The least sum with points."""
+        total = ZERO
+        for vector in vectors:
+            total += closest(vector, scale, shift)[1]
+        return total
+
+    def best_of(
+        scales: Sequence[np.float32], parts: list[range], start: tuple[np.float32, list[np.float32]], sum_of: Sum
+    ) -> tuple[np.float32, list[np.float32]]:
+        """The scale of least error, with the shifts of its runs."""
+        best, least = start, ZERO
+        for scale in scales:
+            trial, total = [], ZERO
+            for part in parts:
+                plus = sum_of(part, scale, delta)
+                minus = sum_of(part, scale, -delta) if delta > 0 else HUGE
+                trial.append(-delta if minus < plus else delta)
+                total += min(plus, minus)
+            if scale * scale * total < least:
+                best, least = (scale, trial), scale * scale * total
+        return best
+
+    groups = [range(start // 8, (start + size) // 8) for start in range(0, len(x), size)]
+    runs = [[range(r, r + run) for r in group[::run]] for group in groups]
+    shifts: list[list[np.float32]] = []
+    scales, total_energy = [], ZERO
+    for group, parts in zip(groups, runs, strict=True):
+        inside = range(group[0] * 8, group[-1] * 8 + 8)
+        peak = max(abs(x[i]) for i in inside)
+        sxx = ZERO
+        for i in inside:
+            sxx += x[i] * w[i] * x[i]
+        total_energy += sxx
+        found = (ZERO, [delta] * len(parts))
+        found = best_of([peak / reach if peak > TINY else ZERO for reach in ladder], parts, found, rounded)
+        a, kept = best_of([found[0] * multiple for multiple in multiples], parts, found, pointed)
+        scales.append(a)
+        shifts.append(kept)
+    d = half(max(scales) / (unit * (TWO * top + ONE)))
+    best: tuple[np.float32, np.float32, list[np.float32], list[int]] = (HUGE, d, [], [])
+    for _ in range(rounds):
+        chosen, numbers = [], []
+        aa = ax = ZERO
+        for parts, kept, own_scale in zip(runs, shifts, scales, strict=True):
+            own = np.rint((own_scale * (ONE / (d * unit) if d > 0 else ZERO) - ONE) * f(0.5))
+            options = []
+            for move in (0, 1, -1):
+                s = clamp(own + f(move), ZERO, top)
+                a = d * unit * (TWO * s + ONE)
+                total = ZERO
+                for part, shift in zip(parts, kept, strict=True):
+                    total += (pointed if len(multiples) else rounded)(part, a, shift)
+                options.append((a * a * total, s))
+            s = min(options, key=lambda option: option[0])[1]
+            odd = TWO * s + ONE
+            a = d * unit * odd
+            sll = sxl = ZERO
+            for part, shift in zip(parts, kept, strict=True):
+                for vector in part:
+                    number, score, energy = closest(vector, a, shift)
+                    numbers.append(number)
+                    sll, sxl = sll + energy, sxl + (energy - score) * f(0.5) * a
+            chosen.append(s)
+            aa, ax = aa + odd * odd * sll, ax + odd * sxl
+        scales = [d * unit * (TWO * s + ONE) for s in chosen]
+        new_d = half(ax / (aa * unit))
+        d = new_d if ZERO < new_d <= LARGEST else d
+        a = d * unit
+        total = total_energy + a * a * aa - TWO * a * ax
+        if total < best[0]:
+            best = (total, d, chosen, numbers)
+    _, d, chosen, numbers = best
+    minus = [bool(shift < 0) for kept in shifts for shift in kept]
+    return Pointed(numbers, [], [int(s) for s in chosen], d, minus)

@@ -107,6 +107,8 @@ class Architecture:
 
         def token_id(key: str) -> int | None:
             value = config.get(key)
+            if isinstance(value, list):  # several end a text; special_tokens.read knows them all
+                value = value[0] if value else None
             if value is not None and not (isinstance(value, int) and 0 <= value < vocab_size):
                 raise refuse(f"{key} must be a token id below vocab_size {vocab_size}, it is {value!r}")
             return value

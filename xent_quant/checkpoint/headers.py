@@ -36,6 +36,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: missing; is this a checkpoint folder?") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); {DAMAGED}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: nested too deeply to be one of a checkpoint's files; {DAMAGED}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object; {DAMAGED}")
     return value

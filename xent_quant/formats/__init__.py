@@ -18,6 +18,7 @@ _MODULES: dict[str, tuple[str, str]] = {
     "Q4_K": ("q4_k", "Q4K"),
     "IQ4_NL": ("iq4_nl", "IQ4NL"),
     "IQ4_XS": ("iq4_xs", "IQ4XS"),
+    "NVFP4": ("nvfp4", "NVFP4Format"),
     "MXFP4": ("mxfp4", "MXFP4Format"),
     "Q4_1": ("q4_1", "Q41"),
     "Q4_0": ("q4_0", "Q40"),
@@ -26,6 +27,13 @@ _MODULES: dict[str, tuple[str, str]] = {
     "IQ3_XXS": ("iq3_xxs", "IQ3XXS"),
     "Q2_K": ("q2_k", "Q2K"),
     "IQ2_S": ("iq2_s", "IQ2S"),
+    "IQ2_XS": ("iq2_xs", "IQ2XS"),
+    "IQ2_XXS": ("iq2_xxs", "IQ2XXS"),
+    "TQ2_0": ("tq2_0", "TQ20"),
+    "IQ1_M": ("iq1_m", "IQ1M"),
+    "TQ1_0": ("tq1_0", "TQ10"),
+    "IQ1_S": ("iq1_s", "IQ1S"),
+    "Q1_0": ("q1_0", "Q10"),
 }
 """Name to (module, class); modules load on first use, since each compiles its kernel."""
 

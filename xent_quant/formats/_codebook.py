@@ -1,6 +1,7 @@
 """Types whose weights are sign · d·(2s+1)·unit · a point of a codebook: four or eight magnitudes share one number.
 
-The search (IQ2_S, IQ3_XXS, IQ3_S), sixteen rows in SIMD lanes as in `_search`; `x` is a weight's magnitude:
+The search for points of four (IQ3_XXS, IQ3_S; of eight: `_eights`), sixteen rows in SIMD lanes as in `_search`; `x` is a weight's
+magnitude:
 
 1. Per group, a ladder of candidate scales; for each, every vector takes the point of least weighted squared error among ALL
    points (ggml looks at neighbours of the rounded vector), Σw·g² − 2Σw·(x/scale)·g, of which the first term is the same for
@@ -8,8 +9,8 @@ The search (IQ2_S, IQ3_XXS, IQ3_S), sixteen rows in SIMD lanes as in `_search`; 
 2. Per block, `rounds` times: d rounded to float16 from the largest scale, at s = 15; every group tries the s nearest to its
    own scale and both neighbours, points chosen anew for each; d fitted again by least squares. The best round stays.
 
-Signs are free, or (IQ3_XXS) an even number of a vector's eight is negative: then the weight of least w·x² is held for the
-other sign. There is no zero: a zero weight beside others becomes ± the least magnitude, unlike in the other types.
+Signs are free, or (IQ3_XXS, IQ2_XS, IQ2_XXS) an even number of a vector's eight is negative: then the weight of least w·x² is
+held for the other sign. There is no zero: a zero weight beside others becomes ± the least magnitude, unlike in the other types.
 """
 
 from abc import abstractmethod
@@ -36,18 +37,9 @@ def closest(x, start, w, inverse, cost, grid):  # type: ignore[no-untyped-def]
     a1 = load(x, start + 1) * inverse * (TWO * w[start + 1])
     a2 = load(x, start + 2) * inverse * (TWO * w[start + 2])
     a3 = load(x, start + 3) * inverse * (TWO * w[start + 3])
-    b0 = b1 = b2 = b3 = spread(ZERO)
-    eight = grid.shape[1] == 8
-    if eight:
-        b0 = load(x, start + 4) * inverse * (TWO * w[start + 4])
-        b1 = load(x, start + 5) * inverse * (TWO * w[start + 5])
-        b2 = load(x, start + 6) * inverse * (TWO * w[start + 6])
-        b3 = load(x, start + 7) * inverse * (TWO * w[start + 7])
     number, energy, least = spread(ZERO), spread(ZERO), spread(HUGE)
     for p in range(len(grid)):
         score = cost[p] - a0 * grid[p, 0] - a1 * grid[p, 1] - a2 * grid[p, 2] - a3 * grid[p, 3]
-        if eight:
-            score = score - b0 * grid[p, 4] - b1 * grid[p, 5] - b2 * grid[p, 6] - b3 * grid[p, 7]
         number = where_less(score, least, np.float32(p), number)
         energy = where_less(score, least, cost[p], energy)
         least = smaller(score, least)
@@ -186,26 +178,29 @@ class CodebookFormat(QuantFormat):
         weighting = np.ones(weights.shape[1], np.float32) if importance is None else importance
 
         def work(part: F32, out: U8) -> str:
-            rows, columns = part.shape
-            blocks, groups = columns // 256, 256 // self.group_size
-            numbers = np.empty((rows, columns // self.points.shape[1]), np.uint16)
-            inner, outer = np.empty((rows, blocks * groups), np.uint8), np.empty((rows, blocks), np.float32)
             negative = part < 0
             magnitudes = np.abs(part)
             if self.even_signs:
                 _make_even(negative, magnitudes, weighting)
-            candidates, rounds = getattr(self.efforts, effort)
-            codebook(
-                magnitudes, weighting, candidates, rounds, self.group_size, self.unit, self.points, numbers, inner, outer
-            )  # fmt: skip
+            numbers, inner, outer = self.search(magnitudes, weighting, effort)
             if not (outer <= LARGEST).all():
                 return TOO_LARGE
             signs = np.packbits(negative, axis=1, bitorder="little").reshape(-1, 32)
-            found = Points(numbers.reshape(rows * blocks, -1), signs, inner.reshape(-1, groups), outer.reshape(-1, 1))
+            found = Points(numbers.reshape(outer.size, -1), signs, inner.reshape(outer.size, -1), outer.reshape(-1, 1))
             self.store(out.reshape(-1, self.block_bytes), found)
             return ""
 
         return in_chunks(weights, packed, work)
+
+    def search(self, magnitudes: F32, importance: F32, effort: Effort) -> tuple[U16, U8, F32]:
+        """Point numbers [rows, columns / dim], s [rows, blocks · groups] and d [rows, blocks] for magnitudes [rows, columns]."""
+        rows, columns = magnitudes.shape
+        blocks, groups = columns // 256, 256 // self.group_size
+        numbers = np.empty((rows, columns // self.points.shape[1]), np.uint16)
+        inner, outer = np.empty((rows, blocks * groups), np.uint8), np.empty((rows, blocks), np.float32)
+        candidates, rounds = getattr(self.efforts, effort)
+        codebook(magnitudes, importance, candidates, rounds, self.group_size, self.unit, self.points, numbers, inner, outer)
+        return numbers, inner, outer
 
     def dequantize_rows(self, packed: U8) -> F32:
         found = self.load(packed.reshape(-1, self.block_bytes))
@@ -225,3 +220,27 @@ def _make_even(negative: NDArray[np.bool_], magnitudes: F32, importance: F32) ->
     least = (weights[odd] * values[odd] * values[odd]).argmin(axis=1)
     signs[odd, least] ^= True
     values[odd, least] *= -1
+
+
+SEVENS = np.array([0, 7, 14, 21], np.uint32)
+"""Where a word of `signed_scales` has its four times seven signs."""
+
+
+def with_eighth(sevens: U8) -> U8:
+    """Seven signs a byte, and above them the one that makes the number of negative ones even."""
+    return sevens | ((np.bitwise_count(sevens) & np.uint8(1)) << np.uint8(7))
+
+
+def signed_scales(s: U8, signs: U8) -> U8:
+    """[n, 32] uint8: per sub-block a little-endian word, s [n, 8] on top of the first seven of each eight signs [n, 32]."""
+    sevens = (signs & np.uint8(127)).reshape(-1, 8, 4).astype(np.uint32)
+    words: NDArray[np.uint32] = (sevens << SEVENS).sum(axis=2, dtype=np.uint32) | (s.astype(np.uint32) << np.uint32(28))
+    raw: U8 = words.astype("<u4").view(np.uint8)
+    return raw
+
+
+def scales_and_signs(raw: U8) -> tuple[U8, U8]:
+    """The inverse: s [n, 8] and signs [n, 32], the eighth as in `with_eighth`."""
+    words = np.ascontiguousarray(raw).view("<u4").astype(np.uint32)  # [n, 8]
+    sevens = ((words[:, :, None] >> SEVENS) & np.uint32(127)).astype(np.uint8).reshape(-1, 32)
+    return (words >> np.uint32(28)).astype(np.uint8), with_eighth(sevens)

@@ -206,8 +206,15 @@ class SymmetricFormat(SearchedFormat):
     scale_low: int = 0
     unused: int = 0
     """Levels at the lower end that the search leaves out."""
+    unused_above: int = 0
+    """Levels at the upper end that it leaves out."""
     efforts: Efforts
     """Candidates as of `ladder`: levels at which a group's largest weight is put."""
+
+    @property
+    def searched(self) -> F32:
+        """The levels that the search chooses from."""
+        return self.levels[self.unused : len(self.levels) - self.unused_above]
 
     def search(self, weights: F32, importance: F32, effort: Effort) -> Found:
         rows, columns = weights.shape
@@ -215,7 +222,7 @@ class SymmetricFormat(SearchedFormat):
         codes = np.empty((rows, columns), np.uint8)
         inner = np.empty((rows, blocks * groups), np.uint8)
         outer = np.empty((rows, blocks), np.float32)
-        levels = self.levels[self.unused :]
+        levels = self.searched
         _search.symmetric(
             weights, importance, *getattr(self.efforts, effort), self.block_size, groups, levels[0], levels[-1],
             rises(levels), np.float32(self.scale_low), codes.view(np.uint32), inner, outer,

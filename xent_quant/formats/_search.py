@@ -408,3 +408,40 @@ def powers(weights, importance, candidates, lowest, rises, codes, outer):  # typ
             store(outer_floats, 0, d)
             empty(quads, first, block * 8, 8, codes)
             empty(outer_floats, first, block, 1, outer)
+
+
+@jit
+def half_e4m3(value):  # type: ignore[no-untyped-def]
+    """The half of an E4M3 nearest to a value >= 0, ties to even, at most 224."""
+    step = larger(binade(value) * np.float32(1 / 8), np.float32(2**-10))
+    return smaller(rint(value / step) * step, np.float32(224))
+
+
+@jit
+def small_floats(weights, importance, ladder, rounds, lowest, rises, codes, outer):  # type: ignore[no-untyped-def]
+    """As `symmetric` without integer scales for blocks of 16 whose d is one of `half_e4m3`: of `ladder`'s the one of least error,
+    then, `rounds` times, that nearest to the least-squares scale of its codes. `outer` is [rows, blocks]."""
+    x = np.empty(16 * WIDTH, np.float32)
+    quads = np.empty(4 * WIDTH, np.uint32)
+    outer_floats = np.empty(WIDTH, np.float32)
+    for first in range(0, weights.shape[0], WIDTH):
+        for block in range(weights.shape[1] // 16):
+            fill(weights, first, block * 16, 16, x)
+            w = importance[block * 16 : (block + 1) * 16]
+            _, _, sxx, _, _, peak = moments(x, w, 0, 16)
+            d = best_sll = best_sxl = spread(ZERO)
+            least = sxx
+            for k in range(len(ladder) + rounds):
+                if k < len(ladder):
+                    a = half_e4m3(absolute(peak) / ladder[k])
+                else:
+                    a = half_e4m3(where_less(ZERO, best_sll, best_sxl / best_sll, ZERO))
+                inverse = where_less(ZERO, a, ONE / a, ZERO)
+                sll, sxl = table_sums(x, w, 0, 16, inverse, lowest, rises)
+                error = sxx + a * a * sll - TWO * a * sxl
+                best_sll, best_sxl = where_less(error, least, sll, best_sll), where_less(error, least, sxl, best_sxl)
+                d, least = where_less(error, least, a, d), smaller(error, least)
+            encode_table(x, 0, 16, where_less(ZERO, d, ONE / d, ZERO), rises, quads)
+            store(outer_floats, 0, d)
+            empty(quads, first, block * 4, 4, codes)
+            empty(outer_floats, first, block, 1, outer)

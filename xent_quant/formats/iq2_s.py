@@ -14,28 +14,25 @@ Source of truth: `block_iq2_s` in ggml-common.h; the points are gguf-py's.
 import numpy as np
 from gguf.quants import IQ2_S
 
-from xent_quant.formats._codebook import CodebookFormat, Points
-from xent_quant.formats._codes import Efforts, Plane, half_bytes, halves, ladder
+from xent_quant.formats._codebook import Points
+from xent_quant.formats._codes import Plane, half_bytes, halves
+from xent_quant.formats._eights import EightsFormat, Families
 from xent_quant.formats.base import U8
 
 HIGH, SCALES = Plane(66, 74, bits=2, run=1), Plane(74, 82, bits=4, run=1)
 
 
-class IQ2S(CodebookFormat):
+class IQ2S(EightsFormat):
     name = "IQ2_S"
     ggml_type = 22
     block_bytes = 82
     group_size = 16
     unit = np.float32(0.125)
-    efforts = Efforts(
-        fast=(ladder((36, 46, 3)), 1),
-        normal=(ladder((32, 48, 4)), 1),
-        high=(ladder((26, 56, 12)), 4),
-    )
 
     def __init__(self) -> None:
         IQ2_S.init_grid()
         self.points = np.ascontiguousarray(IQ2_S.grid[0, 0], np.float32)
+        self.families = Families.of(self.points)
 
     def store(self, blocks: U8, points: Points) -> None:
         blocks[:, 0:2] = half_bytes(points.d)

@@ -15,11 +15,9 @@ Source of truth: `block_iq3_xxs` in ggml-common.h; the points are gguf-py's.
 import numpy as np
 from gguf.quants import IQ3_XXS
 
-from xent_quant.formats._codebook import CodebookFormat, Points
+from xent_quant.formats._codebook import CodebookFormat, Points, scales_and_signs, signed_scales
 from xent_quant.formats._codes import Efforts, half_bytes, halves, ladder
 from xent_quant.formats.base import U8
-
-SHIFTS = np.array([0, 7, 14, 21], np.uint32)
 
 
 class IQ3XXS(CodebookFormat):
@@ -42,15 +40,8 @@ class IQ3XXS(CodebookFormat):
     def store(self, blocks: U8, points: Points) -> None:
         blocks[:, 0:2] = half_bytes(points.d)
         blocks[:, 2:66] = points.numbers
-        sevens = (points.signs & np.uint8(127)).reshape(-1, 8, 4).astype(np.uint32)
-        words = (sevens << SHIFTS).sum(axis=2, dtype=np.uint32) | (points.s.astype(np.uint32) << np.uint32(28))
-        blocks[:, 66:98] = words.astype("<u4").view(np.uint8)
+        blocks[:, 66:98] = signed_scales(points.s, points.signs)
 
     def load(self, blocks: U8) -> Points:
-        words = np.ascontiguousarray(blocks[:, 66:98]).view("<u4").astype(np.uint32)  # [n, 8]
-        sevens = ((words[:, :, None] >> SHIFTS) & np.uint32(127)).astype(np.uint8).reshape(-1, 32)
-        odd = np.bitwise_count(sevens) & np.uint8(1)
-        signs = sevens | (odd << np.uint8(7))
-        return Points(
-            blocks[:, 2:66].astype(np.uint16), signs, (words >> np.uint32(28)).astype(np.uint8), halves(blocks[:, 0:2])
-        )  # fmt: skip
+        s, signs = scales_and_signs(blocks[:, 66:98])
+        return Points(blocks[:, 2:66].astype(np.uint16), signs, s, halves(blocks[:, 0:2]))

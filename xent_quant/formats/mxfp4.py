@@ -21,14 +21,25 @@ STORED: U8 = _first.astype(np.uint8)
 LEVEL_OF: U8 = np.searchsorted(LEVELS, KVALUES).astype(np.uint8)
 
 
-class MXFP4Format(SymmetricFormat):
+class E2M1Format(SymmetricFormat):
+    """Codes are E2M1 floats."""
+
+    levels = LEVELS
+
+    def codes(self, packed: U8) -> U8:
+        return LEVEL_OF[super().codes(packed)]
+
+    def store_codes(self, packed: U8, codes: U8) -> None:
+        super().store_codes(packed, STORED[codes])
+
+
+class MXFP4Format(E2M1Format):
     name = "MXFP4"
     ggml_type = 39
     block_size = 32
     block_bytes = 17
     group_size = 32
     planes = (Plane(1, 17, bits=4, run=16),)
-    levels = LEVELS
     largest_scale = np.float32(np.inf)
     efforts = Efforts(
         fast=(np.array([1, 2], np.float32), 0),
@@ -50,9 +61,3 @@ class MXFP4Format(SymmetricFormat):
         candidates, _ = getattr(self.efforts, effort)
         _search.powers(weights, importance, candidates, LEVELS[0], rises(LEVELS), codes.view(np.uint32), outer)
         return Found(codes, np.empty((rows * blocks, 0), np.uint8), outer.reshape(-1, 1))
-
-    def codes(self, packed: U8) -> U8:
-        return LEVEL_OF[super().codes(packed)]
-
-    def store_codes(self, packed: U8, codes: U8) -> None:
-        super().store_codes(packed, STORED[codes])

@@ -10,7 +10,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +95,10 @@ def library() -> Any:
         ("llama_init_from_model", pointer, [pointer, _ContextParams]),
         ("llama_model_get_vocab", pointer, [pointer]),
         ("llama_vocab_n_tokens", i32, [pointer]),
-        ("llama_vocab_bos", i32, [pointer]),
+        *[(f"llama_vocab_{role}", i32, [pointer]) for role in ("bos", "eos", "eot", "pad")],
+        ("llama_vocab_is_eog", C.c_bool, [pointer, i32]),
+        ("llama_vocab_get_add_eos", C.c_bool, [pointer]),
+        ("llama_model_chat_template", C.c_char_p, [pointer, C.c_char_p]),
         ("llama_vocab_get_add_bos", C.c_bool, [pointer]),
         ("llama_tokenize", i32, [pointer, C.c_char_p, i32, pointer, i32, C.c_bool, C.c_bool]),
         ("llama_detokenize", i32, [pointer, pointer, i32, C.c_char_p, i32, C.c_bool, C.c_bool]),
@@ -127,46 +130,43 @@ def quantize_chunk(ggml_type: int, row_bytes: int, weights: F32, importance: F32
     return packed
 
 
-class LlamaCpp:
-    """A loaded GGUF model; a context manager. Raises ValidationError with llama.cpp's own words where it refuses.
+class Vocabulary:
+    """The tokenizer of a GGUF file alone; a context manager. Raises ValidationError with llama.cpp's words where it refuses."""
 
-    The file is mapped: its pages count as resident memory once they were read (llama.cpp reads all of them at first, where they
-    fit), and the kernel may drop them. Beside them are held a context's KV cache and logits; no second copy of the weights,
-    which llama.cpp would else make in an order that its kernels like, and which gains nothing on windows of 512 tokens.
-    """
-
-    name = "llama.cpp"
-    version = f"xllamacpp {VERSION}"
-
-    def __init__(self, path: Path, context: int = 512, threads: int = 1, exact: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self._library = library()
+        self._model = self._load(path, vocab_only=True)
+        self._vocab = self._library.llama_model_get_vocab(self._model)
+        self.vocab_size = int(self._library.llama_vocab_n_tokens(self._vocab))
+
+    def _load(self, path: Path, vocab_only: bool) -> Any:
         _errors.clear()
         parameters = self._library.llama_model_default_params()
         parameters.n_gpu_layers = 0
         parameters.use_extra_bufts = False
-        self._model = self._library.llama_model_load_from_file(str(path).encode(), parameters)
-        if not self._model:
+        parameters.vocab_only = vocab_only
+        model = self._library.llama_model_load_from_file(str(path).encode(), parameters)
+        if not model:
             raise ValidationError(f"{path}: llama.cpp refuses it: {_errors[0] if _errors else 'no reason given'}")
-        settings = self._library.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = context
-        settings.n_ubatch = min(512, context)
-        settings.n_seq_max = 1
-        settings.n_threads = settings.n_threads_batch = threads
-        if exact:
-            settings.flash_attn_type = settings.type_k = settings.type_v = 0
-        self._context = self._library.llama_init_from_model(self._model, settings)
-        if not self._context:
-            self._library.llama_model_free(self._model)
-            raise ValidationError(f"{path}: llama.cpp cannot run it: {_errors[-1] if _errors else 'no reason given'}")
-        self._vocab = self._library.llama_model_get_vocab(self._model)
-        self.vocab_size = int(self._library.llama_vocab_n_tokens(self._vocab))
+        return model
 
-    def __enter__(self) -> "LlamaCpp":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._library.llama_free(self._context)
         self._library.llama_model_free(self._model)
+
+    def special(self, role: str) -> int:
+        """The id of bos, eos, eot or pad; −1 where there is none."""
+        return int(getattr(self._library, f"llama_vocab_{role}")(self._vocab))
+
+    def ends(self, token: int) -> bool:
+        """Whether generation stops after a token."""
+        return bool(self._library.llama_vocab_is_eog(self._vocab, token))
+
+    def chat_template(self, name: str | None = None) -> str | None:
+        found = self._library.llama_model_chat_template(self._model, None if name is None else name.encode())
+        return None if found is None else bytes(found).decode()
 
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
         raw = text.encode("utf-8")
@@ -182,6 +182,39 @@ class LlamaCpp:
         buffer = C.create_string_buffer(room)
         count = self._library.llama_detokenize(self._vocab, (C.c_int32 * len(ids))(*ids), len(ids), buffer, room, False, False)
         return buffer.raw[: max(count, 0)].decode("utf-8", "replace")
+
+
+class LlamaCpp(Vocabulary):
+    """A loaded GGUF model; a context manager. Raises ValidationError with llama.cpp's own words where it refuses.
+
+    The file is mapped: its pages count as resident memory once they were read (llama.cpp reads all of them at first, where they
+    fit), and the kernel may drop them. Beside them are held a context's KV cache and logits; no second copy of the weights,
+    which llama.cpp would else make in an order that its kernels like, and which gains nothing on windows of 512 tokens.
+    """
+
+    name = "llama.cpp"
+    version = f"xllamacpp {VERSION}"
+
+    def __init__(self, path: Path, context: int = 512, threads: int = 1, exact: bool = True) -> None:
+        self._library = library()
+        self._model = self._load(path, vocab_only=False)
+        settings = self._library.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = context
+        settings.n_ubatch = min(512, context)
+        settings.n_seq_max = 1
+        settings.n_threads = settings.n_threads_batch = threads
+        if exact:
+            settings.flash_attn_type = settings.type_k = settings.type_v = 0
+        self._context = self._library.llama_init_from_model(self._model, settings)
+        if not self._context:
+            self._library.llama_model_free(self._model)
+            raise ValidationError(f"{path}: llama.cpp cannot run it: {_errors[-1] if _errors else 'no reason given'}")
+        self._vocab = self._library.llama_model_get_vocab(self._model)
+        self.vocab_size = int(self._library.llama_vocab_n_tokens(self._vocab))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._library.llama_free(self._context)
+        super().__exit__(kind, error, trace)
 
     def _decode(self, ids: list[int], start: int, first: int = 0) -> F32:
         """Logits [len(ids) − first, vocab] of tokens at positions start + first…; those before `start` come from the KV cache."""

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xent_quant.checkpoint import special_tokens
 from xent_quant.checkpoint.fingerprint import fingerprint
-from xent_quant.checkpoint.headers import read_json
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
 from xent_quant.errors import ValidationError
@@ -81,15 +81,15 @@ def layer_positions(context: int) -> list[int]:
 
 
 def tokenize(checkpoint: Checkpoint, suites: Sequence[Suite], context: int, max_tokens: int | None) -> list[SuiteTokens]:
-    """Every suite in the tokens of the checkpoint's own tokenizer; a BOS is put where its tokenizer_config asks for one.
+    """Every suite in the tokens of the checkpoint's own tokenizer; a BOS is put where one belongs before a text.
 
     Raises CheckpointError for a missing or damaged tokenizer, ValidationError for ids beyond the vocabulary or a suite shorter
     than one window.
     """
     path, model = checkpoint.path / "tokenizer.json", checkpoint.architecture
     tokenizer = load_tokenizer(checkpoint.path)
-    settings = read_json(checkpoint.path / "tokenizer_config.json") if path.with_name("tokenizer_config.json").is_file() else {}
-    bos = model.bos_token_id if settings.get("add_bos_token") else None
+    special = special_tokens.read(checkpoint.path, tokenizer, model.vocab_size)
+    bos = special.ids["bos"] if special.add_bos else None
     found = []
     for suite in suites:
         encoding = tokenizer.encode(suite.text, add_special_tokens=False)
