@@ -165,6 +165,11 @@ class Process:
         return self.code == 1 and len(errors) == 1 and self.said.endswith(errors[0]) and "internal error" not in errors[0]
 
 
+def of_a_walk(journal: Journal) -> bool:
+    """Not of the run before it that tells how much text is needed."""
+    return journal.path.parent.name.startswith(".xent-quant-")
+
+
 def kill_behind_commit(number: int, delay: float) -> Hook:
     """Die `delay` seconds behind that Journal.save, counted from 0."""
 
@@ -173,8 +178,8 @@ def kill_behind_commit(number: int, delay: float) -> Hook:
 
         def saved(journal: Journal) -> None:
             save(journal)
-            saves[0] += 1
-            if saves[0] == number + 1:
+            saves[0] += of_a_walk(journal)
+            if of_a_walk(journal) and saves[0] == number + 1:
                 if delay:
                     signal.signal(signal.SIGALRM, signal.SIG_DFL)
                     signal.setitimer(signal.ITIMER_REAL, delay)  # ends the process where it is, as SIGKILL does
@@ -224,7 +229,7 @@ def counting(file: Path) -> Hook:
 
         def saved(journal: Journal) -> None:
             save(journal)
-            counts[0] += 1
+            counts[0] += of_a_walk(journal)
             keep()
 
         def before() -> None:
@@ -245,7 +250,7 @@ def waiting(folder: Path) -> Hook:
 
         def saved(journal: Journal) -> None:
             save(journal)
-            while not (folder / "go").exists():
+            while of_a_walk(journal) and not (folder / "go").exists():
                 time.sleep(0.005)
 
         Journal.save = saved  # type: ignore[method-assign]
@@ -327,6 +332,8 @@ class Torture:
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in (signal.SIGTERM, signal.SIGHUP):  # which the command has set in this process's parent
+                signal.signal(number, signal.SIG_DFL)
             if gate is not None:
                 os.read(gate, 1)
             hook()
@@ -479,12 +486,13 @@ class Torture:
                         self.expect(visible(output) == reference.new and not hidden(output), f"{what}: not whole")
 
     def _said_the_truth(self, process: Process, output: Path, reference: Reference, what: str) -> None:
-        if process.code == 0:
+        if process.code == 0 or (process.code in (-signal.SIGTERM, -signal.SIGHUP) and not hidden(output)):  # too late, or early
             return
         self.expect(process.code == INTERRUPTED, f"{what}: {process.code} {process.said}")
-        message = process.said.rpartition("xent-quant: interrupted; ")[2].removesuffix(".")
+        message = process.said.rpartition("xent-quant: interrupted")[2].removeprefix("; ").removesuffix(".")
         works, whole = work_folders(output), visible(output) == reference.new
-        true = {GOES_ON: bool(works), NOTHING: not hidden(output) and not whole, COMPLETE: whole}
+        nothing = not hidden(output) and not whole
+        true = {GOES_ON: bool(works), NOTHING: nothing, COMPLETE: whole, "": nothing}  # the last before it began to write
         self.expect(true.get(message, False), f"{what}: said {process.said!r} with {hidden(output)}, whole: {whole}")
 
     def full_disks(self, count: int) -> None:

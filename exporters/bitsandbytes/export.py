@@ -15,7 +15,7 @@ from exporters.hub_files import json_bytes
 from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import U8
-from xent_quant.storage import Move, Target, replace_bytes
+from xent_quant.storage import Move, Target, replace_bytes, sync
 
 FOLDER = "bnb"
 
@@ -102,6 +102,7 @@ class BnbWriter:
         """See `Writer.sync`."""
         for shard in self._shards.values():
             shard.sync()
+        sync(self._staged)
 
     def finish(self, notes: Sequence[str]) -> Exported:
         """See `Writer.finish`."""

@@ -18,7 +18,7 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import U8
 from xent_quant.formats.int_group import IntGroup
 from xent_quant.methods.interface import Method
-from xent_quant.storage import Move, PositionalFile, Target, replace_bytes
+from xent_quant.storage import Move, PositionalFile, Target, replace_bytes, sync
 
 FOLDER = "onnx"
 
@@ -110,6 +110,7 @@ class ONNXWriter:
     def sync(self) -> None:
         """See `Writer.sync`."""
         self._data.sync()
+        sync(self._staged)
 
     def finish(self, notes: Sequence[str]) -> Exported:
         """See `Writer.finish`."""

@@ -53,6 +53,24 @@ def test_a_polite_signal(number: signal.Signals, model: Path, tmp_path: Path, be
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_before_a_resumed_run_has_begun(
+    model: Path, text: dict[str, Any], tmp_path: Path, behind_commit, monkeypatch, capsys
+) -> None:
+    """The earlier run's work is still there: nothing is said of it that is not so."""
+    behind_commit(lambda done: os.kill(os.getpid(), signal.SIGTERM) if done == 3 else None)
+    arguments = [model, "--type", "Q8_0", "--output", tmp_path, "--tokens", 160, "--seqlen", 40, "--calib", *text["calib"]]
+    assert command(*arguments) == INTERRUPTED
+    assert capsys.readouterr().err.endswith(GOES_ON)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calibration.session.Session.__init__", interrupted)
+    assert command(*arguments) == INTERRUPTED
+    assert capsys.readouterr().err.endswith("xent-quant: interrupted.\n")
+    assert list(tmp_path.glob(".xent-quant-*/journal.json"))
+
+
 def test_nohup_is_respected(model: Path, tmp_path: Path, behind_commit) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     behind_commit(lambda done: os.kill(os.getpid(), signal.SIGHUP))

@@ -65,11 +65,11 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     for ours in ("xent_quant", "exporters", "calibration"):
         logging.getLogger(ours).setLevel(logging.WARNING - 10 * min(verbosity, 2))
-    for polite in ("SIGTERM", "SIGHUP"):  # they end as Ctrl-C does; Windows has but the first
-        number = getattr(signal, polite, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _interrupt)
     try:
+        for polite in ("SIGTERM", "SIGHUP"):  # they end as Ctrl-C does; Windows has but the first
+            number = getattr(signal, polite, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, _interrupt)
         app(arguments, exit_on_error=False, print_error=False)
     except UnusedCliTokensError as error:
         odd = " ".join(error.unused_tokens or ())
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"xent-quant: {' '.join(str(error).split())} See xent-quant --help.", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt as stop:
-        print(f"xent-quant: interrupted; {stop if stop.args else 'nothing unfinished was left behind'}.", file=sys.stderr)
+        print(f"xent-quant: interrupted{f'; {stop}' if stop.args else ''}.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except XentQuantError as error:
         if verbosity >= 2:

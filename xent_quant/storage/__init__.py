@@ -8,7 +8,7 @@
 Nothing here asks which system it runs on: what one of them lacks is tested for (`hasattr`) and has a replacement.
 """
 
-from xent_quant.storage.files import PositionalFile, Rows, check_free_space, free_bytes, replace_bytes
+from xent_quant.storage.files import PositionalFile, Rows, check_free_space, free_bytes, replace_bytes, sync
 from xent_quant.storage.locks import lock
 from xent_quant.storage.publication import recover
 from xent_quant.storage.workspace import Move, Shared, Target, Workspace, publish
@@ -26,4 +26,5 @@ __all__ = [
     "publish",
     "recover",
     "replace_bytes",
+    "sync",
 ]

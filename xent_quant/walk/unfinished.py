@@ -22,6 +22,8 @@ def kept(work: Workspace, journal: Journal) -> Iterator[None]:
         if hopeless or journal.done < LEAST_STEPS:
             with suppress(OSError, ExportError):  # what was raised matters more
                 work.clear()
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted("nothing unfinished was left behind") from None
             raise
         if work.published:
             if isinstance(error, KeyboardInterrupt):
