@@ -85,7 +85,7 @@ def check(arguments):
 def demo(arguments):
     setup(["llama"])
     output = ROOT / "out" / "demo"
-    run(str(BIN / "xent-quant"), "--bits", "4", "--format", "gguf", "--output", str(output), "--force")
+    run(str(BIN / "xent-quant"), "--bits", "4", "--format", "gguf", "--tokens", "16k", "--output", str(output), "--force")
     become(PYTHON, str(ROOT / "scripts" / "generate.py"), *map(str, sorted(output.glob("*.gguf"))))
 
 
