@@ -26,6 +26,9 @@ from xent_quant.tensors import Role
 SPARE = 3
 """Times `tokens` that are drawn beyond them, at most, to reach rare experts."""
 
+ROWS_PER_COLUMN = 4
+"""Of an expert, at least: docs/calibration.md says what fewer cost."""
+
 PROBE = 8
 """One window in so many tells how rare the rarest expert is."""
 
@@ -88,6 +91,23 @@ class Session:
         self.device = torch.device(_device(settings.device))
         # bfloat16 is as fast as float32 or slower on CPUs without matrix units for it, and half as fine.
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of the text before it is run."""
+        model = self.checkpoint.architecture
+        if not model.num_experts:
+            return self.text.notes
+        columns = max(model.hidden_size, model.intermediate_size)
+        rows = self.text.windows.size * model.experts_per_token // model.num_experts
+        if rows >= ROWS_PER_COLUMN * columns:
+            return self.text.notes
+        return (
+            *self.text.notes,
+            f"{self.text.windows.size:,} tokens are about {rows:,} for each of {model.num_experts} experts, "
+            f"{rows / columns:.1f} for each of {columns:,} columns; with {ROWS_PER_COLUMN} and more an expert is calibrated "
+            "better: give more text (--calib, --tokens).",
+        )
 
     def windows(self, fewest: int, progress: Progress | None = None) -> Tensor:
         """Token ids [n, seqlen]: the text's windows, and as many spare ones as it takes until every expert is chosen by `fewest`

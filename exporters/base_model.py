@@ -91,15 +91,3 @@ def _front_matter(readme: Path) -> dict[str, object]:
         first = str(error).splitlines()[0]
         raise CheckpointError(f"{readme}: its header is not YAML ({first}); mend it, or remove the file") from error
     return header if isinstance(header, dict) else {}
-
-
-def short_count(count: int) -> str:
-    """25_776_000_000 -> 26B, 4_216_000_000 -> 4.2B, 17_300_000 -> 17M."""
-    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if count >= unit:
-            return f"{count / unit:.{0 if count >= 10 * unit else 1}f}{letter}"
-    return str(count)
-
-
-def human_size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.1f} MB"

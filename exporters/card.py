@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from exporters.base_model import BaseModel, human_size
+from exporters.base_model import BaseModel
+from xent_quant.units import human_bytes
 
 TAGS = ("mixture-of-experts", "xverse")
 PROMPT = "The old lamp in the window"
@@ -31,6 +32,6 @@ def table(tensors: Iterable[tuple[str, str, int]]) -> list[str]:
     return [
         "| tensors | type | size |",
         "|---|---|---|",
-        *(f"| {group} | {', '.join(sorted(types))} | {human_size(size)} |" for group, (types, size) in rows.items()),
+        *(f"| {group} | {', '.join(sorted(types))} | {human_bytes(size)} |" for group, (types, size) in rows.items()),
         "",
     ]

@@ -91,14 +91,22 @@ class CalibrationOptions(_Choices):
     """Decides which of the documents are taken."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs for calibration. auto: CUDA if any."""
+    memory: int | str | None = None
+    """RAM to stay within, such as 6G; refused at once where that cannot be. Default: what is needed, see --dry-run."""
 
     @property
     def n_tokens(self) -> int:
         """`tokens` as a number: 128k is 128,000."""
         return _quantity("tokens", self.tokens, 1000, "a number of tokens; write for example 500k")
 
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes: 6G is 6 · 1024³."""
+        return None if self.memory is None else _quantity("memory", self.memory, 1024, "a size; write for example 6G")
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.memory_bytes
         if self.n_tokens and self.seqlen < 2:
             raise ConfigError(f"--seqlen {self.seqlen}: must be at least 2")
 

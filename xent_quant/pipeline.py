@@ -14,9 +14,11 @@ from xent_quant.progress import Progress, Silent
 if TYPE_CHECKING:
     from calibration.coverage import Coverage
     from calibration.imatrix import Imatrix
-    from exporters.interface import PlanSummary
+    from calibration.session import Session
+    from exporters.interface import Exporter, PlanSummary
     from xent_quant.checkpoint.reader import Checkpoint
     from xent_quant.validation.report import Report
+    from xent_quant.walk.resources import Resources
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,61 @@ def _open(model: str | Path | None) -> "Checkpoint":
 
 @takes(Options)
 def plan(model: str | Path | None = None, **options: Any) -> tuple["PlanSummary", ...]:
-    """What `quantize` would write with the same options, one summary for each format, from headers alone."""
-    from xent_quant.targets import Methods, exporters_of
+    """What `quantize` would write with the same options, one summary for each export, from headers alone."""
+    return tuple(exporter.summary for exporter in _prepare(model, Options(**options)).exporters)
+
+
+@takes(Options)
+def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resources, tuple[str, ...]]":
+    """What `quantize` would take with the same options: memory, disk, and time by a few seconds' measurement on this machine;
+    and what is to be said of the text."""
+    from xent_quant.walk import resources
 
     wanted = Options(**options)
+    _set_threads(wanted.threads)
+    prepared = _prepare(model, wanted)
+    session = _session(prepared, wanted)
+    architecture, exporters = prepared.checkpoint.architecture, prepared.exporters
+    hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
+    followers, tokens = sum(hessian) if session else 0, session.text.windows.size if session else 0
+    kept = resources.kept_rows(architecture, followers, session is not None, wanted.memory_bytes)
+    taken = resources.Resources(
+        memory=resources.memory(architecture, followers, session is not None, kept),
+        disk=resources.disk(architecture, tokens, followers) if session else 0,
+        result=sum(exporter.nbytes for exporter in exporters),
+        tokens=tokens,
+        seconds=resources.seconds(architecture, exporters, tokens, hessian),
+    )
+    return taken, session.notes if session else ()
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A checkpoint with exporters that are planned; `matrix` is a file of statistics, `measure` tells that text is to be run."""
+
+    checkpoint: "Checkpoint"
+    exporters: "list[Exporter]"
+    matrix: "Imatrix | None"
+    measure: bool
+
+
+def _prepare(model: str | Path | None, wanted: Options) -> _Prepared:
+    """Names are checked and targets planned before the text is read, which takes torch."""
+    from xent_quant.targets import Methods, exporters_of
+
     methods = Methods(wanted)
     checkpoint = _open(model)
-    _read_imatrix(wanted, checkpoint)
+    matrix = _read_imatrix(wanted, checkpoint)
     exporters = exporters_of(checkpoint, wanted, methods)
-    return tuple(exporter.summary for exporter in exporters)
+    return _Prepared(checkpoint, exporters, matrix, matrix is None and methods.use_statistics)
+
+
+def _session(prepared: _Prepared, wanted: CalibrationOptions) -> "Session | None":
+    if not prepared.measure:
+        return None
+    from calibration.session import Session
+
+    return Session(prepared.checkpoint, wanted)
 
 
 @takes(Options)
@@ -103,25 +151,19 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     of a tensor, at a time, and the hidden states of the text. Raises the errors of `xent_quant.errors`; nothing that looks
     finished is left after one.
     """
-    from xent_quant.targets import Methods, exporters_of
     from xent_quant.walk.job import run
 
     started = time.perf_counter()
     wanted = Options(**options)
-    methods = Methods(wanted)
     used = _set_threads(wanted.threads)
-    checkpoint = _open(model)
-    matrix = _read_imatrix(wanted, checkpoint)
-    # Names are checked and targets planned before the text is read, which takes torch.
-    exporters = exporters_of(checkpoint, wanted, methods)
-    session = None
+    prepared = _prepare(model, wanted)
+    checkpoint, exporters, matrix = prepared.checkpoint, prepared.exporters, prepared.matrix
     identity: dict[str, str] = {"--effort": wanted.effort}
     if matrix is not None:
         identity["--imatrix"] = hashlib.sha256(Path(wanted.imatrix or "").read_bytes()).hexdigest()
-    elif methods.use_statistics:
-        from calibration.session import Session
-
-        session = Session(checkpoint, wanted)
+    session = _session(prepared, wanted)
+    for note in session.notes if session else ():
+        (progress or Silent()).note(note)
     if session or any(exporter.method is None for exporter in exporters):  # bitsandbytes runs on torch
         import torch
 
@@ -136,6 +178,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
         identity=identity,
         force=wanted.force,
         restart=wanted.restart,
+        memory=wanted.memory_bytes,
         progress=progress,
     )
     coverage = done.coverage
@@ -147,7 +190,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
         seconds=time.perf_counter() - started,
         threads=used,
         notes=tuple(dict.fromkeys(note for exported in done.exported for note in exported.notes))
-        + (session.text.notes if session else ())
+        + (session.notes if session else ())
         + (coverage.notes() if coverage else ()),
         coverage=coverage,
         resumed=done.resumed,
@@ -178,18 +221,22 @@ def calibrate(
     from xent_quant.walk.collecting import collect
 
     session = Session(checkpoint, wanted)
-    matrix, coverage = collect(session, file, force=force, restart=restart, progress=progress or Silent())
+    for note in session.notes:
+        (progress or Silent()).note(note)
+    matrix, coverage = collect(
+        session, file, force=force, restart=restart, progress=progress or Silent(), memory=wanted.memory_bytes
+    )
     seconds = time.perf_counter() - started
-    notes = (*session.text.notes, *coverage.notes())
+    notes = (*session.notes, *coverage.notes())
     return CalibrateResult(file, matrix.chunk_count * matrix.chunk_size, seconds, coverage, notes)
 
 
 def require_runtimes(formats: Sequence[str], bits: int) -> None:
     """Raise, before the work of an export, where a runtime that `validate` would judge it in is not installed."""
+    from xent_quant.targets import FORMATS
     from xent_quant.validation import runtimes
 
-    kinds: dict[str, runtimes.Kind] = {"gguf": "gguf", "onnx": "onnx", "bnb": "bitsandbytes" if bits < 16 else "checkpoint"}
-    for kind in (kinds[name] for name in formats):
+    for kind in (FORMATS[name].kind(bits) for name in formats):
         runtimes.require(kind, runtimes.NATIVE[kind])
 
 

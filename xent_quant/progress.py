@@ -6,8 +6,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Receives the advance of a long job, in units that `start` names."""
 
-    def start(self, label: str, total: int, unit: str = "weights") -> None:
-        """A job of `total` units begins; a second call replaces the first job."""
+    def start(self, label: str, total: int, unit: str = "weights", done: int = 0) -> None:
+        """A job of `total` units begins, `done` of which an earlier run did; a second call replaces the first job."""
 
     def advance(self, amount: int) -> None:
         """`amount` further units are done."""
@@ -25,7 +25,7 @@ class Progress(Protocol):
 class Silent:
     """A Progress that shows nothing; the default of every library call."""
 
-    def start(self, label: str, total: int, unit: str = "weights") -> None: ...
+    def start(self, label: str, total: int, unit: str = "weights", done: int = 0) -> None: ...
 
     def advance(self, amount: int) -> None: ...
 

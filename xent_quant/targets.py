@@ -1,8 +1,8 @@
 """From options to exporters, one for each format and type asked for. Adding a format: a function here, and a line in
-EXPORTERS."""
+FORMATS."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from exporters.interface import Exporter
     from xent_quant.checkpoint.reader import Checkpoint
     from xent_quant.methods.interface import Method
+    from xent_quant.validation.runtimes import Kind
 
 
 FLOATS = ("F32", "F16", "BF16")
@@ -35,9 +36,9 @@ class Methods:
                     f"--method {options.method}: does not use an importance matrix; drop --imatrix, or use --method {WITH_FILE}"
                 )
             self._name = WITH_FILE
-        # Neither floats nor bitsandbytes' types are a Method's business.
+        # Floats are no Method's business.
         floats = all(name.upper() in FLOATS for name in options.type) if options.type else options.bits == 16
-        quantises = any(kind != "bnb" for kind in options.formats) and not (floats and not options.tensor_types)
+        quantises = any(FORMATS[kind].measured for kind in options.formats) and not (floats and not options.tensor_types)
         self.use_statistics = self._name != "rtn" and quantises
         self._made: list[Method] = []
 
@@ -59,7 +60,7 @@ def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -
     refused is refused here."""
     name = options.name or checkpoint.path.resolve().name
     return [
-        exporter for kind in dict.fromkeys(options.formats) for exporter in EXPORTERS[kind](checkpoint, options, name, methods)
+        exporter for kind in dict.fromkeys(options.formats) for exporter in FORMATS[kind].plan(checkpoint, options, name, methods)
     ]
 
 
@@ -106,9 +107,22 @@ def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods
     yield BnbExporter(checkpoint, planned, Path(options.output), name, split_size=options.split_bytes)
 
 
-EXPORTERS: "dict[str, Callable[[Checkpoint, Options, str, Methods], Iterator[Exporter]]]" = {
-    "gguf": _gguf,
-    "onnx": _onnx,
-    "bnb": _bnb,
+@dataclass(frozen=True)
+class FileFormat:
+    """A format that can be asked for: `plan` makes its exporters; `measured` tells whether a method chooses its codes, so that
+    statistics are of use; `kinds` is what `validate` takes its files for, by whether they are quantised."""
+
+    plan: "Callable[[Checkpoint, Options, str, Methods], Iterator[Exporter]]"
+    measured: bool
+    kinds: "dict[bool, Kind]"
+
+    def kind(self, bits: int) -> "Kind":
+        return self.kinds[bits < 16]
+
+
+FORMATS: dict[str, FileFormat] = {
+    "gguf": FileFormat(_gguf, True, {True: "gguf", False: "gguf"}),
+    "onnx": FileFormat(_onnx, True, {True: "onnx", False: "onnx"}),
+    "bnb": FileFormat(_bnb, False, {True: "bitsandbytes", False: "checkpoint"}),
 }
-"""Format to the function that plans it."""
+"""By the name that --format takes."""

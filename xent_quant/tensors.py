@@ -28,6 +28,7 @@ class Role(StrEnum):
     DOWN = "down"
 
 
+ATTENTION_ROLES = frozenset({Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_OUTPUT})
 KEPT_ROLES = frozenset({Role.NORM, Role.ROUTER})
 """Roles that no export rounds: they are few and everything depends on them."""
 

@@ -3,12 +3,13 @@
 from importlib import resources
 from typing import Any
 
-from exporters.base_model import BaseModel, human_size
+from exporters.base_model import BaseModel
 from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor
 from exporters.card import PROMPT, opening, table
 from exporters.hub_files import generation_config, json_bytes, tokenizer_files
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.tensors import Role
+from xent_quant.tensors import ATTENTION_ROLES, Role
+from xent_quant.units import human_bytes
 
 INDEX = "model.safetensors.index.json"
 MODELLING = ("configuration_xverse.py", "modeling_xverse.py")
@@ -23,7 +24,6 @@ KINDS = {
     "INT8": "8-bit integers (bitsandbytes LLM.int8())",
     "BF16": "bfloat16",
 }
-ATTENTION = (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_OUTPUT)
 
 
 def _group(tensor: PlannedTensor) -> str:
@@ -31,7 +31,7 @@ def _group(tensor: PlannedTensor) -> str:
     part = tensor.tensor
     if part.role in (Role.GATE, Role.UP, Role.DOWN):
         return "experts" if part.expert is not None else "shared experts" if part.shared else "MLP"
-    return "norms" if part.role is Role.NORM else "attention" if part.role in ATTENTION else part.role
+    return "norms" if part.role is Role.NORM else "attention" if part.role in ATTENTION_ROLES else part.role
 
 
 def files(checkpoint: Checkpoint, plan: BnbPlan, name: str) -> dict[str, bytes]:
@@ -68,7 +68,7 @@ def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
             "transformers",
             ("bitsandbytes", "quantized") if plan.bits < 16 else (),
             f"{name}-{plan.type}",
-            f"for transformers 4.57 and 5 in {KINDS[plan.type]}: {human_size(plan.nbytes)}",
+            f"for transformers 4.57 and 5 in {KINDS[plan.type]}: {human_bytes(plan.nbytes)}",
         ),
         *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors),
         *(f"{note}\n" for note in plan.notes),

@@ -5,13 +5,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporters.base_model import BaseModel, human_size
+from exporters.base_model import BaseModel
 from exporters.card import PROMPT, opening, table
 from exporters.gguf.plan import GGUFPlan, PlannedTensor
 from exporters.hub_files import REPETITION_PENALTY
 from exporters.interface import CONTEXT
 from xent_quant.errors import ExportError
 from xent_quant.tensors import Role
+from xent_quant.units import human_bytes
 
 TAGS = ("gguf", "quantized")
 CARDS_GB = (8, 12, 16, 24)
@@ -41,7 +42,7 @@ def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str) ->
     lines = [
         f"## {stem}",
         "",
-        f"{human_size(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight.",
+        f"{human_bytes(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight.",
         "",
         *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors if tensor.role is not Role.NORM),
         *(f"{note}\n" for note in plan.notes),
@@ -64,7 +65,7 @@ def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str) ->
     if plan.architecture.num_experts:
         lines += [
             f"On a GPU add `-ngl 99` and, where it does not fit, leave the experts of some layers in RAM. "
-            f"With {CONTEXT:,} tokens of context ({human_size(plan.vram_bytes(CONTEXT))} in all, estimated):",
+            f"With {CONTEXT:,} tokens of context ({human_bytes(plan.vram_bytes(CONTEXT))} in all, estimated):",
             "",
             "| VRAM | option |",
             "|---|---|",

@@ -5,10 +5,11 @@ from math import log
 import gguf
 
 from exporters import card
-from exporters.base_model import BaseModel, short_count
+from exporters.base_model import BaseModel
 from exporters.gguf.card import TAGS
 from exporters.gguf.plan import GGUFPlan
 from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.units import short_count
 
 
 def size_label(model: Architecture) -> str:

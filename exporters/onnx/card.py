@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from exporters.base_model import BaseModel, human_size
+from exporters.base_model import BaseModel
 from exporters.card import PROMPT, opening, table
 from exporters.onnx.plan import ONNXPlan
+from xent_quant.units import human_bytes
 
 MINIMUM = (1, 31)
 """ONNX Runtime before it has no accuracy_level in QMoE."""
@@ -47,7 +48,7 @@ def _readme(base: BaseModel, plan: ONNXPlan, name: str) -> str:
             "onnxruntime",
             ("onnx", "quantized"),
             f"{name}-{settings.name}-ONNX",
-            f"for stock ONNX Runtime ({MINIMUM[0]}.{MINIMUM[1]} or newer) and onnxruntime-genai: {human_size(plan.data_bytes)}, "
+            f"for stock ONNX Runtime ({MINIMUM[0]}.{MINIMUM[1]} or newer) and onnxruntime-genai: {human_bytes(plan.data_bytes)}, "
             f"computing in {settings.onnx_dtype}",
         ),
         *table((_group(weight.name), weight.type, weight.nbytes if weight.pieces else 0) for weight in plan.weights.values()),

@@ -67,7 +67,7 @@ class _Graph:
 
 
 def build(plan: ONNXPlan) -> onnx.ModelProto:
-    """The model that `onnx_data` of the plan completes: input_ids and attention_mask [B, S] and [B, T] int64, past keys and
+    """The model, without the bytes of its data file: input_ids and attention_mask [B, S] and [B, T] int64, past keys and
     values [B, kv heads, past, head_dim] in; float32 logits [B, S, vocabulary] and present keys and values out."""
     graph = _Graph(plan)
     lengths = _lengths(graph)

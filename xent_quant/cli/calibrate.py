@@ -16,6 +16,7 @@ def calibrate(
     output: Annotated[Path, Parameter(help="The file to write, in llama-imatrix's GGUF format.")] = Path("imatrix.gguf"),
     calibration: Annotated[CalibrationOptions, group("Calibration", 2)] = CalibrationOptions(),
     force: Annotated[bool, Parameter(help="Replace an existing file.")] = False,
+    restart: Annotated[bool, Parameter(help="Begin anew instead of going on with what an interrupted run left.")] = False,
     json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -24,5 +25,5 @@ def calibrate(
     from xent_quant.cli import show
 
     with show.progress() as progress:
-        result = pipeline.calibrate(model, output=output, force=force, progress=progress, **vars(calibration))
+        result = pipeline.calibrate(model, output=output, force=force, restart=restart, progress=progress, **vars(calibration))
     show.as_json(result.to_json()) if json else show.calibrated(result)

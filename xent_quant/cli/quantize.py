@@ -31,7 +31,10 @@ def quantize(
     writing: Annotated[OutputOptions, WRITING] = OutputOptions(),
     dry_run: Annotated[
         bool,
-        Parameter(group=WRITING.group, help="Print every tensor, its type and bytes, and the VRAM needed; write nothing."),
+        Parameter(
+            group=WRITING.group,
+            help="Print every tensor, its type and bytes, and what the run takes: VRAM, RAM, disk, time; write nothing.",
+        ),
     ] = False,
     validate: Annotated[
         bool,
@@ -52,7 +55,12 @@ def quantize(
         show.note("No MODEL given: using the bundled miniature, xent-mini.")
     if dry_run:
         plans = pipeline.plan(model, **options)
-        show.as_json([plan.to_json() for plan in plans]) if json else show.plans(plans)
+        taken, notes = pipeline.resources(model, **options)
+        if json:
+            show.as_json({"plans": [plan.to_json() for plan in plans], "resources": taken.to_json(), "notes": list(notes)})
+        else:
+            show.plans(plans)
+            show.resources(taken, notes)
         return
     if validate:
         pipeline.require_runtimes(target.formats, target.bits)

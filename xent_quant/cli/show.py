@@ -3,22 +3,23 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from exporters.interface import CONTEXT, TypeRow
-from xent_quant.progress import Silent
+from xent_quant.cli import show_progress
+from xent_quant.progress import Progress
+from xent_quant.units import human_bytes, human_count, human_seconds
 
 if TYPE_CHECKING:
     from calibration.coverage import Coverage
     from exporters.interface import PlanSummary
     from xent_quant.pipeline import CalibrateResult, QuantizeResult
+    from xent_quant.walk.resources import Resources
 
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # no names broken in a pipe
 err = Console(stderr=True)
@@ -33,74 +34,9 @@ def as_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-def human_bytes(amount: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.2f} GiB"
-
-
-def human_count(amount: float) -> str:
-    for unit in ("", " K", " M"):
-        if amount < 1000:
-            return f"{amount:.0f}{unit}" if not unit else f"{amount:.1f}{unit}"
-        amount /= 1000
-    return f"{amount:.2f} B"
-
-
-class _Speed(ProgressColumn):
-    """Units per second, in millions where there are many."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{human_count(speed)} {task.fields['unit']}/s", style="progress.data.speed")
-
-
-class _Bar:
-    """A Progress (see xent_quant.progress) drawn by rich."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._task: TaskID | None = None
-
-    def start(self, label: str, total: int, unit: str = "weights") -> None:
-        self.finish()
-        self._label = label
-        self._task = self._bars.add_task(label, total=total, unit=unit)
-
-    def advance(self, amount: int) -> None:
-        if self._task is not None:
-            self._bars.advance(self._task, amount)
-
-    def phase(self, text: str) -> None:
-        if self._task is not None:
-            self._bars.update(self._task, description=f"{self._label}, {text}")
-
-    def note(self, text: str) -> None:
-        note(text)
-
-    def finish(self) -> None:
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-        self._task = None
-
-
-@contextmanager
-def progress() -> "Iterator[_Bar | Silent]":
-    """Bars on a terminal; nothing elsewhere, where rich would leave an empty line before a message."""
-    if not err.is_interactive:
-        yield Silent()
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        _Speed(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bars:
-        yield _Bar(bars)
+def progress() -> "AbstractContextManager[Progress]":
+    """See `show_progress`, on stderr."""
+    return show_progress.progress(err)
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
@@ -145,6 +81,17 @@ def totals(summary: "PlanSummary") -> None:
         f"All on a GPU with {CONTEXT:,} tokens of context: about {human_bytes(summary.vram_bytes)} of VRAM.",
         highlight=False,
     )
+
+
+def resources(taken: "Resources", notes: Sequence[str]) -> None:
+    """--dry-run: what the run would take."""
+    for line in notes:
+        out.print(line, highlight=False, markup=False)
+    work = f", {human_bytes(taken.disk)} for work until it is done" if taken.disk else ""
+    out.print(f"RAM: about {human_bytes(taken.memory)}. Disk: {human_bytes(taken.result)}{work}.", highlight=False)
+    if taken.seconds is not None:
+        text = f" with {taken.tokens:,} tokens of text" if taken.tokens else ""
+        out.print(f"Time on this machine{text}: about {human_seconds(taken.seconds)}.", highlight=False)
 
 
 def result(done: "QuantizeResult") -> None:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from xent_quant.cli.show import human_bytes, new_table, out
+from xent_quant.cli.show import new_table, out
+from xent_quant.units import human_bytes
 
 if TYPE_CHECKING:
     from xent_quant.validation.report import Finding, Report

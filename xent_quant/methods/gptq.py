@@ -4,9 +4,9 @@ With H = mean x xᵀ (damped) the output error of a row is e H eᵀ, e = w − �
 into Σ_j D_j (e U)_j²: column j rounds w_j + Σ_{i<j} e_i U_ij, and nothing chosen later can mend what is left of it. This is
 GPTQ (Frantar et al., 2022) without the inverse of H: the LDLQ form, equal to it by theorem 6 of QuIP (Chee et al., 2023).
 
-1. `_Rows.feed`: block after block of the type, scales by the weighted search on weights that already make up for all errors
+1. `Rows.feed`: block after block of the type, scales by the weighted search on weights that already make up for all errors
    before them, then codes with error feedback.
-2. `_Rows.sweep`: every block once more, scales and codes, for the errors of all others, before and after it, kept in those
+2. `Rows.sweep`: every block once more, scales and codes, for the errors of all others, before and after it, kept in those
    rows where e H eᵀ falls; then rounds of coordinate descent on single codes, which only lower it.
 3. On held-out inputs, every row keeps the better of this and the weighted search.
 

@@ -25,13 +25,9 @@ from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import CalibrationError
 from xent_quant.model.layers import attention, linear, rms_norm, rotary_tables, route, swiglu
+from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS
 from xent_quant.model.states import States
 from xent_quant.tensors import TensorSpec
-
-PART_TOKENS = 4096
-"""Tokens that go through a weight together (one window at least through attention); bounds what is held besides the states."""
-KEPT_ROWS = 16384
-"""Rows of an expert's inner activations that are kept between the looks at them, at most; above, they are computed again."""
 
 Weights = Mapping[str, Tensor]
 
@@ -99,11 +95,19 @@ class Pass:
     """`windows` [n_windows, length] of token ids on their way through the model in every one of `streams`.
 
     `dtype` is that of weights and states; routing and norms are at least float32. Holds the routing of one layer, PART_TOKENS
-    rows on their way, an expert's inner rows (KEPT_ROWS at most) for every stream, and the weights that were given for the
+    rows on their way, an expert's inner rows (`kept_rows` at most) for every stream, and the weights that were given for the
     stage.
     """
 
-    def __init__(self, source: WeightSource, windows: Tensor, streams: Sequence[Stream], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        windows: Tensor,
+        streams: Sequence[Stream],
+        dtype: torch.dtype,
+        kept_rows: int = KEPT_ROWS,
+    ) -> None:
+        self.kept_rows = kept_rows
         self.source, self.architecture, self.streams, self.dtype = source, source.architecture, streams, dtype
         self.windows, self.device = windows, windows.device
         self.count, self.length = windows.shape
@@ -266,7 +270,7 @@ class _Mlp:
         wanted[0] = torch.stack(wanted).any(0)  # the exact rows of every token that any stream sends there
         for number, mask in enumerate(wanted):
             tokens = mask.nonzero()[:, 0]
-            if len(tokens) <= KEPT_ROWS:
+            if len(tokens) <= self.run.kept_rows:
                 parts = [self._compute(number, part) for part in torch.split(tokens, PART_TOKENS)]
                 self._inner[number] = tokens, torch.cat(parts)
 

@@ -21,8 +21,9 @@ from xent_quant.progress import Progress
 from xent_quant.storage import Move, Target, Workspace, check_free_space, publish, replace_bytes
 from xent_quant.tensors import KEPT_ROLES, Role
 from xent_quant.walk import journal as journals
+from xent_quant.walk import resources
 from xent_quant.walk.journal import Journal, software
-from xent_quant.walk.streams import Streams, disk_bytes
+from xent_quant.walk.streams import Streams
 from xent_quant.walk.unfinished import kept
 
 Sums = dict[str, tuple[np.ndarray, ...]]
@@ -45,8 +46,7 @@ class Collecting:
         """All steps that the journal does not have yet."""
         layers, tokens = self._model.num_layers, self._streams.run.n_tokens
         self._streams.swapped = self._journal.swapped
-        self._report.start("Running the model", layers * tokens, "tokens")
-        self._report.advance(max(0, min(self._journal.done - 1, layers)) * tokens)
+        self._report.start("Running the model", layers * tokens, "tokens", done=self._journal.layers(layers) * tokens)
         for step in range(self._journal.done, layers + 2):
             if not step:
                 for start, rows in self._checkpoint.slices(names.EMBEDDING):
@@ -121,12 +121,15 @@ def _load(path: Path) -> Sums:
     return {name: tuple(parts) for name, parts in found.items()}
 
 
-def collect(session: Session, target: Path, *, force: bool, restart: bool, progress: Progress) -> tuple[Imatrix, Coverage]:
+def collect(
+    session: Session, target: Path, *, force: bool, restart: bool, progress: Progress, memory: int | None = None
+) -> tuple[Imatrix, Coverage]:
     """Run the text of `session` and write the importance matrix `target`; an interrupted call is gone on with by the same one.
 
     Raises what running the model raises, and ExportError for what cannot be written.
     """
     model = session.checkpoint.architecture
+    kept_rows = resources.kept_rows(model, 0, True, memory)
     identity = {
         "checkpoint": fingerprint(session.checkpoint),
         "version": software(),
@@ -143,12 +146,12 @@ def collect(session: Session, target: Path, *, force: bool, restart: bool, progr
             progress.note(f"Going on with an interrupted run: {done} of {model.num_layers} layers are done.")
         if journal.windows is None:
             windows = session.windows(FEWEST_ROWS, progress)
-            check_free_space(work.path, disk_bytes(windows.numel(), model.hidden_size, 1))
+            check_free_space(work.path, resources.disk(model, windows.numel(), 0))
             journal.windows = len(windows)
             journal.save()
         else:
             windows = session.first(journal.windows)
-        streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1)
+        streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1, kept_rows)
         files.callback(streams.close)
         collecting = Collecting(session, streams, journal, work.path, progress)
         collecting.run()

@@ -16,6 +16,7 @@ from xent_quant.progress import Progress, Silent
 from xent_quant.storage import Workspace, check_free_space, publish
 from xent_quant.tensors import StatisticsSource
 from xent_quant.walk import journal as journals
+from xent_quant.walk import resources
 from xent_quant.walk.journal import Journal, software
 from xent_quant.walk.lanes import Lane
 from xent_quant.walk.loop import Walk
@@ -47,10 +48,12 @@ def run(
     identity: Mapping[str, Any] | None = None,
     force: bool = False,
     restart: bool = False,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Done:
     """Quantise `checkpoint` for all `exporters`, which write into `output`, in one walk, with `statistics` of a file or of a
-    `text` that runs along; files say of them what `provenance` holds, and `identity` is what their bytes depend on.
+    `text` that runs along; files say of them what `provenance` holds, and `identity` is what their bytes depend on. At most
+    `memory` bytes are resident, or ConfigError is raised before anything is read.
 
     All exports appear, or none does, and what they replace is lost only when they are there. After an error or a kill the work
     that was done stays beside the output, and the same call goes on with it unless `restart` is given. Holds what `Walk` holds.
@@ -58,6 +61,7 @@ def run(
     """
     model, report = checkpoint.architecture, progress or Silent()
     hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
+    kept_rows = resources.kept_rows(model, sum(hessian) if text else 0, text is not None, memory)
     for exporter in exporters:
         exporter.check(force)
     before = fingerprint(checkpoint)
@@ -86,7 +90,7 @@ def run(
         streams: Streams | None = None
         measuring: list[Measuring] = []
         if text:
-            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work.path, report)
+            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work.path, kept_rows, report)
             files.callback(streams.close)
         Walk(checkpoint, lanes, journal, streams, measuring, report).run()
         exported = []
@@ -111,11 +115,12 @@ def _streams(
     hessian: Sequence[bool],
     journal: Journal,
     folder: Path,
+    kept_rows: int,
     progress: Progress,
 ) -> "tuple[Streams, list[Measuring]]":
     """The exact stream, and one for each lane whose method goes on with what it made of the weights."""
     from calibration.measuring import Measuring
-    from xent_quant.walk.streams import Streams, disk_bytes
+    from xent_quant.walk.streams import Streams
 
     model = checkpoint.architecture
     if journal.windows is None:
@@ -132,12 +137,12 @@ def _streams(
         count += needed
         listened[lane.stream] = needed
     if journal.windows is None:
-        check_free_space(folder, disk_bytes(windows.numel(), model.hidden_size, count))
+        check_free_space(folder, resources.disk(model, windows.numel(), count - 1))
         journal.windows = len(windows)
         for lane in lanes:
             lane.writer.sync()
         journal.save()
-    streams = Streams(checkpoint, windows, folder, text.dtype, count)
+    streams = Streams(checkpoint, windows, folder, text.dtype, count, kept_rows)
     return streams, [Measuring(stream, windows, hessian=needed) for stream, needed in listened.items()]
 
 

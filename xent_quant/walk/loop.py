@@ -10,7 +10,7 @@ Without text there are no streams, and only the second line is left.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,13 +20,11 @@ from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32
 from xent_quant.progress import Progress, Silent
-from xent_quant.tensors import Role, TensorSpec
+from xent_quant.tensors import ATTENTION_ROLES, Role, TensorSpec
 from xent_quant.walk.journal import Journal
 from xent_quant.walk.lanes import Lane
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from calibration.measuring import Measuring
     from xent_quant.model.stages import Stage
     from xent_quant.walk.streams import Streams
@@ -52,7 +50,10 @@ class Walk:
         progress: Progress | None = None,
     ) -> None:
         self.checkpoint, self.lanes, self.journal, self.streams = checkpoint, lanes, journal, streams
-        self._measuring = {each.stream: each for each in measuring}
+        self._measuring: dict[int | None, Measuring] = {each.stream: each for each in measuring}
+        self._by_stream: dict[int | None, list[Lane]] = {}
+        for lane in lanes:
+            self._by_stream.setdefault(lane.stream, []).append(lane)
         self._report = progress or Silent()
         self._tensors = checkpoint.architecture.tensors()
         self._layers = checkpoint.architecture.num_layers
@@ -69,8 +70,7 @@ class Walk:
         if self.streams:
             self.streams.swapped = self.journal.swapped
         weights = [self._weights(number) for number in range(len(steps))]
-        self._report.start("Quantising", sum(weights))
-        self._report.advance(sum(weights[: self.journal.done]))
+        self._report.start("Quantising", sum(weights), done=sum(weights[: self.journal.done]))
         for number in range(self.journal.done, len(steps)):
             label, step = steps[number]
             self._report.phase(label)
@@ -115,61 +115,57 @@ class Walk:
         tensors = [tensor for tensor in self._tensors.values() if tensor.layer == index]
         for tensor in tensors:
             if not self.streams or tensor.role is Role.NORM:
-                self._pass(tensor)
+                self._pass(tensor, self.lanes)
         if not self.streams:
             return
         for stage in self.streams.run.layer(index):
-            self._stage(stage)
             first = stage.weights[0] if stage.weights else None
+            if first:
+                self._report.phase(f"layer {index + 1} of {self._layers}, {_said(first)}")
+            self._stage(stage)
             if first and first.role is Role.ROUTER:
-                listened = max(self._measuring, default=0)
+                listened = max((number for number in self._measuring if number), default=0)
                 self.journal.coverage = [*self.journal.coverage[:index], self.streams.run.expert_tokens(listened)]
 
     def _head(self) -> None:
-        self._pass(self._tensors[names.FINAL_NORM])
-        if not self.streams:
-            tensor = self._tensors[names.EMBEDDING if self.checkpoint.architecture.tie_word_embeddings else names.HEAD]
-            self._pass(tensor, head=True)
-            return
-        stage = self.streams.run.head()
-        (tensor,) = stage.weights
-        if any(lane.slots(tensor, head=True) for lane in self.lanes):
-            self._pass(tensor, self._measure(stage), head=True)
+        self._pass(self._tensors[names.FINAL_NORM], self.lanes)
+        tensor = self._tensors[names.EMBEDDING if self.checkpoint.architecture.tie_word_embeddings else names.HEAD]
+        stage = self.streams.run.head() if self.streams else None
+        for number, lanes in self._by_stream.items():
+            wanted = [lane for lane in lanes if lane.slots(tensor, head=True)]
+            if wanted:
+                self._pass(tensor, wanted, self._measure(number, stage) if stage else NOTHING, head=True)
 
-    def _pass(self, tensor: TensorSpec, known: Mapping[int, Measured] | None = None, *, head: bool = False) -> None:
-        """A tensor that no stream goes on with, in slices, to all lanes that take them."""
-        for start, rows in self.checkpoint.slices(tensor.name):
-            for lane in self.lanes:
-                if lane.takes_slices(tensor):
-                    lane.put(tensor, start, rows, self._known(known or {}, lane), head=head)
-            self._report.advance(rows.size)
-        whole = [lane for lane in self.lanes if not lane.takes_slices(tensor)]
-        if whole:
+    def _pass(self, tensor: TensorSpec, lanes: Sequence[Lane], known: Measured = NOTHING, *, head: bool = False) -> None:
+        """A tensor that no stream goes on with: in slices to all lanes that take them, whole to the others."""
+        sliced = [lane for lane in lanes if lane.takes_slices(tensor)]
+        for start, rows in self.checkpoint.slices(tensor.name) if sliced else ():
+            for lane in sliced:
+                lane.put(tensor, start, rows, known, head=head)
+        if len(sliced) < len(lanes):
             weights = self.checkpoint.read(tensor.name)
-            for lane in whole:
-                lane.put(tensor, 0, weights, NOTHING, head=head)
-
-    @staticmethod
-    def _known(known: Mapping[int, Measured], lane: Lane) -> Measured:
-        return NOTHING if lane.stream is None else known.get(lane.stream, NOTHING)
-
-    def _measure(self, stage: "Stage") -> Mapping[int, Measured]:
-        """By stream, of those that are listened to."""
-        return {number: measuring.measure(stage) for number, measuring in self._measuring.items()}
+            for lane in lanes:
+                if lane not in sliced:
+                    lane.put(tensor, 0, weights, NOTHING, head=head)
+        self._report.advance(tensor.n_weights * len(lanes) // len(self.lanes))
 
     def _stage(self, stage: "Stage") -> None:
         assert self.streams is not None
-        known = self._measure(stage) if stage.weights else {}
-        weights: list[dict[str, Tensor]] = [{} for _ in self.streams.run.streams]
-        for tensor in stage.weights:
-            exact = self.checkpoint.read(tensor.name)
-            weights[0][tensor.name] = self.streams.tensor(exact)
-            for lane in self.lanes:
-                made = self._put(lane, tensor, exact, self._known(known, lane) if tensor.measured else NOTHING)
-                if lane.stream:
-                    weights[lane.stream][tensor.name] = weights[0][tensor.name] if made is None else self.streams.tensor(made)
-            self._report.advance(exact.size)
+        exact = {tensor.name: self.checkpoint.read(tensor.name) for tensor in stage.weights}
+        first = {name: self.streams.tensor(weights) for name, weights in exact.items()}
+        weights = [dict(first) for _ in self.streams.run.streams]
+        for number, lanes in self._by_stream.items():  # what one of them measured is let go before the next one measures
+            known = self._measure(number, stage) if stage.weights else NOTHING
+            for tensor in stage.weights:
+                for lane in lanes:
+                    made = self._put(lane, tensor, exact[tensor.name], known if tensor.measured else NOTHING)
+                    if lane.stream and made is not None:
+                        weights[lane.stream][tensor.name] = self.streams.tensor(made)
         stage.advance(weights)
+        self._report.advance(sum(tensor.n_weights for tensor in stage.weights))
+
+    def _measure(self, stream: int | None, stage: "Stage") -> Measured:
+        return self._measuring[stream].measure(stage) if stream in self._measuring else NOTHING
 
     def _put(self, lane: Lane, tensor: TensorSpec, weights: F32, known: Measured) -> F32 | None:
         """A whole tensor, in the same slices as if it were read in them: what they become depends on where they are cut."""
@@ -180,3 +176,10 @@ class Walk:
             if read is not None:
                 made.append(read)
         return np.concatenate(made) if made else None
+
+
+def _said(tensor: TensorSpec) -> str:
+    """Where in a layer it is."""
+    if tensor.expert is not None:
+        return f"expert {tensor.expert + 1}"
+    return "attention" if tensor.role in ATTENTION_ROLES else "router" if tensor.role is Role.ROUTER else "shared experts"

@@ -8,12 +8,10 @@ from torch import Tensor
 
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32
+from xent_quant.model.sizes import KEPT_ROWS, STATE_FILES
 from xent_quant.model.stages import Pass, Stream
 from xent_quant.model.states import OnDisk
 from xent_quant.storage import Rows
-
-FILES = ("a", "b", "sum")
-"""Of a stream: the states before and behind a layer in turns, and what is about to be added to them."""
 
 
 class Streams:
@@ -23,18 +21,20 @@ class Streams:
     stream.
     """
 
-    def __init__(self, checkpoint: Checkpoint, windows: Tensor, folder: Path, dtype: torch.dtype, count: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, windows: Tensor, folder: Path, dtype: torch.dtype, count: int, kept_rows: int = KEPT_ROWS
+    ) -> None:
         self.folder, self._files = folder, ExitStack()
-        fresh = not (folder / f"{count - 1}.{FILES[-1]}").exists()
+        fresh = not (folder / f"{count - 1}.{STATE_FILES[-1]}").exists()
         streams = []
         for number in range(count):
             rows = [
                 OnDisk(self._open(f"{number}.{file}", windows, checkpoint.architecture.hidden_size, fresh), dtype, windows.device)
-                for file in FILES
+                for file in STATE_FILES
             ]
             streams.append(Stream(rows[0], rows[2], rows[1]))
         self._first = streams[0].x
-        self.run = Pass(checkpoint, windows, streams, dtype)
+        self.run = Pass(checkpoint, windows, streams, dtype, kept_rows)
 
     def _open(self, name: str, windows: Tensor, columns: int, fresh: bool) -> Rows:
         path = self.folder / name
@@ -69,8 +69,3 @@ class Streams:
 
     def close(self) -> None:
         self._files.close()
-
-
-def disk_bytes(tokens: int, hidden: int, streams: int) -> int:
-    """What the states take in files while a walk goes on."""
-    return 4 * len(FILES) * tokens * hidden * streams

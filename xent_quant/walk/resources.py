@@ -1,0 +1,162 @@
+"""What a run takes: memory, disk, and time on this machine, said before anything is read.
+
+Memory is counted from what the parts say that they hold, in the stage that needs most, with a margin; time is arithmetic
+divided by what this machine does in a few seconds' measurement.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from exporters.interface import Exporter
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.errors import ConfigError
+from xent_quant.formats.base import F32
+from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS, STATE_FILES
+from xent_quant.tensors import InputStatistics, Role, TensorSpec
+from xent_quant.units import human_bytes
+
+MIB = 2**20
+PROGRAM = 280 * MIB
+"""Python, numpy, numba with its kernels, and the allocator's slack."""
+TORCH = 330 * MIB
+"""torch, its libraries and their threads."""
+VOCABULARY = 700
+"""Bytes that tokenizer, its check and the header of a file take for each token, about."""
+MARGIN = 1.1
+PROBE_ROWS, PROBE_COLUMNS = 192, 1024
+"""Of the weight that the time of rounding is measured on."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """`memory` is the peak of resident bytes, `disk` what the work takes beside the results until it is done, `result` the
+    bytes of these; `seconds` of the clock, None where nothing was measured. `tokens` run through the model."""
+
+    memory: int
+    disk: int
+    result: int
+    tokens: int
+    seconds: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+
+def memory(model: Architecture, followers: int, text: bool, kept_rows: int = KEPT_ROWS) -> int:
+    """Peak of resident bytes of a walk with so many quantised streams; `text`: statistics are measured on the way."""
+    tensors = list(model.tensors().values())
+    in_layer = [tensor for tensor in tensors if tensor.layer is not None and len(tensor.shape) > 1]
+    largest = max(tensor.n_weights for tensor in in_layer)
+    rows_of_vocabulary = PROGRAM + VOCABULARY * model.vocab_size
+    if not text:
+        # Stored bytes, float32, checks and packed rows of a slice, or of a tensor that is read whole.
+        return int(MARGIN * (rows_of_vocabulary + 12 * min(Checkpoint.SLICE, max(t.n_weights for t in tensors))))
+    columns = max(tensor.shape[-1] for tensor in in_layer)
+    streams = 1 + followers
+    inner = kept_rows * model.intermediate_size * 4 * streams if model.num_experts else 0
+    shared = 2 * 4 * model.shared_size * model.hidden_size * streams
+    rows = PART_TOKENS * (4 * model.hidden_size + 3 * columns) * 4
+    weights = largest * 4 * (streams + 2)
+    found = rows_of_vocabulary + TORCH + inner + shared + rows + weights
+    if followers:
+        square, layer = columns * columns, model.hidden_size**2
+        # Sums: Σxxᵀ, drift, residuals; of the layer the first two. Ready: Hessian in float32 and float64, damped, inverse,
+        # factor, and three float64 on the way. A method: five copies of the weight.
+        sums = 4 * (2 * square + columns * model.hidden_size) + 8 * layer
+        found += sums + square * (4 + 8 + 4 + 4 + 4 + 24) + 5 * 4 * largest
+    return int(MARGIN * found)
+
+
+def kept_rows(model: Architecture, followers: int, text: bool, limit: int | None) -> int:
+    """How many inner rows of an expert to keep so that `limit` bytes are not passed. Raises ConfigError where keeping none
+    would not do."""
+    choices = (KEPT_ROWS, KEPT_ROWS // 2, KEPT_ROWS // 4, 0)
+    for rows in choices:
+        if limit is None or memory(model, followers, text, rows) <= limit:
+            return rows
+    least = memory(model, followers, text, 0)
+    remedy = "use --method imatrix, or one format at a time" if followers else "use --method rtn" if text else "give it more"
+    raise ConfigError(f"--memory {human_bytes(limit or 0)}: about {human_bytes(least)} are needed; {remedy}")
+
+
+def disk(model: Architecture, tokens: int, followers: int) -> int:
+    """Bytes of the states while a text runs."""
+    return 4 * len(STATE_FILES) * tokens * model.hidden_size * (1 + followers)
+
+
+def seconds(model: Architecture, exporters: Sequence[Exporter], tokens: int, hessian: Sequence[bool]) -> float:
+    """Of the whole walk on this machine, from the speed of its matrix products, factorisations and of each lane's rounding;
+    takes a few seconds itself."""
+    tensors = [tensor for tensor in model.tensors().values() if len(tensor.shape) > 1]
+    total = 0.0
+    for exporter, needed in zip(exporters, hessian, strict=True):
+        for kind, weights in _by_encoding(exporter, tensors).items():
+            total += weights * _rounding(exporter, kind, needed and tokens > 0)
+    if not tokens:
+        return total
+    product, factorisation = _speeds()
+    followers = sum(hessian)
+    layer = [tensor for tensor in tensors if tensor.layer is not None]
+    share = model.experts_per_token / model.num_experts if model.num_experts else 1.0
+
+    def rows(tensor: TensorSpec) -> float:
+        return tokens * (share if tensor.expert is not None else 1.0)
+
+    flops = sum(2 * rows(tensor) * tensor.n_weights for tensor in layer) * (1 + followers) * 1.15
+    if followers:
+        # Gate shares its rows with up, q with k and v: statistics are made once for them.
+        alone = [t for t in layer if t.role in (Role.ATTENTION_Q, Role.ATTENTION_OUTPUT, Role.GATE, Role.DOWN)]
+        flops += followers * sum(2 * rows(t) * t.shape[-1] ** 2 * 1.5 for t in alone)
+        flops += followers * sum(2 * t.n_weights * t.shape[-1] * 2 for t in layer if t.role is not Role.ROUTER)
+        total += followers * sum(t.shape[-1] ** 3 for t in alone) * 2.0 / factorisation
+    return total + flops / product
+
+
+def _by_encoding(exporter: Exporter, tensors: Sequence[TensorSpec]) -> dict[Any, int]:
+    found: dict[Any, int] = {}
+    for tensor in tensors:
+        for slot in exporter.slots[tensor.name]:
+            found[slot.encoding] = found.get(slot.encoding, 0) + slot.rows * slot.columns
+    return found
+
+
+def _rounding(exporter: Exporter, encoding: Any, hessian: bool) -> float:
+    """Seconds a weight."""
+    from xent_quant.methods.rtn import RoundToNearest
+
+    random = np.random.default_rng(0)
+    weights = random.standard_normal((PROBE_ROWS, PROBE_COLUMNS), np.float32)
+    known = None
+    if hessian:
+        rows = random.standard_normal((2 * PROBE_COLUMNS, PROBE_COLUMNS), np.float32)
+        hessian_of: F32 = (rows.T @ rows / np.float32(len(rows))).astype(np.float32)
+        known = InputStatistics(np.square(rows).mean(0), hessian_of, len(rows), rows[:64])
+    method = exporter.method or RoundToNearest()
+    for _ in range(2):  # the first time kernels are compiled, or loaded, and the Hessian factorised, which is counted apart
+        begun = time.perf_counter()
+        method.quantize(weights, encoding, known, name="probe")
+    return (time.perf_counter() - begun) / weights.size
+
+
+def _speeds() -> tuple[float, float]:
+    """Floating-point operations a second of a float32 product, and n³ a second of a float64 factorisation [n, n]."""
+    import torch
+
+    from xent_quant.linalg import factorise
+
+    a = torch.randn(1024, 2048)
+    b = torch.randn(2048, 2048)
+    torch.mm(a, b)
+    begun = time.perf_counter()
+    for _ in range(8):
+        torch.mm(a, b)
+    product = 8 * 2 * a.shape[0] * b.numel() / (time.perf_counter() - begun)
+    matrix = (b.T @ b / 2048 + torch.eye(2048)).double().numpy()
+    begun = time.perf_counter()
+    factorise(matrix)
+    return product, matrix.shape[0] ** 3 / (time.perf_counter() - begun)
