@@ -53,6 +53,12 @@ def expert(layer: int, index: int, projection: Projection) -> str:
     return f"model.layers.{layer}.mlp.experts.{index}.{projection}_proj.weight"
 
 
+def fused_experts(layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a layer's experts are called where each kind is one 3-D tensor: gate and up together, and down."""
+    gate_up, down = (f"model.layers.{layer}.mlp.experts.{which}_proj" for which in ("gate_up", "down"))
+    return (gate_up, f"{gate_up}.weight"), (down, f"{down}.weight")
+
+
 def shared_expert(layer: int, projection: Projection) -> str:
     return f"model.layers.{layer}.mlp.shared_experts.{projection}_proj.weight"
 
@@ -124,7 +130,7 @@ class Architecture:
 
         def boolean(key: str, default: bool) -> bool:
             value = config.get(key)
-            if value not in (None, True, False) or isinstance(value, int) and not isinstance(value, bool):
+            if value is not None and not isinstance(value, bool):
                 raise refuse(f"{key} must be true or false, it is {rope.shown(value)}")
             return default if value is None else bool(value)
 
@@ -228,9 +234,10 @@ class Architecture:
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Every tensor that the checkpoint must hold, by name, in storage order."""
-        return {spec.name: spec for spec in self._tensors()}
+        return {spec.name: spec for spec in self.each_tensor()}
 
-    def _tensors(self) -> Iterator[TensorSpec]:
+    def each_tensor(self) -> Iterator[TensorSpec]:
+        """The same one by one: whoever checks them against files need not hold what a wrong config asks for."""
         hidden, kv = self.hidden_size, self.num_kv_heads * self.head_dim
         yield TensorSpec(EMBEDDING, (self.vocab_size, hidden), Role.EMBEDDING)
         for layer in range(self.num_layers):

@@ -117,7 +117,7 @@ def parse(config: Mapping[str, Any], source: str, max_position_embeddings: int) 
         raise UnsupportedError(f"{source}: rope_scaling of type {kind!r} has no {shown(min(unknown))}; remove it, or the scaling")
 
     def number(key: str, default: float | None, least: float = 0.0) -> float:
-        value = given.get(key)
+        value: Any = given.get(key)
         value = default if value is None else value
         if not is_number(value) or value < least or value <= 0:
             at_least = f" of at least {least:g}" if least else " above 0"
@@ -142,7 +142,9 @@ def parse(config: Mapping[str, Any], source: str, max_position_embeddings: int) 
         return 0.1 * scale * log(factor) + 1.0
 
     mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
-    default = attention(number("mscale", None)) / attention(number("mscale_all_dim", None)) if mscale and all_dim else attention(1)
+    default = (
+        attention(number("mscale", None)) / attention(number("mscale_all_dim", None)) if mscale and all_dim else attention(1)
+    )
     scaling = RopeScaling(
         "yarn",
         factor,

@@ -32,7 +32,9 @@ def rope_settings(
     parts = [part for part in (rope_parameters, rope_scaling) if part]
     kinds = {part.get("rope_type", part.get("type", "default")) for part in parts}
     if len(kinds) > 1:
-        raise ValueError(f"rope_parameters and rope_scaling name different types ({', '.join(sorted(map(str, kinds)))}); keep one")
+        raise ValueError(
+            f"rope_parameters and rope_scaling name different types ({', '.join(sorted(map(str, kinds)))}); keep one"
+        )
     kind = kinds.pop() if kinds else "default"
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_scaling of type {kind!r} is not supported; remove it to use the native context")
@@ -47,8 +49,9 @@ def rope_settings(
     if kind == "yarn":
         original = original or given.get("original_max_position_embeddings", max_position_embeddings)
         factor = float(given.get("factor", max_position_embeddings / original))
-        scales = [given.get("mscale"), given.get("mscale_all_dim")]
-        top, bottom = scales if all(scales) else (1.0, 0.0)
+        top, bottom = given.get("mscale") or 0.0, given.get("mscale_all_dim") or 0.0
+        if not top or not bottom:
+            top, bottom = 1.0, 0.0
         attention = (0.1 * top * math.log(factor) + 1.0) / (0.1 * bottom * math.log(factor) + 1.0)
         told |= {
             "factor": factor,
