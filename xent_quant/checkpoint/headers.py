@@ -33,8 +33,8 @@ class Location:
 
 
 def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
-    """A JSON object from a file, without numbers beyond a float (Infinity, 1e400) and text that is no Unicode; `unique`: without a
-    name that comes twice. Raises CheckpointError."""
+    """A JSON object from a file. Raises CheckpointError, for numbers beyond a float (Infinity, 1e400) and text that is no Unicode
+    too; `unique`: for a name that comes twice."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

@@ -82,8 +82,9 @@ class Transposed:
 
 @dataclass(frozen=True)
 class Scaled:
-    """FP8 values or 8-bit integers [rows, columns], less a zero point where there is one, times the scale of their block of `block`
-    rows and columns. `rounded`: to the type of the scales, as compressed-tensors computes. Holds the scales of its rows in full."""
+    """FP8 values or 8-bit integers [rows, columns], less a zero point where there is one, times the scale of their block of
+    `block` rows and columns. `rounded`: to the type of the scales, as compressed-tensors computes. Holds its rows' scales in full.
+    """
 
     codes: Location
     scales: Location
