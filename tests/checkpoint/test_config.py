@@ -192,7 +192,7 @@ def test_a_fifo_is_no_config(tmp_path: Path) -> None:
     folder = write(tmp_path)
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    with pytest.raises(CheckpointError, match="config.json: is not a regular file"):
+    with pytest.raises(CheckpointError, match=r"config\.json: is not a regular file"):
         Checkpoint.open(folder)
 
 
@@ -202,7 +202,7 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert Checkpoint.open(folder).architecture == Architecture.from_config(SMALL)
     (folder / "config.json").write_bytes(text.encode("utf-16"))
-    with pytest.raises(CheckpointError, match="config.json: not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):
         Checkpoint.open(folder)
 
 

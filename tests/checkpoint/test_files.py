@@ -61,7 +61,7 @@ def test_shards_without_an_index_are_read_when_all_are_there(tmp_path: Path, suf
     folder = write(tmp_path, file=None)
     files = dict.fromkeys(sharded(folder, 5, suffix).values())
     assert all((Checkpoint.open(folder).read(name) == 5).all() for name in NAMES)
-    first, second = files
+    _, second = files
     (folder / second).unlink()
     with pytest.raises(CheckpointError, match=f"{second}: missing"):
         locate(folder)

@@ -59,7 +59,7 @@ def test_one_expert_is_read_at_a_time(tmp_path: Path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("change", [{"num_experts": 4}, {"num_experts": 2}, {"intermediate_size": 95}, {"hidden_size": 32}])
 def test_other_shapes_are_refused(tmp_path: Path, change) -> None:
-    with pytest.raises(CheckpointError, match="config.json asks for"):
+    with pytest.raises(CheckpointError, match=r"config\.json asks for"):
         Checkpoint.open(write(tmp_path, fused(False)[0], **change))
 
 

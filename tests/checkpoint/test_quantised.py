@@ -26,7 +26,7 @@ def test_every_fp8_code_means_what_torch_says() -> None:
 
 
 def check(folder: Path, stored: dict[str, torch.Tensor], meant: dict[str, torch.Tensor], settings: dict[str, Any]) -> Checkpoint:
-    """Everything that was not quantised as it was, the rest as `meant`, whole and in slices that begin within blocks and words."""
+    """What was not quantised as it was, the rest as `meant`, whole and in slices that begin within blocks and words."""
     plain = {name: value.bfloat16() for name, value in weights_of(CONFIG).items() if name not in meant}
     checkpoint = Checkpoint.open(write(folder, plain | stored, CONFIG, quantization_config=settings))
     for name, value in ({name: value.float() for name, value in plain.items()} | meant).items():

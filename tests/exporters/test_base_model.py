@@ -31,9 +31,9 @@ def cache(tmp_path: Path) -> Path:
 
 def test_a_hub_models_exports_have_its_name(tmp_path: Path) -> None:
     snapshot, out = cache(tmp_path), tmp_path / "out"
-    done = xent_quant.quantize(snapshot, type=["Q8_0", "F32"], formats=["gguf", "onnx", "bnb"], bits=8, method="rtn", output=out)
+    done = xent_quant.quantize(snapshot, type="Q8_0", formats=["gguf", "onnx", "bnb"], bits=8, method="rtn", output=out)
     assert {path.name for path in out.iterdir()} == {
-        *(f"{NAME}-{kind}.{end}" for kind in ("Q8_0", "F32") for end in ("gguf", "Modelfile")),
+        *(f"{NAME}-Q8_0.{end}" for end in ("gguf", "Modelfile")),
         *("README.md", "onnx", "bnb"),
     }
     fields = gguf.GGUFReader(out / f"{NAME}-Q8_0.gguf").fields

@@ -1,4 +1,4 @@
-"""Rotary scaling: our tables and every export against transformers' own Llama, whose layers a dense XVERSE has; or refused by name."""
+"""Rotary scaling: our tables and every export against transformers' own Llama, which a dense XVERSE is; or refused by name."""
 
 import json
 from pathlib import Path

@@ -83,7 +83,7 @@ class Transposed:
 @dataclass(frozen=True)
 class Scaled:
     """FP8 values or 8-bit integers [rows, columns], less a zero point where there is one, times the scale of their block of
-    `block` rows and columns. `rounded`: to the type of the scales, as compressed-tensors computes. Holds its rows' scales in full.
+    `block` rows and columns. `rounded`: to the type of the scales, as compressed-tensors computes. Holds a scale for each value.
     """
 
     codes: Location
