@@ -172,9 +172,9 @@ def test_fp8_of_compressed_tensors(tmp_path: Path, block: list[int] | None) -> N
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "is quantised already .'gptq'."),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "is quantised already .'bitsandbytes'."),
-        ("awq", "is quantised already .'awq'."),
+        ({"quant_method": "gptq", "bits": 4}, "is quantised already \\(gptq\\)"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "is quantised already \\(bitsandbytes\\)"),
+        ("awq", "is quantised already \\(awq\\)"),
         ({**FP8, "fmt": "e5m2"}, "fmt 'e5m2'"),
         ({**FP8, "weight_block_size": [128]}, "weight_block_size"),
         (scheme(4, layout="marlin-24"), "format 'marlin-24'"),

@@ -39,9 +39,9 @@ class Scheme:
             return None
         method = given.get("quant_method") if isinstance(given, dict) else given
         if not isinstance(given, dict) or method not in ("fp8", "compressed-tensors"):
+            named = method if isinstance(method, str) else shown(method)
             raise UnsupportedError(
-                f"{source}: is quantised already ({shown(method)}), in a way that is not read; "
-                "give the checkpoint that it was made from"
+                f"{source}: is quantised already ({named[:60]}), in a way that is not read; give the checkpoint that it was made from"
             )
 
         def refuse(what: str) -> UnsupportedError:

@@ -30,12 +30,12 @@ WITHOUT_EFFECT = frozenset({"partial_rotary_factor", "finetuned", "original_max_
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """`original_context` is the context that the model was trained with, from which dynamic and yarn count. cos and sin are
-    multiplied by `attention_factor`; it, the betas and `truncate` are yarn's."""
+    """`original_context` is the context that the model was trained with, from which dynamic and yarn count; 0 for linear. cos and
+    sin are multiplied by `attention_factor`; it, the betas and `truncate` are yarn's."""
 
     kind: Kind
     factor: float
-    original_context: int
+    original_context: int = 0
     attention_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -127,8 +127,10 @@ def parse(config: Mapping[str, Any], source: str, max_position_embeddings: int) 
     theta = number("rope_theta", None) if given.get("rope_theta") is not None else None
     if kind == "default":
         return theta, None
-    if kind in ("linear", "dynamic"):
-        return theta, RopeScaling(kind, number("factor", None, 1.0), max_position_embeddings)  # type: ignore[arg-type]
+    if kind == "linear":
+        return theta, RopeScaling("linear", number("factor", None, 1.0))
+    if kind == "dynamic":
+        return theta, RopeScaling("dynamic", number("factor", None, 1.0), max_position_embeddings)
     original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
     original = max_position_embeddings if original is None else original
     if isinstance(original, bool) or not isinstance(original, int) or original < 1:
