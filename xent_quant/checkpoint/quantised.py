@@ -34,14 +34,15 @@ class Scheme:
     @classmethod
     def of(cls, config: Mapping[str, Any], source: str) -> "Scheme | None":
         """None where there is no quantization_config. Raises UnsupportedError for one that cannot be read."""
-        given = config.get("quantization_config") or config.get("compression_config")
+        given: Any = config.get("quantization_config") or config.get("compression_config")
         if not given:
             return None
-        method = given.get("quant_method") if isinstance(given, dict) else given
+        method: Any = given.get("quant_method") if isinstance(given, dict) else given
         if not isinstance(given, dict) or method not in ("fp8", "compressed-tensors"):
             named = method if isinstance(method, str) else shown(method)
             raise UnsupportedError(
-                f"{source}: is quantised already ({named[:60]}), in a way that is not read; give the checkpoint that it was made from"
+                f"{source}: is quantised already ({named[:60]}), in a way that is not read; "
+                "give the checkpoint that it was made from"
             )
 
         def refuse(what: str) -> UnsupportedError:
@@ -65,8 +66,8 @@ class Scheme:
             raise refuse("sparsity_config")
         if given.get("format") not in (None, *FORMATS):
             raise refuse(f"format {shown(given['format'])}")
-        named = given.get("config_groups")
-        groups = list(named.values()) if isinstance(named, dict) else []
+        by_name: Any = given.get("config_groups")
+        groups = list(by_name.values()) if isinstance(by_name, dict) else []
         blocks: list[tuple[int, int]] = []
         bits: list[int] = []
         sizes: list[int] = []
