@@ -8,8 +8,6 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
-from xent_quant.errors import CheckpointError
-
 KNOWN = {"XVERSE-Ent-A4.2B": "xverse/XVERSE-Ent-A4.2B", "XVERSE-Ent-A5.7B": "xverse/XVERSE-Ent-A5.7B"}
 
 
@@ -23,30 +21,34 @@ class BaseModel:
     licence_name: str | None
     licence_link: str | None
     languages: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """For the person: what of the card could not be read."""
 
     @classmethod
     def of(cls, folder: Path) -> "BaseModel":
         """Read the folder's README.md, if there is one. The Hub id comes from the Hub's cache folder, or a released
-        model's name. Raises CheckpointError for a header that is not YAML.
+        model's name; ModelScope's cache writes a full stop as three low lines.
         """
         folder = folder.resolve()
         cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", folder.as_posix() + "/")
-        repository = f"{cached[1]}/{cached[2]}" if cached else KNOWN.get(folder.name)
-        header = _front_matter(folder / "README.md")
+        known = folder.name.replace("___", ".") if "modelscope" in folder.parts[-6:] else folder.name
+        repository = f"{cached[1]}/{cached[2]}" if cached else KNOWN.get(known)
+        header, notes = _front_matter(folder / "README.md")
 
         def text(key: str) -> str | None:
             value = header.get(key)
-            return value.strip() or None if isinstance(value, str) else None
+            return (value.strip() or None) if isinstance(value, str) and _is_unicode(value) else None
 
         named = header.get("language")
         languages = [named] if isinstance(named, str) else named if isinstance(named, list) else []
         return cls(
-            name=repository.split("/")[1] if repository else folder.name,
+            name=repository.split("/")[1] if repository else known,
             repository=repository,
             licence=text("license"),
             licence_name=text("license_name"),
             licence_link=text("license_link"),
-            languages=tuple(item for item in languages if isinstance(item, str)),
+            languages=tuple(item for item in languages if isinstance(item, str) and _is_unicode(item)),
+            notes=notes,
         )
 
     @property
@@ -81,13 +83,19 @@ class BaseModel:
         ]
 
 
-def _front_matter(readme: Path) -> dict[str, object]:
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written: YAML's escapes make halves of surrogate pairs too."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _front_matter(readme: Path) -> tuple[dict[str, object], tuple[str, ...]]:
+    """A card's YAML header, and a note where it is not one: licence and languages are then not known."""
     if not readme.is_file():
-        return {}
+        return {}, ()
     match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", readme.read_text("utf-8", errors="replace"), re.DOTALL)
     try:
         header = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
         first = str(error).splitlines()[0]
-        raise CheckpointError(f"{readme}: its header is not YAML ({first}); mend it, or remove the file") from error
-    return header if isinstance(header, dict) else {}
+        return {}, (f"{readme}: its header is not YAML ({first}): the new card says nothing of licence and languages.",)
+    return header if isinstance(header, dict) else {}, ()

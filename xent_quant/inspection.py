@@ -9,7 +9,8 @@ from typing import Any
 from exporters.interface import TensorRow, type_totals
 from xent_quant.checkpoint import hub
 from xent_quant.checkpoint.architecture import Architecture
-from xent_quant.checkpoint.headers import locate, read_json
+from xent_quant.checkpoint.files import locate
+from xent_quant.checkpoint.headers import read_json
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ConfigError
 from xent_quant.progress import Progress
@@ -22,7 +23,7 @@ def describe(path: str | Path, reference: str | Path | None = None, *, progress:
     With `reference`, the checkpoint (folder or Hub id) that a GGUF file was made from, "errors" is added: the tensors of
     `exporters.gguf.compare.tensor_errors`, for which the weights of both are read.
     """
-    path = Path(path)
+    path = hub.snapshot(Path(path))
     if reference is not None:
         if path.suffix != ".gguf" or not path.is_file():
             raise ConfigError(f"--reference: {path} is not a GGUF file; there is nothing to compare")
@@ -64,6 +65,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "active_parameters": checkpoint.n_weights - model.num_layers * idle * expert,
         "bytes": checkpoint.nbytes,
         **asdict(model),
+        "notes": list(checkpoint.notes),
         "types": [asdict(row) for row in type_totals([(i.dtype, i.n_weights, i.nbytes) for i in checkpoint.infos.values()])],
     }
 

@@ -162,7 +162,7 @@ class OutputOptions(_Choices):
     output: Path = Path("out")
     """Folder for the results."""
     name: str | None = None
-    """Name of the model in file names. Default: the folder's."""
+    """Name of the model in file names. Default: the model's own."""
     split_size: int | str | None = None
     """Split into shards of at most this size, e.g. 4G."""
     allow_tokenizer_mismatch: bool = False

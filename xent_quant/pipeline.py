@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,8 @@ def _open(model: str | Path | None) -> "Checkpoint":
 @takes(Options)
 def plan(model: str | Path | None = None, **options: Any) -> tuple["PlanSummary", ...]:
     """What `quantize` would write with the same options, one summary for each export, from headers alone."""
-    return tuple(exporter.summary for exporter in _prepare(model, Options(**options)).exporters)
+    prepared = _prepare(model, Options(**options))
+    return tuple(replace(exporter.summary, notes=(*prepared.notes, *exporter.summary.notes)) for exporter in prepared.exporters)
 
 
 @takes(Options)
@@ -125,6 +126,13 @@ class _Prepared:
     exporters: "list[Exporter]"
     matrix: "Imatrix | None"
     measure: bool
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the checkpoint's own files have to say."""
+        from exporters.base_model import BaseModel
+
+        return (*self.checkpoint.notes, *BaseModel.of(self.checkpoint.path).notes)
 
 
 def _prepare(model: str | Path | None, wanted: Options) -> _Prepared:
@@ -193,7 +201,8 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
         source_bytes=checkpoint.nbytes,
         seconds=time.perf_counter() - started,
         threads=used,
-        notes=tuple(dict.fromkeys(note for exported in done.exported for note in exported.notes))
+        notes=prepared.notes
+        + tuple(dict.fromkeys(note for exported in done.exported for note in exported.notes))
         + (session.notes if session else ())
         + (coverage.notes() if coverage else ()),
         coverage=coverage,
@@ -222,6 +231,8 @@ def calibrate(
     checkpoint, file = _open(model), Path(output)
     if file.is_dir():
         raise ExportError(f"{file}: is a folder; name the file to write, such as {file / 'imatrix.gguf'}")
+    if file.exists() and any(file.samefile(part) for part in checkpoint.path.glob("*") if part.suffix != ".gguf"):
+        raise ExportError(f"{file}: is a file of the model itself; choose another --output")
     from calibration.session import Session
     from xent_quant.walk.collecting import collect
 
@@ -232,7 +243,7 @@ def calibrate(
         session, file, force=force, restart=restart, progress=progress or Silent(), memory=wanted.memory_bytes
     )
     seconds = time.perf_counter() - started
-    notes = (*session.notes, *coverage.notes())
+    notes = (*checkpoint.notes, *session.notes, *coverage.notes())
     return CalibrateResult(file, matrix.chunk_count * matrix.chunk_size, seconds, coverage, notes)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xent_quant.errors import ConfigError, UnsupportedError
+from xent_quant.errors import ConfigError, ExportError, UnsupportedError
 from xent_quant.options import OnnxOptions, Options
 
 if TYPE_CHECKING:
@@ -58,10 +58,26 @@ class Methods:
 def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -> "list[Exporter]":
     """One exporter for each format asked for, and of GGUF for each type, in that order. Raises what planning raises: what can be
     refused is refused here."""
-    name = options.name or checkpoint.path.resolve().name
-    return [
+    from exporters.base_model import BaseModel
+
+    name = options.name or BaseModel.of(checkpoint.path).name
+    exporters = [
         exporter for kind in dict.fromkeys(options.formats) for exporter in FORMATS[kind].plan(checkpoint, options, name, methods)
     ]
+    _refuse_the_model_itself(checkpoint.path, Path(options.output), exporters)
+    return exporters
+
+
+def _refuse_the_model_itself(model: Path, output: Path, exporters: "list[Exporter]") -> None:
+    """Raise ExportError where an export, or the card beside it, would replace files of the checkpoint."""
+    folder = model.resolve()
+    targets = [target.path.resolve() for exporter in exporters for target in exporter.targets if target.folder]
+    if (
+        output.resolve() == folder
+        or (output.exists() and output.samefile(folder))
+        or any(folder.is_relative_to(target) for target in targets)
+    ):
+        raise ExportError(f"{output}: is where the model itself lies, whose files would be replaced; choose another --output")
 
 
 def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":

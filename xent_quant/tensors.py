@@ -58,12 +58,18 @@ class TensorSpec:
         return self.role not in KEPT_ROLES and self.role is not Role.EMBEDDING
 
 
+_NAMES_BY_SIZE = {8: "F64 I64 U64", 4: "F32 I32 U32", 2: "F16 BF16 I16 U16", 1: "I8 U8 BOOL F8_E4M3 F8_E5M2 F8_E8M0"}
+ITEM_SIZE = {name: size for size, names in _NAMES_BY_SIZE.items() for name in names.split()}
+"""Bytes of one element, by safetensors' name of its type."""
+CODE_BITS = {"INT2": 2, "INT4": 4, "INT8": 8}
+"""Of weights that a checkpoint stores as codes with scales."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What a checkpoint's header says of one tensor.
 
-    `shape` is row-major as in torch, `dtype` one of "F32", "F16", "BF16" (safetensors spelling), of a quantised checkpoint "U8"
-    and "I8" too.
+    `shape` is row-major as in torch, `dtype` one of ITEM_SIZE, or of CODE_BITS for a weight that is stored as codes.
     """
 
     name: str
@@ -76,8 +82,8 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes as stored."""
-        return self.n_weights * {"F32": 4, "U8": 1, "I8": 1}.get(self.dtype, 2)
+        """Bytes as stored, scales aside."""
+        return self.n_weights * CODE_BITS.get(self.dtype, 8 * ITEM_SIZE.get(self.dtype, 2)) // 8
 
 
 @dataclass(frozen=True)

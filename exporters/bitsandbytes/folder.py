@@ -49,10 +49,9 @@ def files(checkpoint: Checkpoint, plan: BnbPlan, name: str) -> dict[str, bytes]:
 
 
 def _config(checkpoint: Checkpoint, plan: BnbPlan) -> dict[str, Any]:
-    config = {key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "dtype")}
     quantised = plan.quantization_config()
     return {
-        **config,
+        **checkpoint.architecture.carried(checkpoint.config),
         "architectures": ["XverseForCausalLM"],
         "auto_map": AUTO_MAP,
         "intermediate_size": plan.width,

@@ -1,5 +1,7 @@
 """Every key of a GGUF file besides its tokenizer and tensors (docs/gguf.md of ggml, llama-arch.cpp of llama.cpp)."""
 
+from math import log
+
 import gguf
 
 from exporters import card
@@ -57,6 +59,14 @@ def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel) -
     writer.add_value_length(model.head_dim)
     writer.add_rope_dimension_count(model.head_dim)
     writer.add_rope_freq_base(model.rope_theta)
+    if model.rope_scaling:
+        scaling = model.rope_scaling
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.kind))
+        writer.add_rope_scaling_factor(scaling.factor)
+        if scaling.kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
+            # llama.cpp multiplies this onto the 0.1 · ln(factor) + 1 that it takes for itself.
+            writer.add_rope_scaling_attn_factors(scaling.attention_factor / (0.1 * log(scaling.factor) + 1.0))
     writer.add_layer_norm_rms_eps(model.rms_norm_eps)
     if model.num_experts:
         writer.add_expert_count(model.num_experts)

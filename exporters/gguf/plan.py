@@ -179,6 +179,7 @@ def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:
     arch = "xverse" if not model.num_experts else "bailingmoe" if model.num_shared_experts else "granitemoe"
     if arch == "granitemoe" and not model.norm_topk_prob:
         raise UnsupportedError("norm_topk_prob is false and there are no shared experts: llama.cpp has no architecture for that")
+    _check_rope(model)
     width = model.intermediate_size
     tensors = layout(model, recipe, width)
     for pattern, kind in recipe.overrides:
@@ -198,6 +199,29 @@ def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:
     for asked, got in sorted({(tensor.asked, tensor.type) for tensor in tensors if tensor.asked != tensor.type}):
         notes.append(f"{asked} does not divide some rows: {got} there, as llama-quantize does.")
     return GGUFPlan(arch, model, recipe, width, tensors, tuple(notes))
+
+
+def _check_rope(model: Architecture) -> None:
+    """Raise UnsupportedError for a rope scaling that these architectures of llama.cpp do not compute."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind == "linear":
+        return
+    if scaling.kind == "dynamic":
+        raise UnsupportedError(
+            "rope_scaling of type 'dynamic': llama.cpp has no dynamic NTK; remove it from config.json to use the native context, "
+            "or use --format onnx or bnb"
+        )
+    odd = [
+        f"{key} {value:g}"
+        for key, value, fixed in (("beta_fast", scaling.beta_fast, 32), ("beta_slow", scaling.beta_slow, 1))
+        if value != fixed
+    ]
+    odd += [] if scaling.truncate else ["truncate false"]
+    if odd:
+        raise UnsupportedError(
+            f"rope_scaling of type 'yarn' with {', '.join(odd)}: llama.cpp computes these models with beta_fast 32, beta_slow 1 "
+            "and whole dimensions only; use --format onnx or bnb"
+        )
 
 
 def _saved(plain: tuple[PlannedTensor, ...], padded: tuple[PlannedTensor, ...]) -> int:

@@ -24,14 +24,12 @@ def files(checkpoint: Checkpoint, plan: ONNXPlan) -> dict[str, bytes]:
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    model, config = checkpoint.architecture, dict(checkpoint.config)
-    config.pop("auto_map", None)  # names code that is not in this folder
+    model = checkpoint.architecture
     return {
-        **config,
+        **model.carried(checkpoint.config),
         "model_type": OPTIMUM_TYPE,
         "architectures": ["XverseForCausalLM"],
-        "source_model_type": config["model_type"],
-        "num_key_value_heads": model.num_kv_heads,
+        "source_model_type": checkpoint.config["model_type"],
         "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.experts_per_token,
     }

@@ -15,12 +15,15 @@ from exporters.onnx.graph import DATA_FILE, build
 from exporters.onnx.plan import FLOATS, ONNXPlan, ONNXSlot, Part
 from xent_quant import formats
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.checkpoint.rope import frequencies
 from xent_quant.formats.base import U8
 from xent_quant.formats.int_group import IntGroup
 from xent_quant.methods.interface import Method
 from xent_quant.storage import Move, PositionalFile, Target, replace_bytes, sync
 
 FOLDER = "onnx"
+POSITIONS = 16384
+"""Rows of the rotary tables that are computed at a time."""
 
 
 class ONNXExporter:
@@ -99,13 +102,16 @@ class ONNXWriter:
         self._data.write_at(rows, offset)
 
     def write_tables(self) -> None:
-        """cos and sin of position · theta^(−2i / head_dim), computed in float64."""
+        """cos and sin of every position times the frequencies of the architecture's rotary embedding, computed in float64."""
         plan = self._exporter.plan
         model, kind = plan.architecture, formats.get(FLOATS[plan.settings.onnx_dtype])
-        frequencies = model.rope_theta ** (-np.arange(0, model.head_dim, 2) / model.head_dim)
-        angles = np.arange(model.max_position_embeddings)[:, None] * frequencies
-        for part, values in zip(plan.tables, (np.cos(angles), np.sin(angles)), strict=True):
-            self._data.write_at(kind.quantize(values.astype(np.float32), name=part.name), part.offset)
+        found, factor = frequencies(model.rope_theta, model.rope_scaling, model.head_dim, model.max_position_embeddings)
+        for start in range(0, model.max_position_embeddings, POSITIONS):
+            positions = np.arange(start, min(start + POSITIONS, model.max_position_embeddings))
+            angles = positions[:, None] * found
+            for part, values in zip(plan.tables, (np.cos(angles), np.sin(angles)), strict=True):
+                rows = kind.quantize((values * factor).astype(np.float32), name=part.name)
+                self._data.write_at(rows, part.offset + start * part.row_bytes)
 
     def sync(self) -> None:
         """See `Writer.sync`."""

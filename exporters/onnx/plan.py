@@ -170,6 +170,11 @@ def plan(model: Architecture, settings: Settings) -> ONNXPlan:
         notes.append("bfloat16: for GPUs only, ONNX Runtime's CPU kernels do not compute in it.")
     if settings.onnx_dtype == "fp32" and settings.bits < 16:
         notes.append("float32: for the CPU; on CUDA the experts would run on the CPU, use --onnx-dtype fp16 there.")
+    if model.rope_scaling and model.rope_scaling.kind == "dynamic":
+        # The tables end where dynamic scaling begins to change anything.
+        notes.append(
+            f"Dynamic rope scaling begins beyond {model.max_position_embeddings} tokens, where this graph's context ends."
+        )
     placed: dict[str, Weight] = {}
     offset = 0
 

@@ -168,7 +168,8 @@ def test_router_stays_float32_in_a_bfloat16_model_and_saving_keeps_every_bit(che
 
 
 def test_a_fresh_model_has_ordinary_weights() -> None:
-    config = XverseConfig(hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99}
+    config = XverseConfig(**sizes, num_experts=64, moe_top_k=6, num_shared_experts=2)
     model = XverseForCausalLM(config)
     assert sum(isinstance(module, XverseMLP) for module in model.modules()) == 65
     assert 0.015 < model.model.layers[0].mlp.router.weight.std() < 0.025
@@ -180,7 +181,9 @@ def test_a_fresh_model_has_ordinary_weights() -> None:
         {"attention_bias": True},
         {"pretraining_tp": 2},
         {"hidden_act": "gelu"},
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+        {"partial_rotary_factor": 0.5},
+        {"tie_word_embeddings": "false"},
         {"head_dim": 32},
     ],
     ids=lambda bad: next(iter(bad)),
@@ -193,7 +196,7 @@ def test_what_is_not_implemented_is_refused(bad) -> None:
 
 def test_rope_parameters_of_transformers_5_are_read() -> None:
     assert XverseConfig(rope_parameters={"rope_type": "default", "rope_theta": 1234.0}).rope_theta == 1234.0
-    assert XverseConfig().rope_theta == 500000.0
+    assert XverseConfig().rope_theta == 10000.0
 
 
 REGISTRATION = """

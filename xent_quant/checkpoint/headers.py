@@ -1,4 +1,4 @@
-"""Which file holds which tensor, and where: read from headers alone.
+"""What a file of weights holds, and where: read from its header alone. JSON files too.
 
 safetensors layout: u64 little-endian header length, JSON header, data; `data_offsets` count from the end of the header.
 Offsets are read here rather than through safetensors' mmap because every mapped page that is touched counts as
@@ -6,17 +6,21 @@ resident memory: a 51 GB checkpoint must not pass through it.
 """
 
 import json
+import stat
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 from xent_quant.errors import CheckpointError
-from xent_quant.tensors import TensorInfo
+from xent_quant.tensors import ITEM_SIZE, TensorInfo
 
-ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER = 100_000_000  # safetensors' own limit
 DAMAGED = "download or copy it again"
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the small text begins that git leaves in place of a file while git-lfs has not fetched it."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +32,65 @@ class Location:
     offset: int | None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError."""
+def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError, for numbers beyond a float (Infinity, 1e400) and text that is no Unicode
+    too; `unique`: for a name that comes twice."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        mode = path.stat().st_mode
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; is this a checkpoint folder?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: is not a regular file; {DAMAGED}")
+    raw = path.read_bytes()
+    refuse_pointer(path, raw)
+    try:
+        value = parse_json(raw, unique=unique)
+    except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); {DAMAGED}") from error
     except RecursionError as error:
         raise CheckpointError(f"{path}: nested too deeply to be one of a checkpoint's files; {DAMAGED}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object; {DAMAGED}")
     return value
+
+
+def refuse_pointer(path: Path, beginning: bytes) -> None:
+    """Raise CheckpointError where a file is what git-lfs leaves in its place."""
+    if beginning.startswith(POINTER):
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull` in that folder")
+
+
+def parse_json(raw: bytes, *, unique: bool) -> Any:
+    """See `read_json`. A byte order mark is passed over. Raises ValueError, in one line."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not isfinite(value):
+            raise ValueError(f"{text[:20]} is no finite number")
+        return value
+
+    def pairs(found: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(found)
+        if len(value) != len(found):
+            twice, _ = Counter(name for name, _ in found).most_common(1)[0]
+            raise ValueError(f"{twice!r} comes twice")
+        return value
+
+    try:
+        text = raw.decode("utf-8-sig")
+        value = json.loads(text, parse_float=number, parse_constant=number, object_pairs_hook=pairs if unique else None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError, where half of a pair stands alone
+    return value
+
+
+def scan(file: Path) -> dict[str, Location]:
+    """Every tensor of a .safetensors or .bin file. Raises CheckpointError naming the file, and the tensor if it is one."""
+    with file.open("rb") as stream:
+        refuse_pointer(file, stream.read(len(POINTER)))
+    return _safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
 
 
 def _safetensors(file: Path) -> dict[str, Location]:
@@ -53,18 +103,18 @@ def _safetensors(file: Path) -> dict[str, Location]:
             )
         raw = stream.read(length)
     try:
-        header = json.loads(raw)
+        header = parse_json(raw, unique=True)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         parsed = []
         for name, entry in entries.items():
-            start, stop = map(int, entry["data_offsets"])
-            parsed.append((name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), start, stop))
+            start, stop = map(_count, entry["data_offsets"])
+            parsed.append((name, str(entry["dtype"]), tuple(map(_count, entry["shape"])), start, stop))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file}: damaged safetensors header ({type(error).__name__}: {error}); {DAMAGED}") from error
     found: dict[str, Location] = {}
     end = 0
-    for name, dtype, shape, start, stop in sorted(parsed, key=lambda entry: entry[3]):
-        if start != end or stop < start or any(n < 0 for n in shape):
+    for name, dtype, shape, start, stop in sorted(parsed, key=lambda entry: entry[3:]):
+        if start != end or stop < start:
             raise CheckpointError(f"{file}: {name}: overlapping or missing bytes in the header; {DAMAGED}")
         if dtype in ITEM_SIZE and prod(shape) * ITEM_SIZE[dtype] != stop - start:
             raise CheckpointError(f"{file}: {name}: {stop - start} bytes do not make shape {list(shape)} of {dtype}; {DAMAGED}")
@@ -75,42 +125,16 @@ def _safetensors(file: Path) -> dict[str, Location]:
     return found
 
 
-def _pickle(file: Path) -> dict[str, Location]:
-    from xent_quant.checkpoint.pickles import load
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"{type(value).__name__} in place of a size")
+    return value
 
-    names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+
+def _pickle(file: Path) -> dict[str, Location]:
+    from xent_quant.checkpoint.pickles import DTYPES, load
+
     return {
-        name: Location(TensorInfo(name, tuple(value.shape), names.get(str(value.dtype), str(value.dtype))), file, None)
+        name: Location(TensorInfo(name, tuple(value.shape), DTYPES.get(str(value.dtype), str(value.dtype))), file, None)
         for name, value in load(file).items()
     }
-
-
-def locate(folder: Path) -> dict[str, Location]:
-    """Every tensor of a checkpoint folder: single or sharded safetensors, else pytorch_model*.bin.
-
-    Raises CheckpointError naming the file that is missing, truncated or damaged.
-    """
-    for stem, suffix, scan in (("model", ".safetensors", _safetensors), ("pytorch_model", ".bin", _pickle)):
-        index = folder / f"{stem}{suffix}.index.json"
-        single = folder / f"{stem}{suffix}"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-                raise CheckpointError(f"{index}: has no weight_map of tensor to file; {DAMAGED}")
-            found: dict[str, Location] = {}
-            for shard in sorted(set(weight_map.values())):
-                file = folder / shard
-                if Path(shard).name != shard or not file.is_file():
-                    raise CheckpointError(f"{file}: missing, {index.name} lists it; {DAMAGED}")
-                found.update(scan(file))
-            absent = [name for name in weight_map if name not in found]
-            if absent:
-                raise CheckpointError(
-                    f"{folder / weight_map[absent[0]]}: {absent[0]}: not there, {index.name} lists it; {DAMAGED}"
-                )
-            return found
-        if single.is_file():
-            return scan(single)
-    raise CheckpointError(
-        f"{folder}: no model.safetensors, no pytorch_model.bin and no index of shards in this folder; {DAMAGED}"
-    )

@@ -14,13 +14,33 @@ def miniature() -> Path:
     return Path(str(resources.files("xent_quant") / "data" / "xent-mini"))
 
 
+def snapshot(path: Path) -> Path:
+    """The snapshot that a folder of the Hub's cache stands for, `models--owner--name` or its `snapshots`: the one that refs/main
+    names, or the only one. Any other path as it is. Raises CheckpointError where none can be told."""
+    folder = path.parent if path.name == "snapshots" and path.parent.name.startswith("models--") else path
+    inside = folder / "snapshots"
+    if not folder.name.startswith("models--") or not inside.is_dir():
+        return path
+    there = sorted(each.name for each in inside.iterdir() if each.is_dir())
+    main = folder / "refs" / "main"
+    wanted = main.read_text("utf-8", errors="replace").strip() if main.is_file() else None
+    if wanted is None and len(there) == 1:
+        wanted = there[0]
+    if wanted not in there:
+        what = f"{', '.join(there[:3])}: give one of them" if there else "no snapshot: download it again"
+        raise CheckpointError(
+            f"{inside}: {'refs/main does not name one' if wanted else 'no refs/main to choose by'}; it holds {what}"
+        )
+    return inside / wanted
+
+
 def resolve(model: str | Path | None) -> Path:
     """The checkpoint folder; downloads a Hub id through huggingface_hub's cache. Raises CheckpointError."""
     if model is None:
         return miniature()
     path = Path(model).expanduser()
     if path.is_dir():
-        return path
+        return snapshot(path)
     if path.exists():
         raise CheckpointError(f"{path}: is a file; give the checkpoint's folder")
     if isinstance(model, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):

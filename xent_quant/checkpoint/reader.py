@@ -1,6 +1,6 @@
 """A checkpoint folder, opened from headers and read one tensor, or one slice of rows, at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -9,20 +9,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from xent_quant.checkpoint.architecture import Architecture
-from xent_quant.checkpoint.headers import ITEM_SIZE, Location, locate, read_json
+from xent_quant.checkpoint import names, quantised
+from xent_quant.checkpoint.architecture import Architecture, fused_experts
+from xent_quant.checkpoint.files import locate
+from xent_quant.checkpoint.headers import Location, read_json
+from xent_quant.checkpoint.quantised import Scheme
+from xent_quant.checkpoint.sources import Floats, Source, Transposed
 from xent_quant.errors import CheckpointError, UnsupportedError
-from xent_quant.tensors import TensorInfo
+from xent_quant.tensors import Role, TensorInfo, TensorSpec
 
 if TYPE_CHECKING:
     import torch
+
+FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A validated checkpoint. Opening it reads headers only; `read` reads one tensor's rows.
 
-    `ignored` names tensors of the files that the architecture does not use (rotary_emb.inv_freq and the like).
+    `infos` are the architecture's tensors by its own names, `sources` how each is read, `locations` what the files hold by the
+    same names. `ignored` names what the architecture does not use (rotary_emb.inv_freq and the like); `notes` are for the person.
     """
 
     SLICE: ClassVar[int] = 16 * 1024 * 1024
@@ -32,43 +39,46 @@ class Checkpoint:
     config: dict[str, Any]
     architecture: Architecture
     infos: dict[str, TensorInfo]
+    sources: dict[str, Source]
     locations: dict[str, Location]
     ignored: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
         """Check config.json, the index and every header. Raises CheckpointError, ConfigError or UnsupportedError."""
+        adapter = path / "adapter_config.json"
+        if adapter.is_file():
+            base = read_json(adapter).get("base_model_name_or_path")
+            raise UnsupportedError(
+                f"{path}: is a LoRA of {base or 'a model that it does not name'}, not a model (adapter_config.json); "
+                "merge it (peft's merge_and_unload), save, and give the result"
+            )
         config = read_json(path / "config.json")
-        quantised = config.get("quantization_config")
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            raise UnsupportedError(f"{path}: is quantised already ({method}); give the checkpoint that it was made from")
         if (path / "model.onnx").is_file():
             raise UnsupportedError(f"{path}: is an ONNX model; give the checkpoint that it was made from")
+        scheme = Scheme.of(config, str(path))
         architecture = Architecture.from_config(config, str(path / "config.json"))
-        locations = locate(path)
+        locations, notes = names.plain(locate(path), path)
+        sources: dict[str, Source] = {}
         infos: dict[str, TensorInfo] = {}
-        for name, spec in architecture.tensors().items():
-            location = locations.get(name)
-            if location is None:
-                raise CheckpointError(f"{path}: {name}: missing; the download is incomplete, or config.json is another model's")
-            info = location.info
-            if info.shape != spec.shape:
-                raise CheckpointError(
-                    f"{location.file}: {name}: shape {list(info.shape)}, config.json asks for {list(spec.shape)}"
-                )
-            if info.dtype not in ITEM_SIZE:
-                raise CheckpointError(
-                    f"{location.file}: {name}: dtype {info.dtype}; only F32, F16 and BF16 weights can be quantised"
-                )
-            infos[name] = info
-        ignored = tuple(sorted(set(locations) - set(infos)))
-        return cls(path, config, architecture, infos, locations, ignored)
+        for spec in architecture.each_tensor():
+            source = _source(spec, locations, scheme, architecture.num_experts, path)
+            sources[spec.name] = source
+            infos[spec.name] = TensorInfo(spec.name, spec.shape, source.dtype)
+        used = {location.info.name for source in sources.values() for location in source.locations}
+        shapes = {f"{name.removesuffix('.weight')}.weight_shape" for name in sources}
+        ignored = tuple(sorted(name for name, place in locations.items() if place.info.name not in used and name not in shapes))
+        notes += names.leftover(ignored, architecture.num_layers, path, quantised=scheme is not None)
+        if scheme is not None and any(source.dtype not in FLOATS for source in sources.values()):
+            notes = (scheme.note, *notes)
+        return cls(path, config, architecture, infos, sources, locations, ignored, notes)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights as stored."""
-        return sum(info.nbytes for info in self.infos.values())
+        """Bytes of the weights as stored, with their scales."""
+        parts = {location.info.name: location for source in self.sources.values() for location in source.locations}
+        return sum(location.info.nbytes for location in parts.values())
 
     @property
     def n_weights(self) -> int:
@@ -77,25 +87,14 @@ class Checkpoint:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows start:stop of a tensor (elements of a vector) as contiguous float32.
 
-        Holds the stored bytes of these rows and their float32 copy. Raises CheckpointError for NaN, infinities, or a
-        file that became shorter.
+        Holds what its `Source` holds. Raises CheckpointError for NaN, infinities, or a file that became shorter.
         """
-        info, location = self.infos[name], self.locations[name]
-        stop = info.shape[0] if stop is None else stop
-        shape = (stop - start, *info.shape[1:])
-        if location.offset is None:
-            values = self._pickled(location)[start:stop].float().numpy().copy()
-        else:
-            row = prod(info.shape[1:]) * ITEM_SIZE[info.dtype]
-            raw = np.fromfile(location.file, np.uint8, count=(stop - start) * row, offset=location.offset + start * row)
-            if raw.size != (stop - start) * row:
-                raise CheckpointError(f"{location.file}: {name}: the file ends before the tensor does; copy it again")
-            values = widen(raw, info.dtype).reshape(shape)
+        source, shape = self.sources[name], self.infos[name].shape
+        values = source.rows(start, shape[0] if stop is None else stop)
         if not np.isfinite(values).all():
-            row_index = int(np.argwhere(~np.isfinite(values))[0][0]) + start
-            raise CheckpointError(
-                f"{location.file}: {name}: NaN or infinite weight in row {row_index}; the checkpoint is damaged"
-            )
+            row = int(np.argwhere(~np.isfinite(values))[0][0]) + start
+            file = source.locations[0].file
+            raise CheckpointError(f"{file}: {name}: NaN or infinite weight in row {row}; the checkpoint is damaged")
         return values
 
     def slices(self, name: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -115,17 +114,54 @@ class Checkpoint:
 
         return torch.from_numpy(self.read(name)).to(dtype or torch.float32)
 
-    @staticmethod
-    def _pickled(location: Location) -> "torch.Tensor":
-        from xent_quant.checkpoint.pickles import load
 
-        return load(location.file)[location.info.name]
+def _source(spec: TensorSpec, stored: Mapping[str, Location], scheme: Scheme | None, experts: int, folder: Path) -> Source:
+    """Where a tensor of the architecture lies, under its own name or within a fused one, and how it is read."""
+    if scheme is not None and (found := quantised.source(spec, stored, scheme)) is not None:
+        return found
+    location = stored.get(spec.name)
+    if location is None:
+        fused = _fused(spec, stored, experts)
+        if fused is None:
+            raise names.missing(spec.name, stored, folder)
+        return fused
+    if location.info.shape != spec.shape:
+        raise _wrong_shape(location, spec.shape)
+    _check_floats(location)
+    return Floats(location, spec.shape[-1] if len(spec.shape) > 1 else 1)
 
 
-def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Little-endian bytes of F32, F16 or BF16 to float32, exactly."""
-    if dtype == "BF16":  # the upper half of a float32
-        wide = raw.view("<u2").astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return raw.view({"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32, copy=False)
+def _fused(spec: TensorSpec, stored: Mapping[str, Location], experts: int) -> Source | None:
+    """One expert of the 3-D tensors that transformers 5 writes: gate's rows before up's, [experts, out, in], or, as models with
+    transposed experts have it, [experts, in, out]. None where there are none."""
+    if spec.expert is None or spec.layer is None:
+        return None
+    both, down = (next((stored[name] for name in names if name in stored), None) for names in fused_experts(spec.layer))
+    if both is None or down is None:
+        return None
+    out, inner = spec.shape
+    hidden, width = (out, inner) if spec.role is Role.DOWN else (inner, out)
+    location = down if spec.role is Role.DOWN else both
+    _check_floats(location)
+    found = both.info.shape, down.info.shape
+    straight = (experts, 2 * width, hidden), (experts, hidden, width)
+    turned = (experts, hidden, 2 * width), (experts, width, hidden)
+    if found not in (straight, turned):
+        raise _wrong_shape(location, straight[location is down])
+    first = width if spec.role is Role.UP else 0
+    if found == turned:
+        return Transposed(location, spec.expert, first)
+    return Floats(location, inner, spec.expert * location.info.shape[1] + first)
+
+
+def _check_floats(location: Location) -> None:
+    if location.info.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{location.file}: {location.info.name}: dtype {location.info.dtype}; only F32, F16 and BF16 weights can be quantised"
+        )
+
+
+def _wrong_shape(location: Location, wanted: tuple[int, ...]) -> CheckpointError:
+    return CheckpointError(
+        f"{location.file}: {location.info.name}: shape {list(location.info.shape)}, config.json asks for {list(wanted)}"
+    )

@@ -140,13 +140,15 @@ def description(facts: dict[str, Any]) -> None:
     table = new_table("", "")
     table.show_header = False
     for key, value in facts.items():
-        if key not in ("tensors", "types", "bits_per_weight", "errors"):
+        if key not in ("tensors", "types", "bits_per_weight", "errors", "notes"):
             whole = isinstance(value, int) and not isinstance(value, bool)
             shown = human_bytes(value) if key.endswith("bytes") else f"{value:,}" if whole else str(value)
             table.add_row(key.replace("_", " "), shown)
     out.print(table)
     out.print()
     _types([TypeRow(**row) for row in facts["types"]])
+    for line in facts.get("notes", ()):
+        out.print(line, highlight=False)
     if facts.get("errors"):
         errors = new_table("tensor", "type", ">weights", ">bits/weight", ">relative error", ">worst expert")
         for row in facts["errors"]:

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.rope import frequencies
+
 FEWEST_ROWS = 16
 """Rows that are multiplied together at least: with fewer, a product's last bits depend on their number and on the threads'."""
 
@@ -26,12 +29,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def rotary_tables(length: int, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and dimension, two [length, head_dim]."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies  # [length, head_dim / 2]
+def rotary_tables(length: int, model: Architecture, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position and dimension of a text of `length`, two [length, head_dim]."""
+    found, factor = frequencies(model.rope_theta, model.rope_scaling, model.head_dim, length)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * torch.from_numpy(found)  # [length, head_dim / 2]
     angles = torch.cat([angles, angles], -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

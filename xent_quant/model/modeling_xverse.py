@@ -8,6 +8,7 @@ Shapes in comments: B sequences of L tokens, T = B·L, H hidden_size, D head_dim
 """
 
 import inspect
+import math
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,35 @@ class XverseRMSNorm(nn.Module):
         return y.to(x.dtype) * self.weight.to(x.dtype)
 
 
+def rotary_frequencies(powers: Tensor, config: XverseConfig, length: Tensor) -> tuple[Tensor, float]:
+    """Angles per position [D / 2] from 2i / D [D / 2], and the factor of cos and sin; `length` is the text's, which dynamic NTK
+    goes by. transformers' formulas (modeling_rope_utils.py)."""
+    rope, size = config.rope_parameters, config.head_dim
+    theta, kind, factor = rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0)
+    if kind == "dynamic":
+        native = config.max_position_embeddings
+        stretch = factor * length.clamp(min=native) / native - (factor - 1)
+        theta = theta * stretch.to(powers.dtype) ** (size / (size - 2))
+    plain = theta**-powers
+    if kind == "linear":
+        return plain / factor, 1.0
+    if kind != "yarn":
+        return plain, 1.0
+
+    def dimension(rotations: float) -> float:
+        """Where a pair turns so often within the context that the model was trained with."""
+        turned = rope["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+        return float(size * math.log(turned) / (2 * math.log(theta)))
+
+    low, high = dimension(rope["beta_fast"]), dimension(rope["beta_slow"])
+    if rope["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    width = high - low if high != low else 0.001
+    interpolated = ((torch.arange(size // 2, dtype=powers.dtype, device=powers.device) - low) / width).clamp(0, 1)
+    return plain / factor * interpolated + plain * (1 - interpolated), rope["attention_factor"]
+
+
 def rotary_tables(positions: Tensor, config: XverseConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [B, 1, L, D] of positions [B, L]; angles in float64, as float32 is off by 1e-3 at position 8192.
 
@@ -54,9 +84,10 @@ def rotary_tables(positions: Tensor, config: XverseConfig, dtype: torch.dtype) -
     """
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
     powers = torch.arange(0, config.head_dim, 2, dtype=exact, device=positions.device) / config.head_dim
-    angles = positions[:, None, :, None].to(exact) * config.rope_theta**-powers
+    frequencies, factor = rotary_frequencies(powers, config, positions.max() + 1)
+    angles = positions[:, None, :, None].to(exact) * frequencies
     angles = torch.cat([angles, angles], -1)
-    return angles.cos().to(wide(dtype)), angles.sin().to(wide(dtype))
+    return (angles.cos() * factor).to(wide(dtype)), (angles.sin() * factor).to(wide(dtype))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

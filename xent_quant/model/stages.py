@@ -116,7 +116,7 @@ class Pass:
         self.count, self.length = windows.shape
         model = self.architecture
         self.tensors = model.tensors()
-        tables = rotary_tables(self.length, model.head_dim, model.rope_theta, dtype)
+        tables = rotary_tables(self.length, model, dtype)
         self.tables = tables[0].to(self.device), tables[1].to(self.device)
 
     @property

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant.checkpoint.architecture import Architecture
-from xent_quant.checkpoint.headers import locate, read_json
+from xent_quant.checkpoint.files import locate
+from xent_quant.checkpoint.headers import read_json
 from xent_quant.errors import ValidationError
 
 F32 = NDArray[np.float32]

@@ -6,7 +6,7 @@ offsets rather than through gguf-py's map, since mapped pages that were touched 
 
 import re
 from dataclasses import dataclass, replace
-from math import prod
+from math import log, prod
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,23 @@ class GGUFSource:
             "attention.layer_norm_rms_epsilon": model.rms_norm_eps,
             "rope.freq_base": model.rope_theta,
         }
+        scaling = model.rope_scaling
+        wanted["rope.scaling.factor"] = scaling.factor if scaling else 1.0
+        if scaling and scaling.kind == "yarn":
+            wanted["rope.scaling.original_context_length"] = scaling.original_context
+            wanted["rope.scaling.attn_factor"] = scaling.attention_factor / (1 + 0.1 * log(scaling.factor))
+        kind, needed = data.get(f"{arch}.rope.scaling.type", "linear"), scaling.kind if scaling else "linear"
+        if kind not in (needed, "none" if scaling is None else needed):
+            raise ValidationError(
+                f"{self.file.path}: {arch}.rope.scaling.type is {kind}, the reference needs {needed}; "
+                "it is another model, or a wrong export"
+            )
         if model.num_experts:
             wanted |= {"expert_count": model.num_experts, "expert_used_count": model.experts_per_token}
         if arch == "bailingmoe":
             wanted |= {"expert_shared_count": model.num_shared_experts, "expert_weights_norm": model.norm_topk_prob}
         defaults = {"attention.head_count_kv": model.num_heads, "expert_weights_norm": False, "rope.freq_base": 10000.0}
+        defaults |= {"rope.scaling.factor": 1.0, "rope.scaling.attn_factor": 1.0}
         wanted |= dict.fromkeys(UNSCALED, 1.0)
         defaults |= dict.fromkeys(UNSCALED, 1.0)
         for key, value in wanted.items():

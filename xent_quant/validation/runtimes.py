@@ -1,13 +1,13 @@
 """Which runtime judges a file, and how it is opened. Each is imported only where it is used."""
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from xent_quant.errors import ValidationError
+from xent_quant.checkpoint.headers import read_json
+from xent_quant.errors import CheckpointError, ValidationError
 
 if TYPE_CHECKING:
     from xent_quant.validation.scoring import Runtime
@@ -49,10 +49,11 @@ def kind_of(path: Path) -> Kind:
     if not config.is_file():
         raise ValidationError(f"{path}: neither model.onnx nor config.json in it; give the folder of one export")
     try:
-        quantised = "quantization_config" in json.loads(config.read_text("utf-8"))
-    except ValueError as error:
-        raise ValidationError(f"{config}: not valid JSON ({error}); export it again") from error
-    return "bitsandbytes" if quantised else "checkpoint"
+        quantised = read_json(config).get("quantization_config")
+    except CheckpointError as error:
+        raise ValidationError(str(error)) from error
+    ours = isinstance(quantised, dict) and quantised.get("quant_method") in (None, "bitsandbytes")
+    return "bitsandbytes" if ours else "checkpoint"
 
 
 def choose(kind: Kind, wanted: RuntimeName) -> RuntimeName:
