@@ -14,8 +14,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from xent_quant.walk.journal import FILE, Journal
-from xent_quant.walk.streams import Streams
 
 from calibration.correction import NOTHING, Measured
 from calibration.coverage import Coverage
@@ -26,8 +24,10 @@ from exporters.interface import Slot
 from xent_quant.checkpoint.architecture import EMBEDDING
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32, U8, QuantFormat
+from xent_quant.journal import FILE, Journal
 from xent_quant.methods.interface import Method
 from xent_quant.model.stages import Stage
+from xent_quant.model.streams import Streams
 from xent_quant.progress import Silent
 from xent_quant.tensors import Role, StatisticsSource, TensorSpec
 from xent_quant.walk.collecting import collect
@@ -117,7 +117,7 @@ def walk(
         folder, streams, measuring = Path(temporary), None, []
         if windows is not None:
             lane.stream = int(follow and method.needs_hessian)
-            streams = Streams(checkpoint, windows, folder, torch.float32, lane.stream + 1)
+            streams = Streams(checkpoint, windows, folder, torch.float32, lane.stream + 1, fresh=True)
             measuring.append(_Measuring(lane.stream, windows, hessian=method.needs_hessian, gated=gated))
             measuring[0].names = None if measure_all else whole
             if lane.stream and not whole[EMBEDDING]:
