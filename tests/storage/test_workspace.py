@@ -78,6 +78,18 @@ def test_what_stands_in_the_way(tmp_path: Path) -> None:
         pass
 
 
+def test_an_empty_work_folder_goes_even_where_the_target_exists(tmp_path: Path) -> None:
+    """What a run left that was killed between the last two calls of its publication."""
+    target = Target(tmp_path / "a")
+    with Workspace.open(tmp_path, [target], force=False) as workspace:
+        pass
+    workspace.path.mkdir(0o700)
+    target.path.write_bytes(b"published")
+    with pytest.raises(ExportError, match="exists already"), Workspace.open(tmp_path, [target], force=False):
+        raise AssertionError
+    assert names(tmp_path) == ["a"]
+
+
 def test_errors_of_the_system_in_one_line(tmp_path: Path) -> None:
     targets = [Target(tmp_path / "a")]
     with pytest.raises(ExportError, match=r"/absent: No such file"), Workspace.open(tmp_path, targets, force=False):

@@ -82,6 +82,9 @@ class Workspace:
                 for name in names:
                     locks.enter_context(lock(output / f".{name}.lock", str(output / name)))
                 recover_locked(output)
+                if is_private_folder(path):  # empty where a run was killed just before it removed it
+                    with suppress(OSError):
+                        path.rmdir()
                 for target in targets:
                     _check_target(target, force)
                 fresh = _enter(path)
