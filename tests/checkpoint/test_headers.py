@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from xent_quant.checkpoint.headers import locate, read_json
+from xent_quant.checkpoint.files import locate
+from xent_quant.checkpoint.headers import read_json
 from xent_quant.errors import CheckpointError
 
 TENSORS = {

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY, random_weights, write_checkpoint
 from xent_quant.checkpoint import architecture as names
-from xent_quant.checkpoint.reader import Checkpoint, widen
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.checkpoint.sources import widen
 from xent_quant.errors import CheckpointError, UnsupportedError
 
 CONFIG = {**TINY, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_experts": 2}

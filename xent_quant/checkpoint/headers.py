@@ -114,7 +114,7 @@ def _safetensors(file: Path) -> dict[str, Location]:
     found: dict[str, Location] = {}
     end = 0
     for name, dtype, shape, start, stop in sorted(parsed, key=lambda entry: entry[3:]):
-        if start != end or stop < start:
+        if start != end or stop < start or any(size < 0 for size in shape):
             raise CheckpointError(f"{file}: {name}: overlapping or missing bytes in the header; {DAMAGED}")
         if dtype in ITEM_SIZE and prod(shape) * ITEM_SIZE[dtype] != stop - start:
             raise CheckpointError(f"{file}: {name}: {stop - start} bytes do not make shape {list(shape)} of {dtype}; {DAMAGED}")
@@ -126,7 +126,7 @@ def _safetensors(file: Path) -> dict[str, Location]:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64:
         raise ValueError(f"{type(value).__name__} in place of a size")
     return value
 

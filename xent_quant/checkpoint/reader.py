@@ -55,9 +55,9 @@ class Checkpoint:
                 "merge it (peft's merge_and_unload), save, and give the result"
             )
         config = read_json(path / "config.json")
+        scheme = Scheme.of(config, str(path))
         if (path / "model.onnx").is_file():
             raise UnsupportedError(f"{path}: is an ONNX model; give the checkpoint that it was made from")
-        scheme = Scheme.of(config, str(path))
         architecture = Architecture.from_config(config, str(path / "config.json"))
         locations, notes = names.plain(locate(path), path)
         sources: dict[str, Source] = {}
