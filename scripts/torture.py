@@ -503,8 +503,8 @@ class Torture:
         self.expect(process.code == INTERRUPTED, f"{what}: {process.code} {process.said}")
         message = process.said.rpartition("xent-quant: interrupted")[2].removeprefix("; ").removesuffix(".")
         works, whole = work_folders(output), visible(output) == reference.new
-        nothing = not hidden(output) and not whole
-        true = {GOES_ON: bool(works), NOTHING: nothing, COMPLETE: whole, "": nothing}  # the last before it began to write
+        # Nothing is said of files before the run begins to write, and when it shows what it has written.
+        true = {GOES_ON: bool(works), NOTHING: not hidden(output) and not whole, COMPLETE: whole, "": not hidden(output)}
         self.expect(true.get(message, False), f"{what}: said {process.said!r} with {hidden(output)}, whole: {whole}")
 
     def full_disks(self, count: int) -> None:
