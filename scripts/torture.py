@@ -19,6 +19,7 @@ Prints a table; exit 1 where anything was violated.
 """
 
 import argparse
+import faulthandler
 import io
 import json
 import os
@@ -45,6 +46,7 @@ os.environ["NUMBA_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from numba.np.ufunc import parallel
 
 import xent_quant
 from tests.conftest import TINY, random_weights, write_checkpoint
@@ -58,6 +60,7 @@ CHANGES = ("replace", "rename", "link", "unlink", "mkdir", "rmdir", "fsync", "ft
 MOST_IN_A_ROW = 4
 SECONDS = 120
 """After which a run is taken to hang."""
+HANGS = -1000
 INTERRUPTED = 130
 GOES_ON = "the same command goes on where this one stopped"
 NOTHING = "nothing unfinished was left behind"
@@ -144,8 +147,14 @@ class Process:
         deadline = time.monotonic() + SECONDS
         while not self.ended():
             if time.monotonic() > deadline:
+                state = Path(f"/proc/{self.pid}/status").read_text().splitlines()[2:3] if Path("/proc").is_dir() else []
+                self.send(signal.SIGUSR1)  # has it print where it is
+                time.sleep(2)
                 self.send(signal.SIGKILL)
-                return -1000
+                os.waitpid(self.pid, 0)
+                self.code = HANGS
+                print(f"  hangs {state}: {self.said}", flush=True)
+                return HANGS
             time.sleep(0.001)
         assert self.code is not None
         return self.code
@@ -331,6 +340,9 @@ class Torture:
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            faulthandler.register(signal.SIGUSR1)
+            # All children share this one with their parent, and one of them may be killed while it holds it.
+            parallel._backend_init_process_lock = threading.RLock()
             signal.signal(signal.SIGINT, signal.default_int_handler)
             for number in (signal.SIGTERM, signal.SIGHUP):  # which the command has set in this process's parent
                 signal.signal(number, signal.SIG_DFL)
@@ -491,8 +503,8 @@ class Torture:
         self.expect(process.code == INTERRUPTED, f"{what}: {process.code} {process.said}")
         message = process.said.rpartition("xent-quant: interrupted")[2].removeprefix("; ").removesuffix(".")
         works, whole = work_folders(output), visible(output) == reference.new
-        nothing = not hidden(output) and not whole
-        true = {GOES_ON: bool(works), NOTHING: nothing, COMPLETE: whole, "": nothing}  # the last before it began to write
+        # Nothing is said of files before the run begins to write, and when it shows what it has written.
+        true = {GOES_ON: bool(works), NOTHING: not hidden(output) and not whole, COMPLETE: whole, "": not hidden(output)}
         self.expect(true.get(message, False), f"{what}: said {process.said!r} with {hidden(output)}, whole: {whole}")
 
     def full_disks(self, count: int) -> None:
