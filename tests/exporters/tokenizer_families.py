@@ -108,10 +108,14 @@ BYTE_FALLBACK = ("llama-2", "llama-2-metaspace", "xverse", "gemma")
 FAMILIES = [*BYTE_LEVEL, *BYTE_FALLBACK]
 
 
+TRAINED_BYTES = 16_000
+"""Of each bundled text."""
+
+
 def training_text() -> Iterator[str]:
     yield from tokenizer_check.sample()
     for path in sorted((Path(__file__).parents[2] / "xent_quant/data").rglob("*.txt")):
-        yield from path.read_text("utf-8").split("\n\n")
+        yield from path.read_bytes()[:TRAINED_BYTES].decode("utf-8", "ignore").split("\n\n")
 
 
 def saved(folder: Path, value: dict[str, Any]) -> Path:

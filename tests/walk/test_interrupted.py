@@ -38,6 +38,8 @@ def command(*arguments: object) -> int:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_polite_signal(number: signal.Signals, model: Path, tmp_path: Path, behind_commit, capsys) -> None:
     wanted = [1]
+    if number is not signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)  # the tests run under nohup
     behind_commit(lambda done: os.kill(os.getpid(), number) if done == wanted[0] else None)
     arguments = [model, "--method", "rtn", "--type", "Q8_0", "--output", tmp_path / "out"]
     assert command(*arguments) == INTERRUPTED
