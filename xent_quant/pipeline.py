@@ -195,7 +195,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     )
     coverage = done.coverage
     return QuantizeResult(
-        files=tuple(file for exported in done.exported for file in exported.files),
+        files=tuple(dict.fromkeys(file for exported in done.exported for file in exported.files)),  # a card is shared
         exports=tuple(exporter.targets[0].path for exporter in exporters),
         plans=tuple(exporter.summary for exporter in exporters),
         source_bytes=checkpoint.nbytes,
