@@ -112,6 +112,7 @@ def test_killed_while_the_streams_were_made(case: str, model: Path, text: Any, t
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_threads_change_no_byte_of_a_resumed_run(model: Path, text: Any, tmp_path: Path, interrupt: Interrupt) -> None:
     options = {"type": "Q4_0", **text, "tokens": 80}
     export(model, tmp_path / "whole", threads=1, **options)
