@@ -39,7 +39,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Options of a calibration on a few windows."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n\n".join(f"the night is long, number {i}, and the rain sings in the thin wind" for i in range(12)))
-    return {"calib": (str(file),), "tokens": 160, "seqlen": 40}
+    return {"calib": (str(file),), "tokens": 80, "seqlen": 20}
 
 
 @pytest.fixture(autouse=True)

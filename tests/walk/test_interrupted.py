@@ -60,7 +60,8 @@ def test_before_a_resumed_run_has_begun(
 ) -> None:
     """The earlier run's work is still there: nothing is said of it that is not so."""
     behind_commit(lambda done: os.kill(os.getpid(), signal.SIGTERM) if done == 3 else None)
-    arguments = [model, "--type", "Q8_0", "--output", tmp_path, "--tokens", 160, "--seqlen", 40, "--calib", *text["calib"]]
+    fast = ["--effort", "fast", "--threads", 1]
+    arguments = [model, "--type", "Q8_0", *fast, "--output", tmp_path, "--tokens", 160, "--seqlen", 40, "--calib", *text["calib"]]
     assert command(*arguments) == INTERRUPTED
     assert capsys.readouterr().err.endswith(GOES_ON)
 

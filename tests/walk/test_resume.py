@@ -73,7 +73,7 @@ def test_stopped_behind_one_commit(case: str, done: int, model: Path, text: Any,
 
 def test_stopped_within_a_layer(model: Path, text: Any, tmp_path: Path, interrupt: Interrupt, monkeypatch) -> None:
     """What the layer has written so far, into files and streams, is written again."""
-    make("two types", model, tmp_path / "whole", text)
+    make("gguf gptq", model, tmp_path / "whole", text)
     from xent_quant.walk.loop import Walk
 
     stage, left = Walk._stage, [0]
@@ -88,9 +88,9 @@ def test_stopped_within_a_layer(model: Path, text: Any, tmp_path: Path, interrup
     for count in (19, 9, 15):  # a layer has 16 stages, and there are two
         left[0] = count
         with pytest.raises(Interrupted):
-            make("two types", model, tmp_path / "out", text)
+            make("gguf gptq", model, tmp_path / "out", text)
     left[0] = 1000
-    assert make("two types", model, tmp_path / "out", text) == 1
+    assert make("gguf gptq", model, tmp_path / "out", text) == 1
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
@@ -112,6 +112,7 @@ def test_killed_while_the_streams_were_made(case: str, model: Path, text: Any, t
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_threads_change_no_byte_of_a_resumed_run(model: Path, text: Any, tmp_path: Path, interrupt: Interrupt) -> None:
     options = {"type": "Q4_0", **text, "tokens": 80}
     export(model, tmp_path / "whole", threads=1, **options)
