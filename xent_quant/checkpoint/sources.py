@@ -35,12 +35,10 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Floats:
-    """Rows of a float tensor from row `first` on, all dimensions but the last taken together; a vector is its elements."""
+class _OfOneTensor:
+    """A source whose values are all in one stored tensor."""
 
     location: Location
-    columns: int
-    first: int = 0
 
     @property
     def dtype(self) -> str:
@@ -49,6 +47,14 @@ class Floats:
     @property
     def locations(self) -> tuple[Location, ...]:
         return (self.location,)
+
+
+@dataclass(frozen=True)
+class Floats(_OfOneTensor):
+    """Rows of a float tensor from row `first` on, all dimensions but the last taken together; a vector is its elements."""
+
+    columns: int
+    first: int = 0
 
     def rows(self, start: int, stop: int) -> F32:
         """See `Source`."""
@@ -58,20 +64,11 @@ class Floats:
 
 
 @dataclass(frozen=True)
-class Transposed:
+class Transposed(_OfOneTensor):
     """Columns `first`… of matrix `index` of a fused float tensor [experts, in, out], as rows. Holds that whole matrix."""
 
-    location: Location
     index: int
     first: int
-
-    @property
-    def dtype(self) -> str:
-        return self.location.info.dtype
-
-    @property
-    def locations(self) -> tuple[Location, ...]:
-        return (self.location,)
 
     def rows(self, start: int, stop: int) -> F32:
         """See `Source`."""
