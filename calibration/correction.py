@@ -8,6 +8,7 @@ by Wiener's filter. After QEP (Arai and Ichikawa, 2025), which has no R and no h
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -27,11 +28,16 @@ class Correction:
     drifts: F32
     residual: F32 | None
 
-    def target(self, start: int, weights: F32) -> F32:
-        """Rows `start`… [rows, in] float32 of the weight to what should be quantised in their place.
+    @cached_property
+    def _reaching(self) -> F32:
+        """x (H + λ)⁻¹: with it the outputs of a change of weights are known before the change is."""
+        return self.curvature.solve(self.inputs)
 
-        Goes as far towards the solution as is best on the held-out rows, between not at all and all the way: a regression
-        on few rows promises more than it keeps. Holds four copies of the weights.
+    def pull(self, start: int, weights: F32) -> F32:
+        """For rows `start`… [rows, in] float32 of the weight, P of the same shape: W + P (H + λ)⁻¹ should be quantised.
+
+        Goes as far towards the solution, P = W D + R, as is best on the held-out rows, between not at all and all the way: a
+        regression on few rows promises more than it keeps. Holds two copies of the weights.
         """
         rows = slice(start, start + len(weights))
         wanted = product(weights, self.drift)
@@ -39,14 +45,11 @@ class Correction:
         if self.residuals is not None and self.residual is not None:
             wanted += self.residuals[rows]
             wish += self.residual[:, rows]
-        change = product(wanted, self.curvature.inverse)
-        reach = product(self.inputs, change.T)
+        reach = product(self._reaching, wanted.T)
         energy = float(np.square(reach, dtype=np.float64).sum())
-        if not energy:
-            return weights
-        share = np.float32(np.clip(np.multiply(wish, reach, dtype=np.float64).sum() / energy, 0, 1))
-        result: F32 = weights + share * change
-        return result
+        share = float(np.clip(np.multiply(wish, reach, dtype=np.float64).sum() / energy, 0, 1)) if energy else 0.0
+        wanted *= np.float32(share)
+        return wanted
 
 
 @dataclass(frozen=True)

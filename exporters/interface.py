@@ -148,7 +148,7 @@ def unmeasured_notes(missing: Sequence[str], measured: int) -> tuple[str, ...]:
     """For the person: tensors that had no statistics, where `measured` others had some."""
     if not missing or not measured:
         return ()
-    return (f"There are no statistics for {len(missing)} tensors ({missing[0]}, …): quantised without.",)
+    return (f"There are no statistics for {len(missing)} tensors ({min(missing)}, …): quantised without.",)
 
 
 class Writer(Protocol):

@@ -4,6 +4,7 @@ Exports that are files are `xent_quant.walk.job.run`'s, here too.
 """
 
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -62,16 +63,19 @@ class _Receiver:
 
     def __post_init__(self) -> None:
         self._missing = sum(each.rows for group in self.slots.values() for each in group)
+        self._counting = threading.Lock()
 
     def put(self, slot: Slot, start: int, packed: U8) -> None:
         """See `Writer.put`; slices come in order. Raises _Done behind the last."""
         parts = self.parts.setdefault((slot.tensor.name, slot.role), [])
         parts.append(packed)
-        self._missing -= len(packed)
+        with self._counting:  # experts come side by side
+            self._missing -= len(packed)
+            missing = self._missing
         if sum(map(len, parts)) == slot.rows:
             del self.parts[slot.tensor.name, slot.role]
             self.receive(slot, np.concatenate(parts))
-        if not self._missing:
+        if not missing:
             raise _Done
 
     def sync(self) -> None:

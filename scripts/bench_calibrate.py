@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -52,11 +53,11 @@ def run_pass(options: argparse.Namespace, method: str) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds `spent` in functions, by part; those of wrapped functions that they call are counted there alone."""
+    """Seconds of all threads `spent` in functions, by part; those of wrapped functions that they call are counted there alone."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
-        self._inner = [0.0]
+        self._mine, self._adding = threading.local(), threading.Lock()
 
     def wrap(self, part: str, owner: Any, name: str) -> None:
         """Replace a function of a class or module by one that is timed."""
@@ -64,14 +65,16 @@ class Clock:
         self.spent.setdefault(part, 0.0)
 
         def timed(*arguments: Any, **named: Any) -> Any:
-            self._inner.append(0.0)
+            inner = self._mine.__dict__.setdefault("inner", [0.0])
+            inner.append(0.0)
             started = time.perf_counter()
             try:
                 return work(*arguments, **named)
             finally:
                 seconds = time.perf_counter() - started
-                self.spent[part] += seconds - self._inner.pop()
-                self._inner[-1] += seconds
+                with self._adding:
+                    self.spent[part] += seconds - inner.pop()
+                inner[-1] += seconds
 
         setattr(owner, name, timed)
 
@@ -92,9 +95,8 @@ def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
     clock = Clock()
     clock.wrap("forward", Walk, "run")
     clock.wrap("statistics", Measuring, "measure")
-    clock.wrap("correction", Correction, "target")
-    clock.wrap("factorisation", linalg, "factorise")
-    clock.wrap("factorisation", linalg, "inverse")
+    clock.wrap("correction", Correction, "pull")
+    clock.wrap("factorisation", linalg, "root")
     clock.wrap("search", Search, "quantize")
     clock.wrap("rounding", GPTQ, "quantize")
     opened = session(options)

@@ -69,7 +69,9 @@ class Repeated:
     def __init__(self) -> None:
         self._search, self._known = Search("fast"), {}
 
-    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+    def quantize(
+        self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
+    ) -> U8:
         key = (kind.name, weights.shape)
         if key not in self._known:
             self._known[key] = self._search.quantize(weights, kind, statistics, name=name)

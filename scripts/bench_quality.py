@@ -51,7 +51,9 @@ class Stock:
     def __init__(self, plain: Imatrix, model: Architecture) -> None:
         self._plain, self._specs = plain, model.tensors()
 
-    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+    def quantize(
+        self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
+    ) -> U8:
         """See `Method.quantize`."""
         if kind.block_size == 1:
             return kind.quantize(weights, name=name)

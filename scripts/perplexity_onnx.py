@@ -45,7 +45,9 @@ class StockNearest:
     name = "stock nearest"
     needs_hessian = False
 
-    def quantize(self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str) -> U8:
+    def quantize(
+        self, weights: F32, kind: QuantFormat, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
+    ) -> U8:
         if not isinstance(kind, IntGroup):
             return kind.quantize(weights, name=name)
         (rows, columns), groups = weights.shape, weights.shape[1] // kind.group_size

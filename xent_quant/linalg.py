@@ -1,92 +1,104 @@
 """Matrix products and factorisations whose bits do not depend on the number of threads. Imports torch when called."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xent_quant import parallel
+
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """LAPACK's results depend on the number of threads; ours must not."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def factorise(hessian: F64) -> F32:
-    """U, unit upper triangular, with hessian = U diag(D) Uᵀ; [n, n] float64 to float32, computed in float64."""
-    import torch
-
-    with one_thread():
-        lower = torch.linalg.cholesky(torch.from_numpy(hessian[::-1, ::-1].copy())).numpy()
-    upper = lower[::-1, ::-1]
-    return np.ascontiguousarray(upper / upper.diagonal(), dtype=np.float32)
-
-
-def inverse(hessian: F64) -> F32:
-    """Of a positive definite matrix [n, n] float64, to float32, computed in float64."""
-    import torch
-
-    with one_thread():
-        found: F32 = torch.cholesky_inverse(torch.linalg.cholesky(torch.from_numpy(hessian))).float().numpy()
-    return found
-
-
 DAMPING = 0.01
 """Added to a Hessian's diagonal before it is factorised, as a share of the diagonal's mean."""
+
+CHUNK_ROWS = 512
+"""Of a weight, that are solved or rounded as one job."""
+
+
+def row_chunks(rows: int) -> list[slice]:
+    """Where a weight of so many rows is cut into jobs: whatever the number of threads."""
+    return [slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS)]
+
+
+def product(a: F32, b: F32) -> F32:
+    """a @ b, [n, k] and [k, m] to [n, m]; parts of larger arrays are not copied."""
+    import torch
+
+    parallel.check()
+    result: F32 = torch.mm(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+    return result
+
+
+def root(hessian: F32) -> F32:
+    """U, upper triangular, with hessian = U Uᵀ; [n, n] float32. In float64 where rounding leaves it not positive definite;
+    raises torch.linalg.LinAlgError where it is not in truth."""
+    import torch
+
+    turned = torch.from_numpy(hessian[::-1, ::-1].copy())
+    with parallel.one_thread():
+        lower, failed = torch.linalg.cholesky_ex(turned)
+        if failed:
+            lower = torch.linalg.cholesky(turned.double()).float()
+    return np.ascontiguousarray(lower.numpy()[::-1, ::-1])
+
+
+def _solved(rows: F32, triangle: F32, *, upper: bool) -> F32:
+    """rows triangle⁻¹, [m, n] and [n, n] to [m, n]."""
+    import torch
+
+    given, by = torch.from_numpy(rows), torch.from_numpy(triangle)
+    jobs = [partial(torch.linalg.solve_triangular, by, given[part], upper=upper, left=False) for part in row_chunks(len(rows))]
+    found: F32 = torch.cat(parallel.run(jobs)).numpy()
+    return found
 
 
 class Curvature:
     """A damped Hessian [n, n] and what is made of it, each thing once and when it is first asked for.
 
-    Holds the Hessian in float64 and float32, and what was asked for: up to two more [n, n] float32, and the blocks along the
-    diagonal, less than another two for blocks of half the columns or fewer. Raises numpy's and torch's errors for one that is not
-    positive definite.
+    Holds it and what was asked for: up to two more [n, n] float32, and the blocks along the diagonal, less than another two for
+    blocks of half the columns or fewer. Raises torch's errors for one that is not positive definite.
+
+    float32 is enough: with the damping a Hessian scaled to a diagonal of ones, which is what matters to a factorisation's
+    rounding, has a condition of 10⁵ at most in practice.
     """
 
     def __init__(self, hessian: F32) -> None:
-        self._wide = hessian.astype(np.float64)
-        self._wide[np.diag_indices_from(self._wide)] += DAMPING * self._wide.diagonal().mean()
+        self.hessian = hessian.copy()
+        """H + λ."""
+        self.hessian[np.diag_indices_from(hessian)] += np.float32(DAMPING * hessian.diagonal().mean(dtype=np.float64))
         self._blocks: dict[tuple[int, int], tuple[F32, F32, F32]] = {}
 
     @cached_property
-    def hessian(self) -> F32:
-        """H + λ."""
-        return self._wide.astype(np.float32)
-
-    @cached_property
-    def inverse(self) -> F32:
-        """(H + λ)⁻¹."""
-        return inverse(self._wide)
+    def _root(self) -> F32:
+        return root(self.hessian)
 
     @cached_property
     def factor(self) -> F32:
-        """U of H + λ, see `factorise`."""
-        return factorise(self._wide)
+        """U, unit upper triangular, with H + λ = U diag(D) Uᵀ."""
+        return self._root / self._root.diagonal()
+
+    def solve(self, rows: F32) -> F32:
+        """rows (H + λ)⁻¹, [m, n] to the same."""
+        return _solved(_solved(rows, self._root.T, upper=False), self._root, upper=True)
+
+    def solve_half(self, rows: F32) -> F32:
+        """rows (H + λ)⁻¹ U for half the price, with U as of `factor`."""
+        return _solved(rows, self._root.T, upper=False) / self._root.diagonal()
+
+    def prepare(self, block: int, *, sweeps: bool) -> None:
+        """Make what rounding asks for, so that jobs which share it need not wait for one another: `factor`, and with `sweeps` all
+        blocks of so many columns."""
+        _ = self.factor
+        for first in range(0, len(self.hessian), block) if sweeps else ():
+            self.block(first, first + block)
 
     def block(self, first: int, last: int) -> tuple[F32, F32, F32]:
         """The Hessian of columns first…last alone, its inverse, and its factor."""
         if (first, last) not in self._blocks:
             hessian = np.ascontiguousarray(self.hessian[first:last, first:last])
-            wide = hessian.astype(np.float64)
-            self._blocks[first, last] = hessian, inverse(wide), factorise(wide)
+            upper = root(hessian)
+            found = _solved(_solved(np.eye(last - first, dtype=np.float32), upper.T, upper=False), upper, upper=True)
+            self._blocks[first, last] = hessian, found, upper / upper.diagonal()
         return self._blocks[first, last]
-
-
-def product(a: F32, b: F32) -> F32:
-    """a @ b, [n, k] and [k, m] to [n, m]."""
-    import torch
-
-    result: F32 = torch.mm(torch.from_numpy(np.ascontiguousarray(a)), torch.from_numpy(np.ascontiguousarray(b))).numpy()
-    return result

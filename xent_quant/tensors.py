@@ -105,6 +105,13 @@ class InputStatistics:
         """Of the Hessian; None where there is none, or all of it is 0."""
         return Curvature(self.hessian) if self.hessian is not None and self.hessian.any() else None
 
+    @cached_property
+    def reaching(self) -> NDArray[np.float32]:
+        """held_out (H + λ)⁻¹ [n, in]; there must be both."""
+        assert self.held_out is not None
+        assert self.curvature is not None
+        return self.curvature.solve(self.held_out)
+
     def padded(self, columns: int) -> "InputStatistics":
         """The statistics of inputs that are followed by zeros up to `columns`."""
         missing = columns - len(self.importance)

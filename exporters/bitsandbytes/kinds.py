@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from xent_quant import formats
 from xent_quant.errors import ConfigError
 from xent_quant.formats.base import F32, U8, Effort
-from xent_quant.linalg import one_thread
+from xent_quant.parallel import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -173,7 +173,7 @@ def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, 
             off = ~np.eye(len(product), dtype=bool)
             assert found.hessian is not None
             np.testing.assert_allclose(found.hessian[off], product[off], atol=1e-4 * np.abs(product).max())
-            target = correction.target(0, weights) if correction else weights
+            target = weights + correction.curvature.solve(correction.pull(0, weights)) if correction else weights
             judged = [token for token in own[name] if token >= apart and token in exact[name]]
             if all(token in exact[name] for token in own[name]) and "o_proj" not in name and "down_proj" not in name:
                 drift = np.array([exact[name][token] for token in rows]) - inputs

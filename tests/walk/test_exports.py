@@ -150,7 +150,7 @@ def test_rare_experts_have_one_rule(tmp_path: Path, text: Any, monkeypatch) -> N
     used: dict[str, np.ndarray] = {}
     quantise = METHODS["imatrix"].quantize
 
-    def spy(method: Any, weights: Any, kind: Any, statistics: Any, *, name: str) -> Any:
+    def spy(method: Any, weights: Any, kind: Any, statistics: Any, *, name: str, pull: Any = None) -> Any:
         if statistics is not None:
             used[name] = statistics.importance
         return quantise(method, weights, kind, statistics, name=name)

@@ -1,11 +1,11 @@
 """A matrix in chunks of rows over numba's number of threads: kernels release the interpreter lock, rows do not mix."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-import numba
 import numpy as np
 
+from xent_quant import parallel
 from xent_quant.formats._lanes import WIDTH
 from xent_quant.formats.base import F32, U8
 
@@ -30,11 +30,5 @@ def in_chunks(weights: F32, packed: U8, work: Callable[[F32, U8], str]) -> str:
     if not weights.size:
         return ""
     rows = max(1, CHUNK // weights.shape[1] // WIDTH) * WIDTH
-    starts = range(0, len(weights), rows)
-    threads = min(numba.get_num_threads(), len(starts))
-    if threads == 1:
-        problems = [chunk(start) for start in starts]
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            problems = list(pool.map(chunk, starts))
+    problems = parallel.run([partial(chunk, start) for start in range(0, len(weights), rows)])
     return next(filter(None, problems), "")

@@ -14,14 +14,29 @@ Rows are independent of each other. Types without a grid, and weights without a 
 the weighted search.
 """
 
-import numba as nb
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
+from xent_quant import parallel
 from xent_quant.errors import QuantizationError
 from xent_quant.formats._codes import CodedFormat
+from xent_quant.formats._jit import jit
+from xent_quant.formats._lanes import (
+    WIDTH,
+    absolute,
+    larger,
+    load,
+    rint,
+    smaller,
+    spread,
+    store,
+    store_bytes,
+    where_less,
+)
 from xent_quant.formats.base import F32, U8, Effort, Encoding
-from xent_quant.linalg import Curvature, product
+from xent_quant.linalg import Curvature, product, row_chunks
 from xent_quant.methods.search import Search
 from xent_quant.tensors import InputStatistics
 
@@ -37,37 +52,66 @@ EFFORTS: dict[Effort, tuple[int, int]] = {"fast": (0, 0), "normal": (1, 3), "hig
 """Sweeps, and rounds of coordinate descent in each."""
 
 
-@nb.njit(parallel=True, cache=True, error_model="numpy")
+@jit
+def nearest(x, lowest, top, steps, levels):  # type: ignore[no-untyped-def]
+    """(codes, levels) nearest to x, lane by lane; NaN gets code 0. `steps`: levels are the integers from `lowest` on."""
+    if steps:
+        code = smaller(larger(rint(x) - lowest, np.float32(0)), top)
+        return code, code + lowest
+    code, level = spread(np.float32(0)), spread(levels[0])
+    for index in range(len(levels) - 1):
+        middle = (levels[index] + levels[index + 1]) * np.float32(0.5)
+        code = where_less(middle, x, np.float32(index + 1), code)
+        level = where_less(middle, x, levels[index + 1], level)
+    return code, level
+
+
+@jit
 def round_columns(weights, targets, factor, scale, offset, levels, uniform, start, stop, codes, errors):  # type: ignore[no-untyped-def]
     """Round columns start…stop of targets [rows, n] in order, passing errors on among them by `factor` [n, n] (U of the n).
 
-    `targets` are `weights` [rows, n] with the errors of all columns before these passed on; final targets are left there.
-    `scale`, `offset` [rows, groups] and `levels` as in Grid; `uniform` tells that levels are consecutive integers. Fills
-    codes [rows, n] u8 and errors [rows, n] f32, weights less what the codes stand for.
+    `targets` are `weights` [rows, n] with the errors of all columns before these passed on. `scale`, `offset` [rows, groups] and
+    `levels` as in Grid; `uniform` tells that levels are consecutive integers. Fills codes [rows, n] u8 and errors [rows, n] f32,
+    weights less what the codes stand for. Sixteen rows go through together.
     """
     rows, columns = targets.shape
     group = columns // scale.shape[1]
-    top = len(levels) - 1
-    for row in nb.prange(rows):
-        for j in range(start, stop):
-            s, m, t = scale[row, j // group], offset[row, j // group], targets[row, j]
-            code = 0
-            if s != 0:
-                x = (t - m) / s
-                if uniform:
-                    x = np.rint(x) - levels[0]
-                    code = int(min(max(x, np.float32(0)), np.float32(top)))
-                else:
-                    while code < top and x > (levels[code] + levels[code + 1]) * np.float32(0.5):
-                        code += 1
-            codes[row, j] = code
-            error = weights[row, j] - (s * levels[code] + m)
-            errors[row, j] = error
-            for c in range(j + 1, stop):
-                targets[row, c] += error * factor[j, c]
+    count = stop - start
+    top = np.float32(len(levels) - 1)
+    passed = np.empty(count * count, np.float32)  # column after column
+    for j in range(count):
+        for i in range(j):
+            passed[j * count + i] = factor[start + i, start + j]
+    weight = np.zeros(count * WIDTH, np.float32)
+    target, error = np.zeros_like(weight), np.zeros_like(weight)
+    scales, offsets = np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.float32)
+    chosen = np.zeros(count * WIDTH, np.uint8)
+    for first in range(0, rows, WIDTH):
+        lanes = min(WIDTH, rows - first)
+        for lane in range(lanes):
+            for j in range(count):
+                weight[j * WIDTH + lane] = weights[first + lane, start + j]
+                target[j * WIDTH + lane] = targets[first + lane, start + j]
+        for j in range(count):
+            if j == 0 or (start + j) % group == 0:
+                for lane in range(lanes):
+                    scales[lane] = scale[first + lane, (start + j) // group]
+                    offsets[lane] = offset[first + lane, (start + j) // group]
+            s, m, t = load(scales, 0), load(offsets, 0), load(target, j)
+            for i in range(j):
+                t = t + load(error, i) * passed[j * count + i]
+            code, level = nearest((t - m) / s, levels[0], top, uniform, levels)
+            code = where_less(np.float32(0), absolute(s), code, np.float32(0))
+            level = where_less(np.float32(0), absolute(s), level, levels[0])
+            store_bytes(chosen, j, code)
+            store(error, j, load(weight, j) - (s * level + m))
+        for lane in range(lanes):
+            for j in range(count):
+                codes[first + lane, start + j] = chosen[j * WIDTH + lane]
+                errors[first + lane, start + j] = error[j * WIDTH + lane]
 
 
-@nb.njit(parallel=True, cache=True, error_model="numpy")
+@jit
 def descend(weights, gradient, hessian, scale, offset, levels, uniform, codes, errors):  # type: ignore[no-untyped-def]
     """One round of coordinate descent: every code in turn becomes the best one for the errors of all other columns.
 
@@ -76,10 +120,11 @@ def descend(weights, gradient, hessian, scale, offset, levels, uniform, codes, e
     rows, columns = weights.shape
     group = columns // scale.shape[1]
     top = len(levels) - 1
-    for row in nb.prange(rows):
+    reach = np.diff(levels).min() * np.float32(0.499)  # within it the code that is there is the nearest
+    for row in range(rows):
         for j in range(columns):
             s, m = scale[row, j // group], offset[row, j // group]
-            if s == 0:
+            if abs(gradient[row, j]) <= reach * abs(s) * hessian[j, j] or s == 0:
                 continue
             x = (weights[row, j] - errors[row, j] + gradient[row, j] / hessian[j, j] - m) / s
             code = 0
@@ -109,40 +154,69 @@ class GPTQ:
         self._effort: Effort = effort
         self._search = Search(effort)
 
-    def quantize(self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str) -> U8:
+    def quantize(
+        self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
+    ) -> U8:
         """See `Method.quantize`. Holds three copies of the weights and two of the Hessian."""
-        searched = self._search.quantize(weights, kind, statistics, name=name)
-        if statistics is None or statistics.hessian is None or statistics.held_out is None or not isinstance(kind, CodedFormat):
-            return searched
-        if not np.isfinite(statistics.hessian).all():
+        curvature = statistics.curvature if statistics else None
+        if statistics is None or curvature is None:
+            return self._search.quantize(weights, kind, statistics, name=name)
+        if not np.isfinite(curvature.hessian).all():
             raise QuantizationError(f"{name}: the Hessian holds NaN or infinities; calibrate again")
-        curvature = statistics.curvature
-        if curvature is None:
-            return searched
-        weights = np.ascontiguousarray(weights)
-        rows = Rows(weights, kind, curvature, statistics.importance, self._effort, name)
+        if statistics.held_out is None or not isinstance(kind, CodedFormat):
+            wanted = weights if pull is None else weights + curvature.solve(pull)
+            return self._search.quantize(wanted, kind, statistics, name=name)
+        curvature.prepare(kind.block_size, sweeps=EFFORTS[self._effort][0] > 0)
+        _ = statistics.reaching
+        work = partial(self._rows, kind=kind, statistics=statistics, curvature=curvature, name=name)
+        parts = row_chunks(len(weights))
+        return np.concatenate(
+            parallel.run([partial(work, weights[part], None if pull is None else pull[part]) for part in parts])
+        )
+
+    def _rows(
+        self, weights: F32, pull: F32 | None, kind: CodedFormat, statistics: InputStatistics, curvature: Curvature, name: str
+    ) -> U8:
+        searched = self._search.quantize(weights, kind, statistics, name=name)
+        rows = Rows(weights, kind, curvature, statistics.importance, self._effort, name, pull)
         rows.feed()
         sweeps, rounds = EFFORTS[self._effort]
         for _ in range(sweeps):
             rows.sweep(rounds)
-        worse = held_out_error(rows.errors, statistics) > held_out_error(weights - kind.dequantize(searched), statistics)
-        rows.packed[worse] = searched[worse]
+        errors = rows.errors, weights - kind.dequantize(searched)
+        ours, theirs = (held_out_error(each, statistics, pull) for each in errors)
+        rows.packed[ours > theirs] = searched[ours > theirs]
         return rows.packed
 
 
-def held_out_error(errors: F32, statistics: InputStatistics) -> F32:
-    """Σ (x · e)² over the held-out inputs x, for every row e of [rows, columns]; [rows] float32."""
+def held_out_error(errors: F32, statistics: InputStatistics, pull: F32 | None = None) -> F32:
+    """Σ (x · e)² over the held-out inputs x, for every row e of [rows, columns] + pull (H + λ)⁻¹; [rows] float32."""
     if statistics.held_out is None:
         raise ValueError("no held-out rows")
-    found: F32 = np.square(product(errors, np.ascontiguousarray(statistics.held_out.T))).sum(axis=1)
+    outputs = product(errors, statistics.held_out.T)
+    if pull is not None:
+        outputs += product(pull, statistics.reaching.T)
+    found: F32 = np.square(outputs).sum(axis=1)
     return found
 
 
 class Rows:
-    """Rows under way: `weights`, `errors` (weights less what the bytes stand for) [rows, columns] and `packed` bytes."""
+    """Rows under way: `weights`, `errors` (weights less what the bytes stand for) [rows, columns] and `packed` bytes.
 
-    def __init__(self, weights: F32, kind: CodedFormat, curvature: Curvature, importance: F32, effort: Effort, name: str) -> None:
-        self.weights, self.kind, self.curvature, self.importance = weights, kind, curvature, importance
+    With a `pull` P what is lowered is the error of W + P H⁻¹, whose gradient is e H + P: the sum itself is never made.
+    """
+
+    def __init__(
+        self,
+        weights: F32,
+        kind: CodedFormat,
+        curvature: Curvature,
+        importance: F32,
+        effort: Effort,
+        name: str,
+        pull: F32 | None = None,
+    ) -> None:
+        self.pull, self.weights, self.kind, self.curvature, self.importance = pull, weights, kind, curvature, importance
         self.effort: Effort = effort
         self.name = name
         self.errors = np.zeros_like(weights)
@@ -161,8 +235,9 @@ class Rows:
     def feed(self) -> None:
         """The first pass."""
         step, factor = self.kind.block_size, self.curvature.factor
+        pulled = self.weights if self.pull is None else self.weights + self.curvature.solve_half(self.pull)
         for start, stop in self._lumps():
-            targets = self.weights[:, start:stop] + product(self.errors[:, :start], factor[:start, start:stop])
+            targets = pulled[:, start:stop] + product(self.errors[:, :start], factor[:start, start:stop])
             for first in range(start, stop, step):
                 last = first + step
                 block = np.ascontiguousarray(targets[:, first - start : last - start])
@@ -177,6 +252,8 @@ class Rows:
         step = self.kind.block_size
         for start, stop in self._lumps():
             gradient = product(self.errors, self.curvature.hessian[:, start:stop])  # e H at these columns
+            if self.pull is not None:
+                gradient += self.pull[:, start:stop]
             for first in range(start, stop, step):
                 gradient += product(
                     self._again(first, first + step, gradient[:, first - start : first - start + step]),

@@ -19,5 +19,10 @@ class Method(Protocol):
     def needs_hessian(self) -> bool:
         """Whether it uses `InputStatistics.hessian`."""
 
-    def quantize(self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str) -> U8:
-        """[rows, columns] float32 to [rows, row_bytes] uint8. `name` is for messages. Raises QuantizationError."""
+    def quantize(
+        self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
+    ) -> U8:
+        """[rows, columns] float32 to [rows, row_bytes] uint8. `name` is for messages. Raises QuantizationError.
+
+        With a `pull` P [rows, columns], which a method that needs a Hessian H gets with its statistics, W + P (H + λ)⁻¹ is what
+        the bytes should stand for."""

@@ -13,6 +13,8 @@ class RoundToNearest:
     name: str = "rtn"
     needs_hessian: bool = False
 
-    def quantize(self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str) -> U8:
+    def quantize(
+        self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
+    ) -> U8:
         """See `Method.quantize`."""
         return kind.quantize(weights, effort="fast", name=name)

@@ -14,6 +14,8 @@ class Search:
     name: str = "imatrix"
     needs_hessian: bool = False
 
-    def quantize(self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str) -> U8:
+    def quantize(
+        self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
+    ) -> U8:
         """See `Method.quantize`."""
         return kind.quantize(weights, statistics.importance if statistics else None, effort=self.effort, name=name)

@@ -1,8 +1,21 @@
 """How much of a text is in memory at a time while a model runs over it; torch need not be there to ask."""
 
+from dataclasses import dataclass
+
 PART_TOKENS = 4096
 """Tokens that go through a weight together (one window at least through attention); bounds what is held besides the states."""
 KEPT_ROWS = 16384
 """Rows of an expert's inner activations that are kept between the looks at them, at most; above, they are computed again."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What fits into memory: inner rows of an expert that are kept, and experts that are worked on side by side (None: one for
+    each thread)."""
+
+    kept_rows: int = KEPT_ROWS
+    experts: int | None = None
+
+
 STATE_FILES = ("a", "b", "sum")
 """Of a stream: the states before and behind a layer in turns, and what is about to be added to them."""

@@ -27,6 +27,7 @@ from xent_quant.errors import CalibrationError
 from xent_quant.model.layers import attention, linear, rms_norm, rotary_tables, route, swiglu
 from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS
 from xent_quant.model.states import States
+from xent_quant.parallel import Turns, check
 from xent_quant.tensors import TensorSpec
 
 Weights = Mapping[str, Tensor]
@@ -80,6 +81,11 @@ class Stage(ABC):
     def __init__(self, run: "Pass", weights: Sequence[TensorSpec]) -> None:
         self.run, self.weights = run, tuple(weights)
 
+    @property
+    def expert(self) -> int | None:
+        """The routed expert that it is a part of. Experts of a layer may run side by side, each one's stages in their order."""
+        return self.weights[0].expert if self.weights else None
+
     @abstractmethod
     def batches(self, stream: int) -> Iterator[Batch]:
         """The rows of one stream, at most PART_TOKENS (or one window) at a time."""
@@ -99,7 +105,7 @@ class Pass:
 
     `dtype` is that of weights and states; routing and norms are at least float32. Holds the routing of one layer, PART_TOKENS
     rows on their way, an expert's inner rows (`kept_rows` at most) for every stream, and the weights that were given for the
-    stage.
+    stage; of as many experts as run side by side.
     """
 
     def __init__(
@@ -148,7 +154,8 @@ class Pass:
         stages.append(_Router(mlp, (at[names.router(index)], *shared[:2])))
         for number in range(model.num_experts):
             gate, up, down = (at[names.expert(index, number, projection)] for projection in names.PROJECTIONS)
-            stages += [_ExpertIn(mlp, (gate, up), number), _ExpertDown(mlp, (down,), number)]
+            expert = _Expert(mlp, number)
+            stages += [_ExpertIn(expert, (gate, up)), _ExpertDown(expert, (down,))]
         return [*stages, _SharedDown(mlp, tuple(shared[2:]))]
 
     def head(self) -> Stage:
@@ -233,16 +240,15 @@ class _AttentionOut(Stage):
 
 
 class _Mlp:
-    """What the stages of one layer's MLP share: its norm, routing, and the gate and up weights under way."""
+    """What the stages of one layer's MLP share: its norm, and the gate and up weights of the shared (or dense) MLP."""
 
     def __init__(self, run: Pass, layer: int) -> None:
         self.run, self.layer, self._norm_name = run, layer, names.post_attention_norm(layer)
         self._norm: Tensor | None = None
         self.shared: list[tuple[Tensor, Tensor]] = []
-        """gate and up of the shared (or dense) MLP in every stream."""
-        self.expert: list[tuple[Tensor, Tensor]] = []
-        """The same of the expert that is under way."""
-        self._inner: dict[int, tuple[Tensor, Tensor]] = {}
+        """gate and up in every stream."""
+        self.adding = [Turns(run.architecture.num_experts or 0) for _ in run.streams]
+        """Experts add to a token's sum in their order, so that it does not depend on who is done first. Places are tokens."""
 
     @property
     def norm(self) -> Tensor:
@@ -253,42 +259,57 @@ class _Mlp:
     def normed(self, stream: int, tokens: Tensor) -> Tensor:
         return rms_norm(self.run.streams[stream].x.take(tokens), self.norm, self.run.architecture.rms_norm_eps)
 
-    def chose(self, stream: int, expert: int) -> Tensor:
-        """Mask [n_tokens] of the tokens of which a stream sends to an expert."""
-        return (self.run.streams[stream].chosen == expert).any(1)
 
-    def seen(self, stream: int, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(tokens, gates) of a stream at an expert, in the parts that it makes together with the exact stream."""
-        own = self.chose(stream, expert)
-        both = (own | self.chose(0, expert)).nonzero()[:, 0]
-        state = self.run.streams[stream]
+class _Expert:
+    """What the stages of one expert share: its gate and up weights in every stream, and its inner rows where they are few."""
+
+    def __init__(self, mlp: _Mlp, number: int) -> None:
+        self.mlp, self.number = mlp, number
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._inner: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def chose(self, stream: int) -> Tensor:
+        """Mask [n_tokens] of the tokens of which a stream sends to the expert."""
+        return (self.mlp.run.streams[stream].chosen == self.number).any(1)
+
+    def seen(self, stream: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(tokens, gates) of a stream, in the parts that it makes together with the exact stream."""
+        own = self.chose(stream)
+        both = (own | self.chose(0)).nonzero()[:, 0]
+        state = self.mlp.run.streams[stream]
         for part in torch.split(both, PART_TOKENS):
+            check()
             tokens = part[own[part]]
-            yield tokens, (state.gates[tokens] * (state.chosen[tokens] == expert)).sum(1)
+            yield tokens, (state.gates[tokens] * (state.chosen[tokens] == self.number)).sum(1)
 
-    def begin(self, expert: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """The gate and up weights of an expert in every stream; inner rows are kept where they are few."""
-        self.expert, self._inner = pairs, {}
-        wanted = [self.chose(number, expert) for number in range(len(pairs))]
+    def begin(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """With these gate and up weights."""
+        self._pairs = pairs
+        wanted = [self.chose(number) for number in range(len(pairs))]
         wanted[0] = torch.stack(wanted).any(0)  # the exact rows of every token that any stream sends there
         for number, mask in enumerate(wanted):
             tokens = mask.nonzero()[:, 0]
-            if len(tokens) <= self.run.kept_rows:
+            if len(tokens) <= self.mlp.run.kept_rows:
                 parts = [self._compute(number, part) for part in torch.split(tokens, PART_TOKENS)]
                 self._inner[number] = tokens, torch.cat(parts)
 
+    def end(self) -> None:
+        """Let go of everything."""
+        self._pairs, self._inner = [], {}
+
     def _compute(self, stream: int, tokens: Tensor) -> Tensor:
-        return swiglu(self.normed(stream, tokens), *self.expert[stream])
+        check()
+        return swiglu(self.mlp.normed(stream, tokens), *self._pairs[stream])
 
     def inner(self, stream: int, tokens: Tensor) -> Tensor:
-        """The expert's inner rows of some of the tokens that any stream sends there."""
+        """Inner rows of some of the tokens that any stream sends there."""
         if stream not in self._inner:
             return self._compute(stream, tokens)
         known, rows = self._inner[stream]
         return rows if len(known) == len(tokens) else rows[torch.searchsorted(known, tokens)]
 
     def sample(self, stream: int, count: int) -> Tensor:
-        every = self.run.tokens(0, self.run.n_tokens)
+        every = self.mlp.run.tokens(0, self.mlp.run.n_tokens)
         return self._compute(stream, every[:: max(1, len(every) // count)][:count])
 
 
@@ -333,44 +354,49 @@ class _Router(_MlpStage):
 
 
 class _ExpertIn(_MlpStage):
-    def __init__(self, mlp: _Mlp, weights: Sequence[TensorSpec], expert: int) -> None:
-        super().__init__(mlp, weights)
-        self._expert = expert
+    def __init__(self, expert: _Expert, weights: Sequence[TensorSpec]) -> None:
+        super().__init__(expert.mlp, weights)
+        self._own = expert
 
     def batches(self, stream: int) -> Iterator[Batch]:
-        for tokens, gates in self.mlp.seen(stream, self._expert):
+        for tokens, gates in self._own.seen(stream):
             exact = self.mlp.normed(0, tokens) if stream else None
             yield Batch(self.mlp.normed(stream, tokens), tokens, gates, exact)
 
     def advance(self, weights: Sequence[Weights]) -> None:
-        self.mlp.begin(self._expert, self.pairs(weights))
+        self._own.begin(self.pairs(weights))
 
 
 class _ExpertDown(_MlpStage):
-    def __init__(self, mlp: _Mlp, weights: Sequence[TensorSpec], expert: int) -> None:
-        super().__init__(mlp, weights)
-        self._expert = expert
+    def __init__(self, expert: _Expert, weights: Sequence[TensorSpec]) -> None:
+        super().__init__(expert.mlp, weights)
+        self._own = expert
 
     def batches(self, stream: int) -> Iterator[Batch]:
-        for tokens, gates in self.mlp.seen(stream, self._expert):
-            exact = self.mlp.inner(0, tokens) if stream else None
-            yield Batch(self.mlp.inner(stream, tokens), tokens, gates, exact)
+        for tokens, gates in self._own.seen(stream):
+            exact = self._own.inner(0, tokens) if stream else None
+            yield Batch(self._own.inner(stream, tokens), tokens, gates, exact)
 
     def others(self, stream: int, count: int) -> Tensor | None:
-        return self.mlp.sample(stream, count)
+        return self._own.sample(stream, count)
 
     def advance(self, weights: Sequence[Weights]) -> None:
-        run = self.run
+        run, expert = self.run, self._own.number
         (spec,) = self.weights
         for number, stream in enumerate(run.streams):
-            for tokens, gates in self.mlp.seen(number, self._expert):
+            turns = self.mlp.adding[number]
+            for tokens, gates in self._own.seen(number):
                 if not len(tokens):
                     continue
-                out = linear(self.mlp.inner(number, tokens), weights[number][spec.name])
+                out = linear(self._own.inner(number, tokens), weights[number][spec.name])
                 if not number:
-                    run.check_finite(out, f"layer {self.mlp.layer}, expert {self._expert}")
+                    run.check_finite(out, f"layer {self.mlp.layer}, expert {expert}")
                 scaled = (out.to(gates.dtype) * gates[:, None]).to(run.dtype)
-                stream.y.put(tokens, stream.y.take(tokens) + scaled)
+                with turns.at(expert, int(tokens[-1])):
+                    stream.y.put(tokens, stream.y.take(tokens) + scaled)
+            with turns.at(expert, run.n_tokens):
+                pass
+        self._own.end()
 
 
 class _SharedDown(_MlpStage):

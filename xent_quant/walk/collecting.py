@@ -130,7 +130,7 @@ def collect(
     Raises what running the model raises, and ExportError for what cannot be written.
     """
     model = session.checkpoint.architecture
-    kept_rows = resources.kept_rows(model, 0, True, memory)
+    room = resources.room(model, 0, True, memory)
     before = fingerprint(session.checkpoint)
     identity = {
         "checkpoint": before,
@@ -154,7 +154,7 @@ def collect(
             journal.save()
         else:
             windows = session.first(journal.windows)
-        streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1, kept_rows, fresh=not journal.done)
+        streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1, room.kept_rows, fresh=not journal.done)
         opened.callback(streams.close)
         collecting = Collecting(session, streams, journal, work.path, progress)
         collecting.run()

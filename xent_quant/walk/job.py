@@ -67,7 +67,7 @@ def run(
     """
     model, report = checkpoint.architecture, progress or Silent()
     hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
-    kept_rows = resources.kept_rows(model, sum(hessian) if text else 0, text is not None, memory)
+    room = resources.room(model, sum(hessian) if text else 0, text is not None, memory)
     for exporter in exporters:
         exporter.check(force)
     before = fingerprint(checkpoint)
@@ -97,9 +97,9 @@ def run(
         streams: Streams | None = None
         measuring: list[Measuring] = []
         if text:
-            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work, kept_rows, report)
+            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work, room.kept_rows, report)
             opened.callback(streams.close)
-        Walk(checkpoint, lanes, journal, streams, measuring, report).run()
+        Walk(checkpoint, lanes, journal, streams, measuring, report, room.experts).run()
         exported = []
         for lane in lanes:
             exported.append(lane.writer.finish(unmeasured_notes(lane.unmeasured, lane.measured)))

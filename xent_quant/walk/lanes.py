@@ -1,5 +1,6 @@
 """An export on its way through the walk: what it makes of each tensor."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,7 @@ class Lane:
     def __post_init__(self) -> None:
         self._slots = self.exporter.slots
         self._seen: set[str] = set()
+        self._noting = threading.Lock()
 
     def resume(self, unmeasured: Sequence[str], measured: int) -> None:
         """What an earlier run found."""
@@ -55,11 +57,11 @@ class Lane:
         Holds the packed rows, and what the method holds.
         """
         statistics = known.statistics if self.stream is not None else self._from_file(tensor)
-        target = known.correction.target(start, weights) if known.correction else weights
+        pull = known.correction.pull(start, weights) if known.correction else None
         read: F32 | None = None
         for slot in self.slots(tensor, head):
             use = statistics if slot.role not in (Role.NORM, Role.ROUTER, Role.EMBEDDING) else None
-            packed = self._quantise(slot, start, target, use)
+            packed = self._quantise(slot, start, weights, use, pull)
             self.writer.put(slot, start, packed)
             if not start and tensor.measured:
                 self._note(slot, use)
@@ -70,21 +72,27 @@ class Lane:
     def _from_file(self, tensor: TensorSpec) -> InputStatistics | None:
         return self.file.get(tensor) if self.file else None
 
-    def _quantise(self, slot: Slot, start: int, weights: F32, known: InputStatistics | None) -> U8:
+    def _quantise(self, slot: Slot, start: int, weights: F32, known: InputStatistics | None, pull: F32 | None) -> U8:
         last = len(slot.tensor.shape) == 1 or start + len(weights) == slot.tensor.shape[0]
         missing = (
             slot.rows - slot.tensor.shape[0] if last and len(slot.tensor.shape) > 1 else 0,
             slot.columns - weights.shape[1],
         )
-        padded = np.pad(weights, ((0, missing[0]), (0, missing[1]))) if any(missing) else weights
+        if any(missing):
+            around = (0, missing[0]), (0, missing[1])
+            weights, pull = np.pad(weights, around), None if pull is None else np.pad(pull, around)
         method = self.exporter.method or RoundToNearest()
-        return method.quantize(padded, slot.encoding, known and known.padded(slot.columns), name=slot.tensor.name)
+        statistics = known and known.padded(slot.columns)
+        return method.quantize(weights, slot.encoding, statistics, name=slot.tensor.name, pull=pull)
 
     def _note(self, slot: Slot, known: InputStatistics | None) -> None:
-        if slot.role in ALWAYS_WITHOUT or slot.label in self._seen:
+        if slot.role in ALWAYS_WITHOUT:
             return
-        if known is None:
-            self._seen.add(slot.label)
-            self.unmeasured.append(slot.label)
-        else:
-            self.measured += 1
+        with self._noting:
+            if slot.label in self._seen:
+                return
+            if known is None:
+                self._seen.add(slot.label)
+                self.unmeasured.append(slot.label)
+            else:
+                self.measured += 1

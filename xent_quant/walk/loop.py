@@ -1,6 +1,6 @@
 """The walk over a checkpoint: the one place where it is decided what happens when.
 
-    for every layer, for every stage:
+    for every layer, for every stage (those of different experts side by side):
         measure      the rows in front of the stage's weights, once for each stream that a lane listens to
         quantise     every weight for every lane, and hand the bytes to its writer
         advance      every stream with its own weights: the model's, or what a lane made of them
@@ -9,13 +9,17 @@
 Without text there are no streams, and only the second line is left.
 """
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from calibration.correction import NOTHING, Measured
+from xent_quant import parallel
 from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32
@@ -36,8 +40,8 @@ LEAST_SECONDS = 2.0
 class Walk:
     """One pass over a checkpoint for any number of lanes. Every tensor of it is read once for each stage that needs it.
 
-    Holds one expert, one layer's attention or shared MLP, or a slice of `Checkpoint.SLICE` weights, with what each lane makes of
-    it and what its method holds; and what `Streams` holds. Raises what reading, measuring and quantising raise.
+    Holds an expert for each thread, one layer's attention or shared MLP, or a slice of `Checkpoint.SLICE` weights, with what each
+    lane makes of it and what its method holds; and what `Streams` holds. Raises what reading, measuring and quantising raise.
     """
 
     def __init__(
@@ -48,13 +52,16 @@ class Walk:
         streams: "Streams | None" = None,
         measuring: "Sequence[Measuring]" = (),
         progress: Progress | None = None,
+        experts: int | None = None,
     ) -> None:
+        """`experts` of a layer are worked on at a time, at most."""
         self.checkpoint, self.lanes, self.journal, self.streams = checkpoint, lanes, journal, streams
+        self._side_by_side = experts
         self._measuring: dict[int | None, Measuring] = {each.stream: each for each in measuring}
         self._by_stream: dict[int | None, list[Lane]] = {}
         for lane in lanes:
             self._by_stream.setdefault(lane.stream, []).append(lane)
-        self._report = progress or Silent()
+        self._report, self._reporting = progress or Silent(), threading.Lock()
         self._tensors = checkpoint.architecture.tensors()
         self._layers = checkpoint.architecture.num_layers
         self._seconds, self._begun = journal.seconds, time.perf_counter()
@@ -118,10 +125,22 @@ class Walk:
                 self._pass(tensor, self.lanes)
         if not self.streams:
             return
-        for stage in self.streams.run.layer(index):
+        stages = self.streams.run.layer(index)
+        for routed, group in groupby(stages, key=lambda stage: stage.expert is not None):
+            if routed:
+                experts = [list(chain) for _, chain in groupby(group, key=lambda stage: stage.expert)]
+                parallel.run([partial(self._stages, index, chain) for chain in experts], self._side_by_side)
+            else:
+                self._stages(index, group)
+
+    def _stages(self, index: int, stages: "Iterable[Stage]") -> None:
+        """Stages of a layer one after the other; those of another expert may be under way beside them."""
+        assert self.streams is not None
+        for stage in stages:
             first = stage.weights[0] if stage.weights else None
             if first:
-                self._report.phase(f"layer {index + 1} of {self._layers}, {_said(first)}")
+                with self._reporting:
+                    self._report.phase(f"layer {index + 1} of {self._layers}, {_said(first)}")
             self._stage(stage)
             if first and first.role is Role.ROUTER:
                 listened = max((number for number in self._measuring if number), default=0)
@@ -162,7 +181,8 @@ class Walk:
                     if lane.stream and made is not None:
                         weights[lane.stream][tensor.name] = self.streams.tensor(made)
         stage.advance(weights)
-        self._report.advance(sum(tensor.n_weights for tensor in stage.weights))
+        with self._reporting:
+            self._report.advance(sum(tensor.n_weights for tensor in stage.weights))
 
     def _measure(self, stream: int | None, stage: "Stage") -> Measured:
         return self._measuring[stream].measure(stage) if stream in self._measuring else NOTHING

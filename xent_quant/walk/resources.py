@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 
 from exporters.interface import Exporter
@@ -16,7 +17,7 @@ from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ConfigError
 from xent_quant.formats.base import F32
-from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS, STATE_FILES
+from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS, STATE_FILES, Room
 from xent_quant.tensors import InputStatistics, Role, TensorSpec
 from xent_quant.units import human_bytes
 
@@ -49,39 +50,47 @@ class Resources:
         return vars(self).copy()
 
 
-def memory(model: Architecture, followers: int, text: bool, kept_rows: int = KEPT_ROWS) -> int:
+def memory(model: Architecture, followers: int, text: bool, room: Room) -> int:
     """Peak of resident bytes of a walk with so many quantised streams; `text`: statistics are measured on the way."""
     tensors = list(model.tensors().values())
-    in_layer = [tensor for tensor in tensors if tensor.layer is not None and len(tensor.shape) > 1]
-    largest = max(tensor.n_weights for tensor in in_layer)
     rows_of_vocabulary = PROGRAM + VOCABULARY * model.vocab_size
     if not text:
         # Stored bytes, float32, checks and packed rows of a slice, or of a tensor that is read whole.
         return int(MARGIN * (rows_of_vocabulary + 12 * min(Checkpoint.SLICE, max(t.n_weights for t in tensors))))
-    columns = max(tensor.shape[-1] for tensor in in_layer)
+    in_layer = [tensor for tensor in tensors if tensor.layer is not None and len(tensor.shape) > 1]
+    routed = [tensor for tensor in in_layer if tensor.expert is not None]
     streams = 1 + followers
-    inner = kept_rows * model.intermediate_size * 4 * streams if model.num_experts else 0
-    shared = 2 * 4 * model.shared_size * model.hidden_size * streams
-    rows = PART_TOKENS * (4 * model.hidden_size + 3 * columns) * 4
-    weights = largest * 4 * (streams + 2)
-    found = rows_of_vocabulary + TORCH + inner + shared + rows + weights
-    if followers:
-        square, layer = columns * columns, model.hidden_size**2
-        # Sums: Σxxᵀ, drift, residuals; of the layer the first two. Ready: Hessian in float32 and float64, damped, inverse,
-        # factor, and three float64 on the way. A method: five copies of the weight.
-        sums = 4 * (2 * square + columns * model.hidden_size) + 8 * layer
-        found += sums + square * (4 + 8 + 4 + 4 + 4 + 24) + 5 * 4 * largest
-    return int(MARGIN * found)
+    for_all = _stage([tensor for tensor in in_layer if tensor.expert is None], model, streams)
+    side_by_side = room.experts or numba.get_num_threads()
+    experts = 0
+    if routed:
+        inner = 4 * room.kept_rows * model.intermediate_size * streams
+        shared = 2 * 4 * model.shared_size * model.hidden_size * streams
+        layer = 8 * model.hidden_size**2 if followers else 0  # sums over all tokens, to make up rare experts
+        experts = shared + layer + side_by_side * (inner + _stage(routed, model, streams))
+    return int(MARGIN * (rows_of_vocabulary + TORCH + max(for_all, experts)))
 
 
-def kept_rows(model: Architecture, followers: int, text: bool, limit: int | None) -> int:
-    """How many inner rows of an expert to keep so that `limit` bytes are not passed. Raises ConfigError where keeping none
-    would not do."""
-    choices = (KEPT_ROWS, KEPT_ROWS // 2, KEPT_ROWS // 4, 0)
-    for rows in choices:
-        if limit is None or memory(model, followers, text, rows) <= limit:
-            return rows
-    least = memory(model, followers, text, 0)
+def _stage(tensors: Sequence[TensorSpec], model: Architecture, streams: int) -> int:
+    """Bytes that the largest stage of these tensors holds: rows on their way, weights, and what is made of the rows."""
+    columns, largest = max(tensor.shape[-1] for tensor in tensors), max(tensor.n_weights for tensor in tensors)
+    rows = 4 * PART_TOKENS * (4 * model.hidden_size + 3 * columns)
+    found = rows + 4 * largest * (streams + 2)
+    if streams > 1:
+        # Sums: Σxxᵀ, drift, residuals. Ready: Hessian, drift, damped, root, factor, and two on the way. Weight, pull, errors,
+        # what is solved of the pull, and the bytes.
+        found += 4 * (2 * columns**2 + columns * model.hidden_size) + 4 * 7 * columns**2 + 4 * 5 * largest
+    return found
+
+
+def room(model: Architecture, followers: int, text: bool, limit: int | None) -> Room:
+    """What to hold so that `limit` bytes are not passed. Raises ConfigError where the least would not do."""
+    most = numba.get_num_threads() if text and followers and model.num_experts else 1
+    for experts in range(most, 0, -1):
+        for rows in (KEPT_ROWS, KEPT_ROWS // 2, KEPT_ROWS // 4, 0):
+            if limit is None or memory(model, followers, text, Room(rows, experts)) <= limit:
+                return Room(rows, experts)
+    least = memory(model, followers, text, Room(0, 1))
     remedy = "use --method imatrix, or one format at a time" if followers else "use --method rtn" if text else "give it more"
     raise ConfigError(f"--memory {human_bytes(limit or 0)}: about {human_bytes(least)} are needed; {remedy}")
 
@@ -114,8 +123,8 @@ def seconds(model: Architecture, exporters: Sequence[Exporter], tokens: int, hes
         # Gate shares its rows with up, q with k and v: statistics are made once for them.
         alone = [t for t in layer if t.role in (Role.ATTENTION_Q, Role.ATTENTION_OUTPUT, Role.GATE, Role.DOWN)]
         flops += followers * sum(2 * rows(t) * t.shape[-1] ** 2 * 1.5 for t in alone)
-        flops += followers * sum(2 * t.n_weights * t.shape[-1] * 2 for t in layer if t.role is not Role.ROUTER)
-        total += followers * sum(t.shape[-1] ** 3 for t in alone) * 2.0 / factorisation
+        flops += followers * sum(2 * t.n_weights * t.shape[-1] * 1.5 for t in layer if t.role is not Role.ROUTER)
+        total += followers * sum(t.shape[-1] ** 3 for t in alone) / factorisation / numba.get_num_threads()
     return total + flops / product
 
 
@@ -142,14 +151,15 @@ def _rounding(exporter: Exporter, encoding: Any, hessian: bool) -> float:
     for _ in range(2):  # the first time kernels are compiled, or loaded, and the Hessian factorised, which is counted apart
         begun = time.perf_counter()
         method.quantize(weights, encoding, known, name="probe")
-    return (time.perf_counter() - begun) / weights.size
+    seconds = (time.perf_counter() - begun) / weights.size
+    return seconds / numba.get_num_threads() if hessian else seconds  # a Hessian's rows are rounded in one job here
 
 
 def _speeds() -> tuple[float, float]:
-    """Floating-point operations a second of a float32 product, and n³ a second of a float64 factorisation [n, n]."""
+    """Floating-point operations a second of a float32 product, and n³ a second of a factorisation [n, n]."""
     import torch
 
-    from xent_quant.linalg import factorise
+    from xent_quant.linalg import root
 
     a = torch.randn(1024, 2048)
     b = torch.randn(2048, 2048)
@@ -158,7 +168,7 @@ def _speeds() -> tuple[float, float]:
     for _ in range(8):
         torch.mm(a, b)
     product = 8 * 2 * a.shape[0] * b.numel() / (time.perf_counter() - begun)
-    matrix = (b.T @ b / 2048 + torch.eye(2048)).double().numpy()
+    matrix = (b.T @ b / 2048 + torch.eye(2048)).numpy()
     begun = time.perf_counter()
-    factorise(matrix)
+    root(matrix)
     return product, matrix.shape[0] ** 3 / (time.perf_counter() - begun)

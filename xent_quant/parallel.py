@@ -1,0 +1,102 @@
+"""Jobs side by side, each on one thread: an expert, or a few hundred rows of a large weight.
+
+Products of an expert's size do not keep several threads busy, and what lies between them is one thread's work anyway. And a
+job on one thread gives the same bits however many there are.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import numba
+
+T = TypeVar("T")
+
+PATIENCE = 0.2
+"""Seconds after which one who waits for another job looks whether there is still a point in it."""
+
+
+class Stopped(Exception):
+    """Another job failed, or a person wants to stop."""
+
+
+class _Mine(threading.local):
+    stop: threading.Event | None = None
+
+
+_mine = _Mine()
+
+
+def run(jobs: Sequence[Callable[[], T]], most: int | None = None) -> list[T]:
+    """What the jobs return, in their order. They are begun in it too, so one may wait for those before it (`Turns`).
+
+    As many run at a time as numba has threads here, or `most`; a job's own products, factorisations and kernels have one thread,
+    and jobs within it run one after the other. Raises what the first of them that fails raises; the others stop at their next
+    `check`.
+    """
+    count = min(numba.get_num_threads(), len(jobs), most or len(jobs))
+    stop = threading.Event()
+
+    def begin() -> None:
+        numba.set_num_threads(1)
+        _mine.stop = stop
+
+    with one_thread():
+        if count <= 1:
+            return [job() for job in jobs]
+        with ThreadPoolExecutor(count, initializer=begin) as pool:
+            futures = [pool.submit(job) for job in jobs]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def check() -> None:
+    """Raise `Stopped` where nobody waits any more for the job that runs here."""
+    if _mine.stop is not None and _mine.stop.is_set():
+        raise Stopped
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For torch, if it is there at all: products and LAPACK."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 1
+    if torch is None or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)  # of this thread, of MKL, and of threads that begin now
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Turns:
+    """Lets jobs that are numbered from 0 go over the same places, which ascend, each behind the one before it."""
+
+    def __init__(self, jobs: int) -> None:
+        self._passed = [-1] * jobs
+        self._moved = threading.Condition()
+
+    @contextmanager
+    def at(self, job: int, place: int) -> Iterator[None]:
+        """For job `job`, all places up to `place`: entered when the job before has left them."""
+        with self._moved:
+            while job and self._passed[job - 1] < place:
+                check()
+                self._moved.wait(PATIENCE)
+        yield
+        self.leave(job, place)
+
+    def leave(self, job: int, place: int) -> None:
+        """The job will not come back to places up to `place`."""
+        with self._moved:
+            self._passed[job] = place
+            self._moved.notify_all()
