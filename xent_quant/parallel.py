@@ -93,10 +93,6 @@ class Turns:
                 check()
                 self._moved.wait(PATIENCE)
         yield
-        self.leave(job, place)
-
-    def leave(self, job: int, place: int) -> None:
-        """The job will not come back to places up to `place`."""
         with self._moved:
             self._passed[job] = place
             self._moved.notify_all()
