@@ -5,15 +5,14 @@ from collections.abc import Iterable, Sequence
 from exporters.base_model import BaseModel
 from xent_quant.units import human_bytes
 
-TAGS = ("mixture-of-experts", "xverse")
 PROMPT = "The old lamp in the window"
 
 
 def opening(base: BaseModel, library: str, tags: Sequence[str], title: str, sentence: str, *, chat: bool = False) -> list[str]:
-    """Lines up to what is said of the export itself. `sentence` goes on after the base model's name; `chat`: it has a chat
-    template."""
+    """Lines up to what is said of the export itself. `tags` are the export's and the family's; `sentence` goes on after the base
+    model's name; `chat`: it has a chat template."""
     return [
-        *base.front_matter(library, (*tags, *TAGS)),
+        *base.front_matter(library, tags),
         "",
         f"# {title}",
         "",

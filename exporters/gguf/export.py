@@ -203,7 +203,9 @@ class GGUFWriter:
         replace_bytes(modelfile, card.modelfile(exporter.files, exporter.stem, chat=exporter.chat).encode())
         moves = [Move(self._folder / path.name, path) for path in exporter.files]
         section = card.section(exporter.plan, exporter.files, exporter.stem, exporter.modelfile.name, chat=exporter.chat)
-        readme = Shared(exporter.output / "README.md", partial(card.joined, exporter.base, exporter.chat, exporter.stem, section))
+        tags = exporter.checkpoint.architecture.family.tags
+        build = partial(card.joined, exporter.base, tags, exporter.chat, exporter.stem, section)
+        readme = Shared(exporter.output / "README.md", build)
         return Exported(
             (*moves, Move(modelfile, exporter.modelfile)),
             (*exporter.files, readme.target, exporter.modelfile),

@@ -5,4 +5,6 @@ PART_TOKENS = 4096
 KEPT_ROWS = 16384
 """Rows of an expert's inner activations that are kept between the looks at them, at most; above, they are computed again."""
 STATE_FILES = ("a", "b", "sum")
-"""Of a stream: the states before and behind a layer in turns, and what is about to be added to them."""
+"""Of a stream: the states before and behind a layer in turns, and what is about to be added to them; all as wide as the model."""
+ATTENDED = "attended"
+"""One more, where what attention makes has another width: that."""

@@ -88,7 +88,8 @@ def kept_rows(model: Architecture, followers: int, text: bool, limit: int | None
 
 def disk(model: Architecture, tokens: int, followers: int) -> int:
     """Bytes of the states while a text runs."""
-    return 4 * len(STATE_FILES) * tokens * model.hidden_size * (1 + followers)
+    attended = model.attention_size if model.attention_size != model.hidden_size else 0
+    return 4 * (len(STATE_FILES) * model.hidden_size + attended) * tokens * (1 + followers)
 
 
 def seconds(model: Architecture, exporters: Sequence[Exporter], tokens: int, hessian: Sequence[bool]) -> float:
