@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes a random checkpoint of any shape and of any family that is read: sharded safetensors, config, tokenizer. For measuring memory and speed.
+"""Writes a random checkpoint of any shape and of any family that is read: sharded safetensors, config, tokenizer. For measuring
+memory and speed.
 
     scripts/make_checkpoint.py --preset A4.2B --layers 4 --output DIR
     scripts/make_checkpoint.py --config config.json --output DIR [--layers N] [--dtype bf16] [--seed 0]

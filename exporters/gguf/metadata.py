@@ -1,9 +1,11 @@
 """Every key of a GGUF file besides its tokenizer and tensors (docs/gguf.md of ggml, llama-arch.cpp of llama.cpp)."""
 
+from collections.abc import Callable
 from math import log
 
 import gguf
 
+from exporters import card
 from exporters.base_model import BaseModel
 from exporters.gguf.card import TAGS
 from exporters.gguf.plan import GGUFPlan
@@ -45,7 +47,7 @@ def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel) -
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base.repository}")
     if base.languages:
         writer.add_languages(list(base.languages))
-    writer.add_tags([*TAGS, *model.family.tags])
+    writer.add_tags([*TAGS, *card.tags(model)])
 
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(model.max_position_embeddings)
@@ -71,5 +73,10 @@ def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel) -
         writer.add_expert_count(model.num_experts)
         writer.add_expert_used_count(model.experts_per_token)
     for key, value in plan.llama.keys.items():
-        add = writer.add_bool if isinstance(value, bool) else writer.add_uint32 if isinstance(value, int) else writer.add_float32
-        add(f"{plan.arch}.{key}", value)
+        add: dict[type, Callable[..., None]] = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }
+        add[type(value)](f"{plan.arch}.{key}", value)

@@ -147,7 +147,8 @@ class Architecture:
 
     `intermediate_size` is the width of ONE expert (of the MLP when dense); the shared MLP is `num_shared_experts *
     intermediate_size` wide. `dense_size` is the width that config.json gives for layers without experts though there are
-    none, 0 where it gives none; `qk_norm` says which norms there are between the projections of queries and keys and their rotation.
+    none, 0 where it gives none; `qk_norm` says which norms there are between the projections of queries and keys and their
+    rotation.
     """
 
     model_type: str

@@ -137,7 +137,11 @@ class GGUFSource:
             )
         if model.num_experts:
             wanted |= {"expert_count": model.num_experts, "expert_used_count": model.experts_per_token}
-        wanted |= {key: value for key, value in self._llama.keys.items() if key != "expert_feed_forward_length"}
+        wanted |= {
+            key: value
+            for key, value in self._llama.keys.items()
+            if key != "expert_feed_forward_length" and not isinstance(value, str)
+        }
         defaults = {"attention.head_count_kv": model.num_heads, "expert_weights_norm": False, "rope.freq_base": 10000.0}
         defaults |= {"rope.scaling.factor": 1.0, "rope.scaling.attn_factor": 1.0}
         wanted |= dict.fromkeys(UNSCALED, 1.0)

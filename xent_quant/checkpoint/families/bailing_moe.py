@@ -18,7 +18,7 @@ OWN_CODE = "its own modelling code would be needed, which fuses q, k and v; use 
 def gguf(model: "Architecture", width: int) -> GGUF:
     if not model.num_shared_experts:
         raise UnsupportedError("num_shared_experts is 0: llama.cpp's bailingmoe has some always")
-    keys: dict[str, int | float | bool] = {
+    keys: dict[str, int | float | bool | str] = {
         "leading_dense_block_count": 0,
         "expert_feed_forward_length": width,
         "expert_shared_count": model.num_shared_experts,
@@ -67,5 +67,4 @@ FAMILY = Family(
     },
     free_head_dim=True,
     no_bnb=dict.fromkeys((4, 8, 16), OWN_CODE),
-    tags=("mixture-of-experts", "bailing_moe"),
 )

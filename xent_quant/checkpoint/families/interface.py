@@ -54,7 +54,7 @@ class GGUF:
 
     arch: str
     feed_forward_length: int
-    keys: Mapping[str, int | float | bool] = field(default_factory=dict)
+    keys: Mapping[str, int | float | bool | str] = field(default_factory=dict)
     interleaved: bool = False
     own_head: bool = False
 
@@ -92,7 +92,5 @@ class Family:
     modelling: Modelling | None = None
     no_bnb: Mapping[int, str] = field(default_factory=dict)
     """Bits in which bitsandbytes and transformers cannot hold the model, with the reason."""
-    tags: tuple[str, ...] = ()
-    """For model cards."""
     released: Mapping[str, str] = field(default_factory=dict)
     """Models by the name of their folder, with their id on the Hub."""

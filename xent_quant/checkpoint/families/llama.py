@@ -25,5 +25,4 @@ FAMILY = Family(
     },
     neutral={"mlp_bias": (None, False)},
     free_head_dim=True,
-    tags=("llama",),
 )

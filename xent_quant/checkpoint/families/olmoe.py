@@ -40,5 +40,4 @@ FAMILY = Family(
     neutral={"clip_qkv": (None,)},
     qk_norm="width",
     no_bnb=FUSED_EXPERTS,
-    tags=("mixture-of-experts", "olmoe"),
 )

@@ -37,5 +37,4 @@ FAMILY = Family(
     qk_norm="head",
     free_head_dim=True,
     no_bnb=FUSED_EXPERTS,
-    tags=("mixture-of-experts", "qwen3_moe"),
 )

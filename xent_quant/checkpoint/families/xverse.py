@@ -26,7 +26,8 @@ it must stand alone; a test holds it to them."""
 def gguf(model: "Architecture", width: int) -> GGUF:
     """llama.cpp's own `xverse` is dense; its mixtures are other families' there, which compute the same."""
     if not model.num_experts:
-        return GGUF("xverse", width, interleaved=True, own_head=True)
+        layout = {"tensor_data_layout": "Meta AI original pth"}  # q and k as llama.cpp rotates them
+        return GGUF("xverse", width, layout, interleaved=True, own_head=True)
     if model.num_shared_experts:
         return replace(bailing_moe.gguf(model, width), feed_forward_length=width)
     if not model.norm_topk_prob:
@@ -51,6 +52,5 @@ FAMILY = Family(
             "AutoModelForCausalLM": "modeling_xverse.XverseForCausalLM",
         },
     ),
-    tags=("mixture-of-experts", "xverse"),
     released={"XVERSE-Ent-A4.2B": "xverse/XVERSE-Ent-A4.2B", "XVERSE-Ent-A5.7B": "xverse/XVERSE-Ent-A5.7B"},
 )
