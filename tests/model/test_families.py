@@ -9,6 +9,7 @@ import torch
 from tests import families
 from tests.exporters.test_gguf_exact import IDS
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.model.states import States
 from xent_quant.model.streaming import StreamingModel
 
 CASES = {
@@ -33,3 +34,19 @@ def test_logits_are_those_of_the_familys_own_code(tmp_path: Path, family: str, c
     got = model.logits(model.hidden_states(torch.tensor([IDS, IDS])))[1].numpy()
     assert np.abs(wanted).max() > 1
     assert np.abs(got - wanted).max() < 1e-4
+
+
+def test_attention_of_another_width_is_gone_on_with(tmp_path: Path) -> None:
+    """States in files, a run that is interrupted in its last layer, and the same in memory."""
+    source = Checkpoint.open(families.write(tmp_path / "model", "qwen3_moe"))
+    assert source.architecture.attention_size != source.architecture.hidden_size
+    windows = torch.tensor([IDS, IDS[::-1]])
+
+    def stop(layer: int, states: States) -> None:
+        if layer:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        StreamingModel(source).hidden_states(windows, after_layer=stop, folder=tmp_path)
+    again = StreamingModel(source).hidden_states(windows, folder=tmp_path)
+    assert torch.equal(again, StreamingModel(source).hidden_states(windows))
