@@ -122,8 +122,9 @@ def seconds(model: Architecture, exporters: Sequence[Exporter], tokens: int, hes
 
 def _by_encoding(exporter: Exporter, tensors: Sequence[TensorSpec]) -> dict[Any, int]:
     found: dict[Any, int] = {}
+    slots = exporter.slots  # made anew each time that it is asked for
     for tensor in tensors:
-        for slot in exporter.slots[tensor.name]:
+        for slot in slots[tensor.name]:
             found[slot.encoding] = found.get(slot.encoding, 0) + slot.rows * slot.columns
     return found
 
