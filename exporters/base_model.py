@@ -8,7 +8,9 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
-KNOWN = {"XVERSE-Ent-A4.2B": "xverse/XVERSE-Ent-A4.2B", "XVERSE-Ent-A5.7B": "xverse/XVERSE-Ent-A5.7B"}
+from xent_quant.checkpoint.families import FAMILIES
+
+KNOWN = {name: repository for family in FAMILIES.values() for name, repository in family.released.items()}
 
 
 @dataclass(frozen=True)

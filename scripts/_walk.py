@@ -22,7 +22,6 @@ from calibration.imatrix import Imatrix
 from calibration.measuring import Measuring
 from calibration.session import Session, Windows
 from exporters.interface import Slot
-from xent_quant.checkpoint.architecture import EMBEDDING
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32, U8, QuantFormat
 from xent_quant.journal import FILE, Journal
@@ -124,8 +123,8 @@ def walk(
             streams = Streams(checkpoint, windows, folder, torch.float32, lane.stream + 1, fresh=True)
             measuring.append(_Measuring(lane.stream, windows, hessian=method.needs_hessian, gated=gated))
             measuring[0].names = None if measure_all else whole
-            if lane.stream and not whole[EMBEDDING]:
-                for start, rows in checkpoint.slices(EMBEDDING):
+            if lane.stream and not whole[checkpoint.architecture.embedding.name]:
+                for start, rows in checkpoint.slices(checkpoint.architecture.embedding.name):
                     streams.embed(lane.stream, start, rows)
         with suppress(_Done):
             Walk(checkpoint, [lane], Journal(folder / FILE, {}), streams, measuring).run()

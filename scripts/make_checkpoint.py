@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes a random XVERSE checkpoint of any shape: sharded safetensors, config, tokenizer. For measuring memory and speed.
+"""Writes a random checkpoint of any shape and of any family that is read: sharded safetensors, config, tokenizer. For measuring
+memory and speed.
 
     scripts/make_checkpoint.py --preset A4.2B --layers 4 --output DIR
     scripts/make_checkpoint.py --config config.json --output DIR [--layers N] [--dtype bf16] [--seed 0]
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.hub import miniature
+from xent_quant.tensors import Role, TensorSpec
 
 SHARD = 2 * 10**9
 DTYPES = {"bf16": (torch.bfloat16, 2), "f16": (torch.float16, 2), "f32": (torch.float32, 4)}
@@ -40,10 +42,31 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 2,
     "eos_token_id": 3,
 }
+QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    **{f"{name}_token_id": COMMON[f"{name}_token_id"] for name in ("pad", "bos", "eos")},  # the tokenizer is the miniature's
+}
 PRESETS = {
     "A4.2B": {**COMMON, "hidden_size": 2560, "num_hidden_layers": 28, "vocab_size": 100534},
     # The English model's expert width is not published; 1728 gives its 36 B parameters.
     "A5.7B": {**COMMON, "hidden_size": 3072, "num_hidden_layers": 32, "vocab_size": 128256},
+    "Qwen3-30B-A3B": QWEN3,
 }
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
@@ -63,12 +86,13 @@ def write_tokenizer(output: Path, vocab_size: int) -> None:
         shutil.copyfile(source / name, output / name)
 
 
-def random_tensor(random: np.random.Generator, name: str, shape: tuple[int, ...], layers: int) -> torch.Tensor:
+def random_tensor(random: np.random.Generator, spec: TensorSpec, layers: int) -> torch.Tensor:
+    shape = spec.shape
     values = random.standard_normal(shape, dtype=np.float32)
     if len(shape) == 1:
         values = 1 + 0.05 * values
     else:
-        deep = name.endswith(("o_proj.weight", "down_proj.weight"))
+        deep = spec.role in (Role.ATTENTION_OUTPUT, Role.DOWN)
         values *= np.float32(shape[-1] ** -0.5 / ((2 * layers) ** 0.5 if deep else 1))
     return torch.from_numpy(values)
 
@@ -95,9 +119,9 @@ def main() -> None:
 
     shards: list[list[str]] = [[]]
     size = total = 0
-    tensors = {name: spec.shape for name, spec in model.tensors().items()}
-    for name, shape in tensors.items():
-        nbytes = int(np.prod(shape)) * item
+    tensors = model.tensors()
+    for name, spec in tensors.items():
+        nbytes = spec.n_weights * item
         if shards[-1] and size + nbytes > SHARD:
             shards.append([])
             size = 0
@@ -107,7 +131,7 @@ def main() -> None:
     weight_map: dict[str, str] = {}
     for index, names in enumerate(shards, 1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        part = {name: random_tensor(random, name, tensors[name], model.num_layers).to(dtype) for name in names}
+        part = {name: random_tensor(random, tensors[name], model.num_layers).to(dtype) for name in names}
         save_file(part, options.output / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
         print(f"{options.output / file}", flush=True)

@@ -22,7 +22,6 @@ from _walk import slot, walk
 import xent_quant
 from exporters.interface import Slot
 from xent_quant import formats
-from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.hub import resolve
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32, U8, QuantFormat
@@ -97,7 +96,7 @@ def weight_errors(checkpoint: Checkpoint, tensors: str) -> None:
     chosen = [spec for spec in specs.values() if spec.measured and spec.role is not Role.HEAD and re.search(tensors, spec.name)]
     for kind in TYPES:
         format, bound = formats.get(kind), WEIGHTS[bits_of(kind)][1]
-        slots = {spec.name: [slot(spec, format)] for spec in (specs[names.EMBEDDING], *chosen)}
+        slots = {spec.name: [slot(spec, format)] for spec in (checkpoint.architecture.embedding, *chosen)}
         for method in (Search(), GPTQ()):
             key = kind, type(method).__name__
             for name, packed in quantised(checkpoint, slots, method, windows):

@@ -73,7 +73,7 @@ def test_usage_errors_exit_2() -> None:
         (lambda folder: (folder / "tokenizer.json").write_text('{"model": 3}'), ["tokenizer.json"]),
         (lambda folder: os.truncate(folder / "model.safetensors", 100_000), ["model.safetensors", "truncated"]),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64), ["model.safetensors", "not safetensors"]),
-        (lambda folder: rewrite(folder, "model_type", "llama"), ["model_type", "llama"]),
+        (lambda folder: rewrite(folder, "model_type", "mamba"), ["model_type", "mamba"]),
         (lambda folder: rewrite(folder, "intermediate_size", 128), ["gate_proj.weight", "shape"]),
         (lambda folder: poison(folder, np.nan), ["experts.4.up_proj.weight", "NaN"]),
         (lambda folder: poison(folder, np.inf), ["experts.4.up_proj.weight", "infinite"]),

@@ -11,7 +11,6 @@ from calibration.correction import Measured
 from calibration.measuring import Measuring
 from calibration.session import Windows
 from exporters.interface import Exported, Exporter
-from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.model.stages import Pass, Stage, Stream, WeightSource
 from xent_quant.model.states import InMemory
@@ -36,12 +35,12 @@ def export(
 def stages(source: WeightSource, windows: Tensor, dtype: torch.dtype, follower: WeightSource | None = None) -> Iterator[Stage]:
     """Every stage in turn, advanced with the model's weights and, in a second stream, with those of `follower`."""
     sides = [source, *([follower] if follower else [])]
-    states = [
-        [InMemory(torch.empty(windows.numel(), source.architecture.hidden_size, dtype=dtype)) for _ in "xys"] for _ in sides
-    ]
+    model = source.architecture
+    widths = [model.hidden_size] * 3 + [model.attention_size] * (model.attention_size != model.hidden_size)
+    states = [[InMemory(torch.empty(windows.numel(), width, dtype=dtype)) for width in widths] for _ in sides]
     pass_ = Pass(source, windows, [Stream(*each) for each in states], dtype)
     for number, side in enumerate(sides):
-        pass_.embed(number, 0, torch.from_numpy(side.read(names.EMBEDDING)))
+        pass_.embed(number, 0, torch.from_numpy(side.read(source.architecture.embedding.name)))
     for layer in range(source.architecture.num_layers):
         for stage in pass_.layer(layer):
             yield stage

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from math import prod
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,8 @@ class TensorSpec:
     """A tensor of the model as data: what a checkpoint calls it, its row-major shape ([out, in], or [n]), what it does and where.
 
     `layer` is None outside of layers; `expert` counts a layer's routed experts from 0, None for all else; `shared` marks the
-    shared experts' MLP, which every token uses.
+    shared experts' MLP, which every token uses. `normed` is what a layer's norm is for: the rows that go into its attention or
+    its MLP, or its queries or keys.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TensorSpec:
     layer: int | None = None
     expert: int | None = None
     shared: bool = False
+    normed: Literal["attention", "mlp", "q", "k"] | None = None
 
     @property
     def n_weights(self) -> int:

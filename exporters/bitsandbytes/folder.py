@@ -5,19 +5,13 @@ from typing import Any
 
 from exporters.base_model import BaseModel
 from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor
-from exporters.card import PROMPT, opening, table
+from exporters.card import PROMPT, opening, table, tags
 from exporters.hub_files import generation_config, json_bytes, tokenizer_files
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.tensors import ATTENTION_ROLES, Role
 from xent_quant.units import human_bytes
 
 INDEX = "model.safetensors.index.json"
-MODELLING = ("configuration_xverse.py", "modeling_xverse.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_xverse.XverseConfig",
-    "AutoModel": "modeling_xverse.XverseModel",
-    "AutoModelForCausalLM": "modeling_xverse.XverseForCausalLM",
-}
 KINDS = {
     "NF4": "4-bit NormalFloat (bitsandbytes NF4, double-quantised)",
     "FP4": "4-bit floats (bitsandbytes FP4, double-quantised)",
@@ -36,37 +30,39 @@ def _group(tensor: PlannedTensor) -> str:
 
 def files(checkpoint: Checkpoint, plan: BnbPlan, name: str) -> dict[str, bytes]:
     """File name to content. Raises CheckpointError where the tokenizer is missing, or a file is damaged."""
-    package = resources.files("xent_quant") / "model"
+    package, modelling = resources.files("xent_quant") / "model", plan.architecture.family.modelling
     licences = {path.name: path.read_bytes() for path in sorted(checkpoint.path.glob("LICENSE*")) if path.is_file()}
     return {
         "config.json": json_bytes(_config(checkpoint, plan)),
         "generation_config.json": json_bytes(generation_config(checkpoint)),
         **tokenizer_files(checkpoint),
-        **{file: (package / file).read_bytes() for file in MODELLING},
+        **{file: (package / file).read_bytes() for file in (modelling.files if modelling else ())},
         **licences,
         "README.md": _readme(BaseModel.of(checkpoint.path), plan, name).encode(),
     }
 
 
 def _config(checkpoint: Checkpoint, plan: BnbPlan) -> dict[str, Any]:
-    quantised = plan.quantization_config()
+    quantised, family = plan.quantization_config(), plan.architecture.family
     return {
         **checkpoint.architecture.carried(checkpoint.config),
-        "architectures": ["XverseForCausalLM"],
-        "auto_map": AUTO_MAP,
-        "intermediate_size": plan.width,
+        "architectures": [family.model_class],
+        **({"auto_map": family.modelling.auto_map} if family.modelling else {}),
+        family.keys.width: plan.width,
         "torch_dtype": "bfloat16",
         **({"quantization_config": quantised} if quantised else {}),
     }
 
 
 def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
+    own_code = plan.architecture.family.modelling is not None
+    trust = ", trust_remote_code=True" if own_code else ""
     needed = "torch transformers accelerate" + (" bitsandbytes" if plan.bits < 16 else "")
     lines = [
         *opening(
             base,
             "transformers",
-            ("bitsandbytes", "quantized") if plan.bits < 16 else (),
+            (*(("bitsandbytes", "quantized") if plan.bits < 16 else ()), *tags(plan.architecture)),
             f"{name}-{plan.type}",
             f"for transformers 4.57 and 5 in {KINDS[plan.type]}: {human_bytes(plan.nbytes)}",
         ),
@@ -84,14 +80,17 @@ def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
         "",
         'folder = "."  # this folder, or its Hub id',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        'model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto", dtype="auto", trust_remote_code=True)',
+        f'model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto", dtype="auto"{trust})',
         f'inputs = tokenizer("{PROMPT}", return_tensors="pt", return_token_type_ids=False).to(model.device)',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=True)[0]))",
         "```",
         "",
-        "`trust_remote_code` runs the two Python files of this folder; with `import xent_quant` first it is not needed.",
-        "",
     ]
+    if own_code:
+        lines += [
+            "`trust_remote_code` runs the two Python files of this folder; with `import xent_quant` first it is not needed.",
+            "",
+        ]
     if plan.bits < 16:
         lines += [
             "To save the loaded model again: `model.save_pretrained(folder, save_original_format=False)`; without the option "

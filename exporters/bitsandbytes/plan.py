@@ -1,7 +1,7 @@
 """What a transformers folder will hold, from headers alone: the kind of every weight, and shards of safetensors.
 
-Router and norms stay F32. Embedding and head stay BF16: bitsandbytes has no layer for the one, and the other costs more
-quality in few bits than all experts together.
+Router and norms stay F32 where the model's code is ours, else BF16, in which transformers' own computes. Embedding and head stay
+BF16: bitsandbytes has no layer for the one, and the other costs more quality in few bits than all experts together.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from exporters.bitsandbytes.kinds import BLOCK, FourBit, Int8, Part, Whole
 from exporters.interface import Slot, kv_cache_bytes
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
-from xent_quant.errors import ConfigError
+from xent_quant.errors import ConfigError, UnsupportedError
 from xent_quant.formats.base import Encoding
 from xent_quant.tensors import KEPT_ROLES, Role, TensorSpec
 
@@ -95,11 +95,14 @@ class BnbPlan:
 
 
 def plan(model: Architecture, *, bits: int = 4, bnb_type: str = "nf4", pad: str = "auto") -> BnbPlan:
-    """Choose every tensor's kind. Raises ConfigError for bits or a type that bitsandbytes does not have."""
+    """Choose every tensor's kind. Raises ConfigError for bits or a type that bitsandbytes does not have,
+    UnsupportedError for a family that it cannot hold in them."""
     if bits not in (4, 8, 16):
         raise ConfigError(f"--bits {bits}: bitsandbytes has 4 and 8; 16 writes bfloat16")
     if bnb_type not in ("nf4", "fp4"):
         raise ConfigError(f"--bnb-type {bnb_type}: there are nf4 and fp4")
+    if bits in model.family.no_bnb:
+        raise UnsupportedError(f"--format bnb --bits {bits}: {model.family.title}: {model.family.no_bnb[bits]}")
     kinds: dict[int, Encoding] = {4: FourBit(bnb_type), 8: Int8(), 16: formats.get("BF16")}  # type: ignore[arg-type]
     quantised = kinds[bits]
     width = model.intermediate_size
@@ -120,7 +123,8 @@ def _planned(tensor: TensorSpec, model: Architecture, width: int, quantised: Enc
     """With experts `width` wide; a shared MLP, which is as wide as num_shared_experts of them, likewise."""
     shape, encoding = tensor.shape, quantised
     if tensor.role in KEPT_ROLES:
-        encoding = formats.get("F32")
+        # transformers' own code multiplies them in their type, and layers behind them take no other than the model's.
+        encoding = formats.get("F32" if model.family.modelling else "BF16")
     elif tensor.role in (Role.EMBEDDING, Role.HEAD):
         encoding = formats.get("BF16")
     elif tensor.role in (Role.GATE, Role.UP, Role.DOWN):

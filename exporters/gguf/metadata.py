@@ -1,5 +1,6 @@
 """Every key of a GGUF file besides its tokenizer and tensors (docs/gguf.md of ggml, llama-arch.cpp of llama.cpp)."""
 
+from collections.abc import Callable
 from math import log
 
 import gguf
@@ -46,13 +47,13 @@ def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel) -
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base.repository}")
     if base.languages:
         writer.add_languages(list(base.languages))
-    writer.add_tags([*TAGS, *card.TAGS])
+    writer.add_tags([*TAGS, *card.tags(model)])
 
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(model.max_position_embeddings)
     writer.add_embedding_length(model.hidden_size)
     writer.add_block_count(model.num_layers)
-    writer.add_feed_forward_length(plan.expert_width)
+    writer.add_feed_forward_length(plan.llama.feed_forward_length)
     writer.add_head_count(model.num_heads)
     writer.add_head_count_kv(model.num_kv_heads)
     writer.add_key_length(model.head_dim)
@@ -71,12 +72,11 @@ def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel) -
     if model.num_experts:
         writer.add_expert_count(model.num_experts)
         writer.add_expert_used_count(model.experts_per_token)
-    if plan.arch == "bailingmoe":
-        writer.add_leading_dense_block_count(0)
-        writer.add_expert_feed_forward_length(plan.expert_width)
-        writer.add_expert_shared_count(model.num_shared_experts)
-        writer.add_expert_weights_scale(1.0)
-        writer.add_expert_weights_norm(model.norm_topk_prob)  # llama.cpp's default is false
-    if plan.arch == "granitemoe":
-        # The other scales of that architecture are left out: absent means that nothing is scaled.
-        writer.add_logit_scale(1.0)
+    for key, value in plan.llama.keys.items():
+        add: dict[type, Callable[..., None]] = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }
+        add[type(value)](f"{plan.arch}.{key}", value)

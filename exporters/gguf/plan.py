@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 from exporters.interface import Slot, kv_cache_bytes
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.families.interface import GGUF
 from xent_quant.checkpoint.llama_names import HEAD, llama_name
 from xent_quant.errors import ConfigError, UnsupportedError
 from xent_quant.recipes import Recipe, fitting
@@ -89,14 +89,19 @@ class GGUFSlot(Slot):
 
 @dataclass(frozen=True)
 class GGUFPlan:
-    """All tensors in file order. `expert_width` is the width written, `arch` llama.cpp's architecture."""
+    """All tensors in file order. `expert_width` is the width written, `llama` what llama.cpp calls the model."""
 
-    arch: Literal["bailingmoe", "granitemoe", "xverse"]
+    llama: GGUF
     architecture: Architecture
     recipe: Recipe
     expert_width: int
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...]
+
+    @property
+    def arch(self) -> str:
+        """llama.cpp's architecture."""
+        return self.llama.arch
 
     @property
     def nbytes(self) -> int:
@@ -137,18 +142,26 @@ def layout(model: Architecture, recipe: Recipe, width: int) -> tuple[PlannedTens
     found: dict[str, list[TensorSpec]] = {}
     for source in model.tensors().values():
         found.setdefault(llama_name(source), []).append(source)
-    tensors = [_planned(name, tuple(sources), sources[0].role, model, recipe, width) for name, sources in found.items()]
-    if model.tie_word_embeddings:
-        # llama.cpp wants output.weight in these architectures even where the checkpoint ties it to the embedding.
-        (embedding,) = tensors[0].sources
-        tensors.append(_planned(HEAD, (embedding,), Role.HEAD, model, recipe, width))
+    llama = model.family.gguf(model, width)
+    tensors = [_planned(name, tuple(sources), sources[0].role, model, recipe, width, llama) for name, sources in found.items()]
+    if model.tie_word_embeddings and llama.own_head:
+        tensors.append(_planned(HEAD, (model.embedding,), Role.HEAD, model, recipe, width, llama))
     return tuple(tensors)
 
 
 def _planned(
-    name: str, sources: tuple[TensorSpec, ...], role: Role, model: Architecture, recipe: Recipe, width: int
+    name: str,
+    sources: tuple[TensorSpec, ...],
+    role: Role,
+    model: Architecture,
+    recipe: Recipe,
+    width: int,
+    llama: GGUF,
 ) -> PlannedTensor:
     first = sources[0]
+    # A tied embedding that is the only one is multiplied with too, and gets the type that the head would have.
+    both = role is Role.EMBEDDING and model.tie_word_embeddings and not llama.own_head
+    decisive = Role.HEAD if both else role
     shape = first.shape
     if role in (Role.GATE, Role.UP, Role.DOWN):
         # llama.cpp takes the shared width to be expert width times count, so both are padded in step.
@@ -156,14 +169,15 @@ def _planned(
         shape = (shape[0], padded) if role is Role.DOWN else (padded, shape[1])
     if first.expert is not None:
         shape = (len(sources), *shape)
-    asked = recipe.type_of(name, role, first.layer or 0, model)
+    asked = recipe.type_of(name, decisive, first.layer or 0, model)
+    heads = {Role.ATTENTION_Q: model.num_heads, Role.ATTENTION_K: model.num_kv_heads} if llama.interleaved else {}
     return PlannedTensor(
         name=name,
         role=role,
         shape=shape,
         sources=sources,
-        heads={Role.ATTENTION_Q: model.num_heads, Role.ATTENTION_K: model.num_kv_heads}.get(role, 0),
-        type=fitting(asked, shape[-1], role is Role.HEAD and asked == recipe.mix.head),
+        heads=heads.get(role, 0),
+        type=fitting(asked, shape[-1], decisive is Role.HEAD and asked == recipe.mix.head),
         asked=asked,
     )
 
@@ -175,10 +189,6 @@ def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:
     llama-quantize's fallback types, so it is never larger than that one's; "never" keeps the width. Raises UnsupportedError
     for what no architecture of llama.cpp expresses, ConfigError for an override that matches nothing.
     """
-    arch: Literal["bailingmoe", "granitemoe", "xverse"]
-    arch = "xverse" if not model.num_experts else "bailingmoe" if model.num_shared_experts else "granitemoe"
-    if arch == "granitemoe" and not model.norm_topk_prob:
-        raise UnsupportedError("norm_topk_prob is false and there are no shared experts: llama.cpp has no architecture for that")
     _check_rope(model)
     width = model.intermediate_size
     tensors = layout(model, recipe, width)
@@ -198,7 +208,7 @@ def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:
             )
     for asked, got in sorted({(tensor.asked, tensor.type) for tensor in tensors if tensor.asked != tensor.type}):
         notes.append(f"{asked} does not divide some rows: {got} there, as llama-quantize does.")
-    return GGUFPlan(arch, model, recipe, width, tensors, tuple(notes))
+    return GGUFPlan(model.family.gguf(model, width), model, recipe, width, tensors, tuple(notes))
 
 
 def _check_rope(model: Architecture) -> None:

@@ -190,7 +190,8 @@ def _unigram(spec: TokenizerSpec, value: dict[str, Any]) -> Iterator[TokenizerSp
 def _byte_fallback(
     path: Path, spec: TokenizerSpec, value: dict[str, Any], reference: "Tokenizer", inexact: Inexact
 ) -> Iterator[TokenizerSpec]:
-    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in set(spec.tokens)]
+    tokens = set(spec.tokens)
+    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in tokens]
     if missing:  # llama.cpp ends the process over it
         raise UnsupportedError(f"{path}: byte fallback without a token for byte {missing[0]}; llama.cpp needs all 256")
     pairs = _merges(value)

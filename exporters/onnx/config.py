@@ -28,8 +28,8 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         **model.carried(checkpoint.config),
         "model_type": OPTIMUM_TYPE,
-        "architectures": ["XverseForCausalLM"],
-        "source_model_type": checkpoint.config["model_type"],
+        "architectures": [model.family.model_class],
+        "source_model_type": model.model_type,
         "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.experts_per_token,
     }

@@ -81,7 +81,7 @@ def build(plan: ONNXPlan) -> onnx.ModelProto:
     logits = _linear(graph, normed, "head")
     graph.standard("Cast", [logits], "logits", to=TensorProto.FLOAT)
     inputs, outputs = _interface(graph)
-    body = helper.make_graph(graph.nodes, "xverse", inputs, outputs, graph.initializers)
+    body = helper.make_graph(graph.nodes, plan.architecture.model_type, inputs, outputs, graph.initializers)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION, producer_name="xent-quant")
 
@@ -160,7 +160,8 @@ def _linear(graph: _Graph, x: str, name: str) -> str:
 
 
 def _attention(graph: _Graph, layer: int, x: str, lengths: tuple[str, str]) -> str:
-    """Causal attention with rotary embedding and the KV cache inside, [B, S, H] to the same."""
+    """Causal attention with rotary embedding and the KV cache inside, [B, S, H] to the same. q, k and v go in as one tensor, or
+    apart where the first two are normed."""
     model, name = graph.model, f"layers.{layer}.attention"
     if layer == 0:
         for table in graph.plan.tables:
@@ -168,9 +169,12 @@ def _attention(graph: _Graph, layer: int, x: str, lengths: tuple[str, str]) -> s
     cos, sin = graph.plan.tables
     past = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
     present = [f"present.{layer}.{kind}" for kind in ("key", "value")]
+    qkv = [_linear(graph, x, f"{name}.qkv"), "", ""]
+    if model.qk_norm:
+        qkv = _normed_qkv(graph, layer, qkv[0])
     mixed = graph.microsoft(
         "GroupQueryAttention",
-        [_linear(graph, x, f"{name}.qkv"), "", "", *past, *lengths, cos.name, sin.name],
+        [*qkv, *past, *lengths, cos.name, sin.name],
         f"{name}.mixed",
         *present,
         num_heads=model.num_heads,
@@ -180,6 +184,27 @@ def _attention(graph: _Graph, layer: int, x: str, lengths: tuple[str, str]) -> s
         rotary_interleaved=0,
     )
     return _linear(graph, mixed, f"{name}.output")
+
+
+def _normed_qkv(graph: _Graph, layer: int, qkv: str) -> list[str]:
+    """q, k and v apart, the first two normed head by head, or over their whole width."""
+    model, name = graph.model, f"layers.{layer}.attention"
+    parts = [f"{name}.{which}" for which in "qkv"]
+    if layer == 0:
+        graph.constant("qkv_sizes", [model.attention_size, model.kv_size, model.kv_size])
+        if model.qk_norm == "head":
+            graph.constant("heads_apart", [0, 0, -1, model.head_dim])
+            graph.constant("heads_together", [0, 0, -1])
+    graph.nodes.append(helper.make_node("Split", [qkv, "qkv_sizes"], parts, name=f"{name}.split", axis=-1))
+    for index, part in enumerate(parts[:2]):
+        _, (scale,) = graph.weight(f"{part}.norm")
+        rows = graph.standard("Reshape", [part, "heads_apart"], f"{part}.heads") if model.qk_norm == "head" else part
+        normed = f"{part}.normed"
+        graph.standard("SimplifiedLayerNormalization", [rows, scale], normed, epsilon=model.rms_norm_eps, axis=-1, stash_type=1)
+        if model.qk_norm == "head":
+            normed = graph.standard("Reshape", [normed, "heads_together"], f"{part}.together")
+        parts[index] = normed
+    return parts
 
 
 def _mlp(graph: _Graph, layer: int, x: str) -> str:

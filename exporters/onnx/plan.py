@@ -7,8 +7,7 @@ from typing import Literal
 
 from exporters.interface import Slot, kv_cache_bytes
 from xent_quant import formats
-from xent_quant.checkpoint import architecture as names
-from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.architecture import Architecture, Swiglu
 from xent_quant.errors import ConfigError, UnsupportedError
 from xent_quant.formats.base import QuantFormat
 from xent_quant.formats.int_group import IntGroup, ScaleType, int_group
@@ -158,10 +157,11 @@ def plan(model: Architecture, settings: Settings) -> ONNXPlan:
     if model.head_dim % HEAD_STEP:
         raise UnsupportedError(f"head_dim {model.head_dim}: ONNX Runtime rotates heads of a multiple of {HEAD_STEP} dimensions")
     block = max(settings.experts.block_size, settings.active.block_size)
-    if model.hidden_size % block:
-        fitting = [str(size) for size in BLOCK_SIZES if model.hidden_size % size == 0]
-        remedy = f"use --block-size {' or '.join(fitting)}" if fitting else "no block size of the operators does"
-        raise ConfigError(f"--block-size {block}: does not divide hidden_size {model.hidden_size}; {remedy}")
+    for what, columns in (("hidden_size", model.hidden_size), ("num_attention_heads × head_dim", model.attention_size)):
+        if columns % block:
+            fitting = [str(size) for size in BLOCK_SIZES if columns % size == 0]
+            remedy = f"use --block-size {' or '.join(fitting)}" if fitting else "no block size of the operators does"
+            raise ConfigError(f"--block-size {block}: does not divide {what} {columns}; {remedy}")
     notes = []
     width, shared = _up(model.intermediate_size, block), _up(model.shared_size, block)
     if width != model.intermediate_size:
@@ -203,52 +203,46 @@ def _up(size: int, step: int) -> int:
 
 
 def _weights(model: Architecture, settings: Settings, width: int, shared: int) -> Iterator[Weight]:
-    hidden, kv = model.hidden_size, model.num_kv_heads * model.head_dim
-    active, experts, at = settings.active, settings.experts, model.tensors()
+    hidden, attended, kv = model.hidden_size, model.attention_size, model.kv_size
+    active, experts = settings.active, settings.experts
 
-    def norm(name: str, source: str) -> Weight:
-        kind = formats.get(FLOATS[settings.onnx_dtype])
-        part = Part(name, FLOATS[settings.onnx_dtype], (hidden,), hidden * kind.block_bytes)
-        return Weight(name, (hidden,), kind, (part,), (Piece(at[source]),))
+    def norm(name: str, source: TensorSpec) -> Weight:
+        kind, (size,) = formats.get(FLOATS[settings.onnx_dtype]), source.shape
+        part = Part(name, FLOATS[settings.onnx_dtype], (size,), size * kind.block_bytes)
+        return Weight(name, (size,), kind, (part,), (Piece(source),))
 
-    def swiglu(layer: int, mlp: str, sources: list[str], padded: int) -> Iterator[Weight]:
+    def swiglu(name: str, mlp: Swiglu, padded: int) -> Iterator[Weight]:
         """gate and up as one matrix, gate's rows first; down."""
-        gate, up, down = sources
-        pieces = (Piece(at[gate]), Piece(at[up], padded))
-        yield _matrix(f"layers.{layer}.{mlp}.gate_up", active, 2 * padded, hidden, pieces)
-        yield _matrix(f"layers.{layer}.{mlp}.down", active, hidden, padded, (Piece(at[down]),))
+        pieces = (Piece(mlp.gate), Piece(mlp.up, padded))
+        yield _matrix(f"{name}.gate_up", active, 2 * padded, hidden, pieces)
+        yield _matrix(f"{name}.down", active, hidden, padded, (Piece(mlp.down),))
 
-    embedding = (Piece(at[names.EMBEDDING]),)
-    yield _matrix("embedding", active, model.vocab_size, hidden, embedding, gathered=True)
-    for layer in range(model.num_layers):
-        yield norm(f"layers.{layer}.attention.norm", names.input_norm(layer))
-        q, k, v, o = (names.attention(layer, which) for which in ("q", "k", "v", "o"))
-        qkv = (Piece(at[q]), Piece(at[k], hidden), Piece(at[v], hidden + kv))
-        yield _matrix(f"layers.{layer}.attention.qkv", active, hidden + 2 * kv, hidden, qkv)
-        yield _matrix(f"layers.{layer}.attention.output", active, hidden, hidden, (Piece(at[o]),))
-        yield norm(f"layers.{layer}.mlp.norm", names.post_attention_norm(layer))
-        if not model.num_experts:
-            dense = [names.dense_mlp(layer, projection) for projection in names.PROJECTIONS]
-            yield from swiglu(layer, "mlp", dense, width)
-            continue
-        routed = (Piece(at[names.router(layer)]),)
-        yield _matrix(f"layers.{layer}.router", formats.get("F32"), model.num_experts, hidden, routed)
-        # QMoE wants gate's and up's rows interleaved.
-        gate_up, down = [], []
-        for index in range(model.num_experts):
-            gate, up, out = (names.expert(layer, index, projection) for projection in names.PROJECTIONS)
-            first = 2 * width * index
-            gate_up.append(Piece(at[gate], first, 2))
-            gate_up.append(Piece(at[up], first + 1, 2))
-            down.append(Piece(at[out], hidden * index))
-        yield _matrix(f"layers.{layer}.experts.gate_up", experts, 2 * width, hidden, tuple(gate_up), model.num_experts)
-        yield _matrix(f"layers.{layer}.experts.down", experts, hidden, width, tuple(down), model.num_experts)
-        if model.num_shared_experts:
-            both = [names.shared_expert(layer, projection) for projection in names.PROJECTIONS]
-            yield from swiglu(layer, "shared", both, shared)
-    yield norm("norm", names.FINAL_NORM)
+    yield _matrix("embedding", active, model.vocab_size, hidden, (Piece(model.embedding),), gathered=True)
+    for index in range(model.num_layers):
+        layer, name = model.layer(index), f"layers.{index}"
+        yield norm(f"{name}.attention.norm", layer.attention_norm)
+        qkv = (Piece(layer.q), Piece(layer.k, attended), Piece(layer.v, attended + kv))
+        yield _matrix(f"{name}.attention.qkv", active, attended + 2 * kv, hidden, qkv)
+        for which, source in zip("qk", layer.qk_norms or (), strict=False):
+            yield norm(f"{name}.attention.{which}.norm", source)
+        yield _matrix(f"{name}.attention.output", active, hidden, attended, (Piece(layer.output),))
+        yield norm(f"{name}.mlp.norm", layer.mlp_norm)
+        if layer.router:
+            yield _matrix(f"{name}.router", formats.get("F32"), model.num_experts, hidden, (Piece(layer.router),))
+            # QMoE wants gate's and up's rows interleaved.
+            gate_up, down = [], []
+            for number, expert in enumerate(layer.experts):
+                first = 2 * width * number
+                gate_up.append(Piece(expert.gate, first, 2))
+                gate_up.append(Piece(expert.up, first + 1, 2))
+                down.append(Piece(expert.down, hidden * number))
+            yield _matrix(f"{name}.experts.gate_up", experts, 2 * width, hidden, tuple(gate_up), model.num_experts)
+            yield _matrix(f"{name}.experts.down", experts, hidden, width, tuple(down), model.num_experts)
+        if layer.mlp:
+            yield from swiglu(f"{name}.{'shared' if layer.router else 'mlp'}", layer.mlp, shared if layer.router else width)
+    yield norm("norm", model.final_norm)
     if not model.tie_word_embeddings:
-        yield _matrix("head", active, model.vocab_size, hidden, (Piece(at[names.HEAD]),))
+        yield _matrix("head", active, model.vocab_size, hidden, (Piece(model.head),))
 
 
 def _matrix(

@@ -9,13 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY, random_weights, write_checkpoint
-from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.sources import widen
 from xent_quant.errors import CheckpointError, UnsupportedError
 
 CONFIG = {**TINY, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_experts": 2}
-ROUTER = names.router(0)
+ROUTER = "model.layers.0.mlp.router.weight"
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -60,16 +59,16 @@ def test_values(dtype: torch.dtype, pickled: bool, folder: Path) -> None:
 def test_slices_make_the_tensor(slice_: int, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(Checkpoint, "SLICE", slice_)
     checkpoint = Checkpoint.open(folder)
-    for name in (names.EMBEDDING, names.expert(0, 1, "down")):
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.experts.1.down_proj.weight"):
         whole = checkpoint.read(name)
         parts = list(checkpoint.slices(name))
         rows = max(1, slice_ // whole.shape[1])
         assert [start for start, _ in parts] == list(range(0, len(whole), rows))
         assert all(part.size <= max(slice_, whole.shape[1]) for _, part in parts)
         np.testing.assert_array_equal(np.concatenate([part for _, part in parts]), whole)
-    ((start, vector),) = checkpoint.slices(names.FINAL_NORM)
+    ((start, vector),) = checkpoint.slices("model.norm.weight")
     assert start == 0
-    np.testing.assert_array_equal(vector, checkpoint.read(names.FINAL_NORM)[None])
+    np.testing.assert_array_equal(vector, checkpoint.read("model.norm.weight")[None])
 
 
 def test_widening_is_exact() -> None:
@@ -83,7 +82,7 @@ def test_widening_is_exact() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_named_with_its_row(value: float, folder: Path) -> None:
-    name = names.expert(0, 1, "up")
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
     change(folder, lambda weights: weights[name][7].__setitem__(3, value))
     checkpoint = Checkpoint.open(folder)
     assert len(checkpoint.read(name, 0, 7)) == 7

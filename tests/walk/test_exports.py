@@ -15,7 +15,6 @@ from exporters.gguf.plan import plan
 from tests.conftest import random_weights, write_checkpoint
 from tests.walk.conftest import CONFIG, export, tree
 from xent_quant import formats
-from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ExportError
 from xent_quant.methods import METHODS
@@ -105,7 +104,7 @@ def test_a_tied_embedding_is_followed_as_the_rows_that_are_looked_up(tmp_path: P
     folder = write_checkpoint(tmp_path / "Model", config, random_weights(config))
     types = ["token_embd=Q2_K", "output.weight=Q6_K"]
     checkpoint = Checkpoint.open(folder)
-    weights = checkpoint.read(names.EMBEDDING)
+    weights = checkpoint.read(checkpoint.architecture.embedding.name)
     coarse, fine = (
         formats.get(kind).dequantize(formats.get(kind).quantize(weights, effort="fast", name="")) for kind in ("Q2_K", "Q6_K")
     )
@@ -114,7 +113,7 @@ def test_a_tied_embedding_is_followed_as_the_rows_that_are_looked_up(tmp_path: P
     planned = plan(checkpoint.architecture, recipe(type="Q8_0", tensor_types=types, imatrix=True))
     exporter = GGUFExporter(checkpoint, planned, tmp_path, "Model", METHODS["gptq"]("fast"))
     writer = exporter.open(tmp_path, {}, fresh=True)
-    tensor = checkpoint.architecture.tensors()[names.EMBEDDING]
+    tensor = checkpoint.architecture.embedding
     lane = Lane(exporter, writer, 1)
     read = lane.put(tensor, 0, weights, NOTHING)
     np.testing.assert_array_equal(read, coarse)

@@ -1,86 +1,166 @@
-"""XVERSE's architecture as data: what config.json says, and which tensors of which shapes must exist.
+"""A model's architecture as data: what config.json says, and which tensors of which shapes must exist.
 
 The one definition of names and shapes; the reader checks against it, the streaming forward, the exporters and the
-transformers class read from it. Source: the released XVERSE-MoE-A4.2B modelling file and config.
+transformers class read from it. What families of models differ in is `xent_quant.checkpoint.families`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xent_quant.checkpoint import rope
 from xent_quant.errors import ConfigError, UnsupportedError
 from xent_quant.tensors import Role, TensorSpec
 
-Projection = Literal["gate", "up", "down"]
-PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
-EMBEDDING = "model.embed_tokens.weight"
+if TYPE_CHECKING:
+    from xent_quant.checkpoint.families.interface import Family, QkNorm
+
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-DEFAULTS: dict[str, Any] = {
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-    "norm_topk_prob": True,
-}
-"""What a key that config.json does not have stands for; num_experts then is 0 (dense), num_key_value_heads the number of heads,
-token ids none. The released dense models' code knows no rope_theta and computes with 10000, llama.cpp likewise.
-XverseConfig repeats these, as it must stand alone; a test holds it to them."""
 STORAGE_KEYS = ("quantization_config", "compression_config", "rope_parameters", "auto_map", "dtype", "torch_dtype")
 LARGEST = 2**31 - 1
 MOST_MATRICES = 1_000_000
 """Experts and other matrices, all layers together: a config that asks for more would fill the memory with their names."""
 
 
-def input_norm(layer: int) -> str:
-    return f"model.layers.{layer}.input_layernorm.weight"
+class Swiglu(NamedTuple):
+    """The matrices of an MLP: [width, hidden], [width, hidden], [hidden, width]."""
+
+    gate: TensorSpec
+    up: TensorSpec
+    down: TensorSpec
 
 
-def post_attention_norm(layer: int) -> str:
-    return f"model.layers.{layer}.post_attention_layernorm.weight"
+@dataclass(frozen=True)
+class Layer:
+    """The tensors of one layer, each made when it is asked for."""
 
+    model: "Architecture"
+    index: int
 
-def attention(layer: int, which: Literal["q", "k", "v", "o"]) -> str:
-    return f"model.layers.{layer}.self_attn.{which}_proj.weight"
+    def _spec(self, name: str, shape: tuple[int, ...], role: Role, **where: Any) -> TensorSpec:
+        return TensorSpec(f"model.layers.{self.index}.{name}.weight", shape, role, self.index, **where)
 
+    def _projection(self, which: str, rows: int, role: Role) -> TensorSpec:
+        attention = self.model.family.names.attention
+        return self._spec(f"{attention}.{which}_proj", (rows, self.model.hidden_size), role)
 
-def router(layer: int) -> str:
-    return f"model.layers.{layer}.mlp.router.weight"
+    def _mlp(self, name: str, width: int, **where: Any) -> Swiglu:
+        hidden = self.model.hidden_size
+        return Swiglu(
+            self._spec(f"{name}.gate_proj", (width, hidden), Role.GATE, **where),
+            self._spec(f"{name}.up_proj", (width, hidden), Role.UP, **where),
+            self._spec(f"{name}.down_proj", (hidden, width), Role.DOWN, **where),
+        )
 
+    @property
+    def attention_norm(self) -> TensorSpec:
+        return self._spec("input_layernorm", (self.model.hidden_size,), Role.NORM, normed="attention")
 
-def expert(layer: int, index: int, projection: Projection) -> str:
-    return f"model.layers.{layer}.mlp.experts.{index}.{projection}_proj.weight"
+    @property
+    def q(self) -> TensorSpec:
+        return self._projection("q", self.model.attention_size, Role.ATTENTION_Q)
 
+    @property
+    def k(self) -> TensorSpec:
+        return self._projection("k", self.model.kv_size, Role.ATTENTION_K)
 
-def fused_experts(layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a layer's experts are called where each kind is one 3-D tensor: gate and up together, and down."""
-    gate_up, down = (f"model.layers.{layer}.mlp.experts.{which}_proj" for which in ("gate_up", "down"))
-    return (gate_up, f"{gate_up}.weight"), (down, f"{down}.weight")
+    @property
+    def v(self) -> TensorSpec:
+        return self._projection("v", self.model.kv_size, Role.ATTENTION_V)
 
+    @property
+    def qk_norms(self) -> tuple[TensorSpec, TensorSpec] | None:
+        """Of queries and keys: [head_dim], or as wide as all heads together; None where the family has none."""
+        model = self.model
+        if model.qk_norm is None:
+            return None
+        sizes = (model.head_dim,) * 2 if model.qk_norm == "head" else (model.attention_size, model.kv_size)
+        attention = model.family.names.attention
+        return (
+            self._spec(f"{attention}.q_norm", sizes[:1], Role.NORM, normed="q"),
+            self._spec(f"{attention}.k_norm", sizes[1:], Role.NORM, normed="k"),
+        )
 
-def shared_expert(layer: int, projection: Projection) -> str:
-    return f"model.layers.{layer}.mlp.shared_experts.{projection}_proj.weight"
+    @property
+    def output(self) -> TensorSpec:
+        """Of the attention."""
+        model = self.model
+        name = f"{model.family.names.attention}.{model.family.names.output}"
+        return self._spec(name, (model.hidden_size, model.attention_size), Role.ATTENTION_OUTPUT)
 
+    @property
+    def mlp_norm(self) -> TensorSpec:
+        return self._spec("post_attention_layernorm", (self.model.hidden_size,), Role.NORM, normed="mlp")
 
-def dense_mlp(layer: int, projection: Projection) -> str:
-    return f"model.layers.{layer}.mlp.{projection}_proj.weight"
+    @property
+    def router(self) -> TensorSpec | None:
+        """None in a dense model."""
+        model = self.model
+        if not model.num_experts:
+            return None
+        return self._spec(model.family.names.router, (model.num_experts, model.hidden_size), Role.ROUTER)
+
+    def expert(self, number: int) -> Swiglu:
+        return self._mlp(f"mlp.experts.{number}", self.model.intermediate_size, expert=number)
+
+    @property
+    def experts(self) -> Iterator[Swiglu]:
+        return map(self.expert, range(self.model.num_experts))
+
+    @property
+    def mlp(self) -> Swiglu | None:
+        """What every token uses: the shared experts as one, or the MLP of a dense model."""
+        model = self.model
+        if not model.num_experts:
+            return self._mlp("mlp", model.intermediate_size)
+        return self._mlp("mlp.shared_experts", model.shared_size, shared=True) if model.num_shared_experts else None
+
+    def tensors(self) -> Iterator[TensorSpec]:
+        """All of them, in storage order."""
+        yield from (self.attention_norm, self.q, self.k, self.v, *(self.qk_norms or ()), self.output, self.mlp_norm)
+        if self.router:
+            yield self.router
+        for expert in self.experts:
+            yield from expert
+        if self.mlp:
+            yield from self.mlp
+
+    def fused_experts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the experts are called where each kind is one 3-D tensor: gate and up together, and down."""
+        gate_up, down = (f"model.layers.{self.index}.mlp.experts.{which}_proj" for which in ("gate_up", "down"))
+        return (gate_up, f"{gate_up}.weight"), (down, f"{down}.weight")
+
+    def fused_qkv(self) -> tuple[str, dict[Role, int]] | None:
+        """What q, k and v are called where they are one tensor, and the first row of each; None where the family has no such."""
+        names, model = self.model.family.names, self.model
+        if names.fused_qkv is None:
+            return None
+        name = f"model.layers.{self.index}.{names.attention}.{names.fused_qkv}.weight"
+        q, kv = model.attention_size, model.kv_size
+        return name, {Role.ATTENTION_Q: 0, Role.ATTENTION_K: q, Role.ATTENTION_V: q + kv}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A config.json of model_type `xverse`, validated. `num_experts` 0 is a dense model.
+    """A config.json of a family that is known, validated. `num_experts` 0 is a dense model.
 
-    `intermediate_size` is the width of ONE expert (of the MLP when dense); the shared MLP is
-    `num_shared_experts * intermediate_size` wide.
+    `intermediate_size` is the width of ONE expert (of the MLP when dense); the shared MLP is `num_shared_experts *
+    intermediate_size` wide. `dense_size` is the width that config.json gives for layers without experts though there are
+    none, 0 where it gives none; `qk_norm` says which norms there are between the projections of queries and keys and their
+    rotation.
     """
 
+    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    dense_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int
+    qk_norm: "QkNorm | None"
     num_experts: int
     experts_per_token: int
     num_shared_experts: int
@@ -95,8 +175,20 @@ class Architecture:
     rope_scaling: rope.RopeScaling | None = None
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+    def family(self) -> "Family":
+        from xent_quant.checkpoint.families import FAMILIES
+
+        return FAMILIES[self.model_type]
+
+    @property
+    def attention_size(self) -> int:
+        """Width of all queries of a token together; the hidden size in most families."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all keys of a token together."""
+        return self.num_kv_heads * self.head_dim
 
     @property
     def shared_size(self) -> int:
@@ -108,8 +200,9 @@ class Architecture:
         """Validate a parsed config.json; `source` names the file in messages.
 
         Raises ConfigError for a missing or impossible value, UnsupportedError for what would change the function
-        that the exports compute (other model_type, attention bias, an unknown rope scaling).
+        that the exports compute (another model_type, attention bias, an unknown rope scaling).
         """
+        from xent_quant.checkpoint.families import FAMILIES
 
         def refuse(text: str) -> ConfigError:
             return ConfigError(f"{source}: {text}")
@@ -143,10 +236,13 @@ class Architecture:
             return value
 
         model_type = config.get("model_type")
-        if model_type != "xverse":
+        family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+        if family is None:
+            known = ", ".join(map(repr, FAMILIES))
             raise UnsupportedError(
-                f"{source}: model_type is {rope.shown(model_type)}; this toolkit reads 'xverse' (dense and MoE) checkpoints only"
+                f"{source}: model_type is {rope.shown(model_type)}; this toolkit reads {known} checkpoints only"
             )
+        defaults, keys = family.defaults, family.keys
         if boolean("attention_bias", False):
             raise UnsupportedError(f"{source}: attention_bias is true; the target runtimes' graphs have no such biases")
         if config.get("hidden_act") not in (None, "silu"):
@@ -156,46 +252,68 @@ class Architecture:
                 f"{source}: pretraining_tp {rope.shown(config['pretraining_tp'])} is not supported; "
                 "set it to 1 if the weights are whole"
             )
+        for key, values in family.neutral.items():
+            if config.get(key) not in values:
+                only = " or ".join(rope.shown(value) for value in values if value is not None)
+                raise UnsupportedError(f"{source}: {key} is {rope.shown(config[key])}; only {only or 'null'} can be exported")
 
         vocab_size = integer("vocab_size")
         heads = integer("num_attention_heads")
         hidden = integer("hidden_size")
         kv_heads = integer("num_key_value_heads", default=heads)
-        if hidden % heads or (hidden // heads) % 2:
-            raise refuse(f"hidden_size {hidden} must be an even multiple of num_attention_heads {heads}")
-        if config.get("head_dim") not in (None, hidden // heads):
-            raise UnsupportedError(
-                f"{source}: head_dim {rope.shown(config['head_dim'])} differs from hidden_size / num_attention_heads"
-            )
+        if family.free_head_dim and config.get("head_dim") is not None:
+            head_dim = integer("head_dim")
+            if head_dim % 2:
+                raise refuse(f"head_dim {head_dim} must be even")
+        else:
+            head_dim = hidden // heads
+            if hidden % heads or head_dim % 2:
+                raise refuse(f"hidden_size {hidden} must be an even multiple of num_attention_heads {heads}")
+            if config.get("head_dim") not in (None, head_dim):
+                raise UnsupportedError(
+                    f"{source}: head_dim {rope.shown(config['head_dim'])} differs from hidden_size / num_attention_heads"
+                )
         if heads % kv_heads:
             raise refuse(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
         layers = integer("num_hidden_layers")
-        experts = integer("num_experts", default=0, minimum=0)
+        experts = 0
+        if keys.experts:
+            key = next((each for each in keys.experts if config.get(each) is not None), keys.experts[0])
+            default = defaults.get(keys.experts[0])
+            experts = integer(key, default, minimum=0 if default == 0 else 1)
         if layers * (experts + 4) > MOST_MATRICES:
             raise refuse(f"num_hidden_layers {layers} with num_experts {experts}: no model has so many tensors; mend the config")
-        per_token = integer("moe_top_k") if experts else 0
+        per_token = integer(keys.experts_per_token, defaults.get(keys.experts_per_token)) if experts else 0
         if per_token > experts:
-            raise refuse(f"moe_top_k {per_token} exceeds num_experts {experts}")
-        positions = integer("max_position_embeddings", default=DEFAULTS["max_position_embeddings"])
+            raise refuse(f"{keys.experts_per_token} {per_token} exceeds num_experts {experts}")
+        shared = 0
+        if experts and keys.shared_experts:
+            shared = integer(keys.shared_experts, defaults.get(keys.shared_experts), minimum=0)
+        positions = integer("max_position_embeddings", default=defaults["max_position_embeddings"])
         given_theta, scaling = rope.parse(config, source, positions)
-        theta = given_theta or number("rope_theta", DEFAULTS["rope_theta"])
-        if scaling and (hidden // heads == 2 or theta <= 1):
-            raise refuse(f"rope_scaling: not defined for rope_theta {theta:g} and heads of {hidden // heads} dimensions")
+        theta = given_theta or number("rope_theta", defaults["rope_theta"])
+        if scaling and (head_dim == 2 or theta <= 1):
+            raise refuse(f"rope_scaling: not defined for rope_theta {theta:g} and heads of {head_dim} dimensions")
+        width = integer(keys.width)
         return cls(
+            model_type=family.model_type,
             vocab_size=vocab_size,
             hidden_size=hidden,
-            intermediate_size=integer("intermediate_size"),
+            intermediate_size=width,
+            dense_size=integer(keys.dense_width, width) if keys.dense_width else 0,
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            qk_norm=family.qk_norm,
             num_experts=experts,
             experts_per_token=per_token,
-            num_shared_experts=integer("num_shared_experts", default=0, minimum=0) if experts else 0,
+            num_shared_experts=shared,
             rope_theta=theta,
-            rms_norm_eps=number("rms_norm_eps", DEFAULTS["rms_norm_eps"]),
+            rms_norm_eps=number("rms_norm_eps", defaults["rms_norm_eps"]),
             max_position_embeddings=positions,
-            tie_word_embeddings=boolean("tie_word_embeddings", DEFAULTS["tie_word_embeddings"]),
-            norm_topk_prob=boolean("norm_topk_prob", DEFAULTS["norm_topk_prob"]),
+            tie_word_embeddings=boolean("tie_word_embeddings", defaults["tie_word_embeddings"]),
+            norm_topk_prob=boolean("norm_topk_prob", defaults.get("norm_topk_prob", True)),
             bos_token_id=token_id("bos_token_id"),
             eos_token_id=token_id("eos_token_id"),
             pad_token_id=token_id("pad_token_id"),
@@ -204,18 +322,23 @@ class Architecture:
 
     def to_config(self) -> dict[str, Any]:
         """The keys of config.json that say all of this: nothing is left to anybody's defaults."""
-        return {
-            "model_type": "xverse",
+        keys = self.family.keys
+        told: dict[str, Any] = {
+            "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
+            keys.width: self.intermediate_size,
+            **({keys.dense_width: self.dense_size} if keys.dense_width else {}),
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
-            "num_experts": self.num_experts,
-            "moe_top_k": self.experts_per_token,
-            "num_shared_experts": self.num_shared_experts,
-            "norm_topk_prob": self.norm_topk_prob,
+            **({"head_dim": self.head_dim} if self.family.free_head_dim else {}),
+        }
+        if keys.experts:
+            told |= {keys.experts[0]: self.num_experts, keys.experts_per_token: self.experts_per_token}
+            told |= {keys.shared_experts: self.num_shared_experts} if keys.shared_experts else {}
+            told["norm_topk_prob"] = self.norm_topk_prob
+        return told | {
             "hidden_act": "silu",
             "attention_bias": False,
             "rope_theta": self.rope_theta,
@@ -234,41 +357,34 @@ class Architecture:
         kept = {key: value for key, value in config.items() if key not in STORAGE_KEYS}
         return {**kept, **self.to_config()}
 
+    @property
+    def embedding(self) -> TensorSpec:
+        name = f"{self.family.names.embedding}.weight"
+        return TensorSpec(name, (self.vocab_size, self.hidden_size), Role.EMBEDDING)
+
+    @property
+    def final_norm(self) -> TensorSpec:
+        return TensorSpec(FINAL_NORM, (self.hidden_size,), Role.NORM)
+
+    @property
+    def head(self) -> TensorSpec:
+        """The embedding, where the head is tied to it."""
+        if self.tie_word_embeddings:
+            return self.embedding
+        return TensorSpec(HEAD, (self.vocab_size, self.hidden_size), Role.HEAD)
+
+    def layer(self, index: int) -> Layer:
+        return Layer(self, index)
+
     def tensors(self) -> dict[str, TensorSpec]:
         """Every tensor that the checkpoint must hold, by name, in storage order."""
         return {spec.name: spec for spec in self.each_tensor()}
 
     def each_tensor(self) -> Iterator[TensorSpec]:
         """The same one by one: whoever checks them against files need not hold what a wrong config asks for."""
-        hidden, kv = self.hidden_size, self.num_kv_heads * self.head_dim
-        yield TensorSpec(EMBEDDING, (self.vocab_size, hidden), Role.EMBEDDING)
-        for layer in range(self.num_layers):
-            yield TensorSpec(input_norm(layer), (hidden,), Role.NORM, layer)
-            yield TensorSpec(attention(layer, "q"), (hidden, hidden), Role.ATTENTION_Q, layer)
-            yield TensorSpec(attention(layer, "k"), (kv, hidden), Role.ATTENTION_K, layer)
-            yield TensorSpec(attention(layer, "v"), (kv, hidden), Role.ATTENTION_V, layer)
-            yield TensorSpec(attention(layer, "o"), (hidden, hidden), Role.ATTENTION_OUTPUT, layer)
-            yield TensorSpec(post_attention_norm(layer), (hidden,), Role.NORM, layer)
-            yield from self._mlp(layer)
-        yield TensorSpec(FINAL_NORM, (hidden,), Role.NORM)
+        yield self.embedding
+        for index in range(self.num_layers):
+            yield from self.layer(index).tensors()
+        yield self.final_norm
         if not self.tie_word_embeddings:
-            yield TensorSpec(HEAD, (self.vocab_size, hidden), Role.HEAD)
-
-    def _mlp(self, layer: int) -> Iterator[TensorSpec]:
-        """One layer's router, experts and shared MLP, or its dense MLP."""
-
-        def swiglu(names: Sequence[str], width: int, **where: Any) -> Iterator[TensorSpec]:
-            gate, up, down = names
-            yield TensorSpec(gate, (width, self.hidden_size), Role.GATE, layer, **where)
-            yield TensorSpec(up, (width, self.hidden_size), Role.UP, layer, **where)
-            yield TensorSpec(down, (self.hidden_size, width), Role.DOWN, layer, **where)
-
-        if not self.num_experts:
-            yield from swiglu([dense_mlp(layer, projection) for projection in PROJECTIONS], self.intermediate_size)
-            return
-        yield TensorSpec(router(layer), (self.num_experts, self.hidden_size), Role.ROUTER, layer)
-        for index in range(self.num_experts):
-            own = [expert(layer, index, projection) for projection in PROJECTIONS]
-            yield from swiglu(own, self.intermediate_size, expert=index)
-        if self.num_shared_experts:
-            yield from swiglu([shared_expert(layer, projection) for projection in PROJECTIONS], self.shared_size, shared=True)
+            yield self.head

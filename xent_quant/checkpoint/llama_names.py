@@ -1,9 +1,8 @@
 """llama.cpp's names for a model's tensors, as GGUF files and importance matrices spell them.
 
-Source: llama.cpp's src/llama-arch.cpp, architectures bailingmoe, granitemoe and xverse.
+Source: llama.cpp's src/llama-arch.cpp; all families' architectures there call the same thing the same.
 """
 
-from xent_quant.checkpoint import architecture as names
 from xent_quant.tensors import Role, TensorSpec
 
 OUTSIDE = {Role.EMBEDDING: "token_embd", Role.NORM: "output_norm", Role.HEAD: "output"}
@@ -17,6 +16,7 @@ INSIDE = {
     Role.UP: "ffn_up",
     Role.DOWN: "ffn_down",
 }
+NORMS = {"attention": "attn_norm", "mlp": "ffn_norm", "q": "attn_q_norm", "k": "attn_k_norm"}
 HEAD = "output.weight"
 
 
@@ -27,8 +27,8 @@ def llama_name(tensor: TensorSpec) -> str:
     """
     if tensor.layer is None:
         return f"{OUTSIDE[tensor.role]}.weight"
-    if tensor.role is Role.NORM:
-        part = "attn_norm" if tensor.name == names.input_norm(tensor.layer) else "ffn_norm"
+    if tensor.normed:
+        part = NORMS[tensor.normed]
     else:
         part = INSIDE[tensor.role] + ("_exps" if tensor.expert is not None else "_shexp" if tensor.shared else "")
     return f"blk.{tensor.layer}.{part}.weight"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from xent_quant.checkpoint import architecture as own
+from xent_quant.checkpoint.architecture import FINAL_NORM, HEAD, Architecture
 from xent_quant.checkpoint.headers import Location
 from xent_quant.errors import CheckpointError, UnsupportedError
 
@@ -21,7 +21,7 @@ GATE = re.compile(r"(?:\.|_)gate(?:\.weight)?$")
 SHOWN = 3
 
 
-def plain(locations: Mapping[str, Location], folder: Path) -> tuple[dict[str, Location], tuple[str, ...]]:
+def plain(locations: Mapping[str, Location], model: Architecture, folder: Path) -> tuple[dict[str, Location], tuple[str, ...]]:
     """The same by the names that the architecture uses: without wrappers' prefixes, with the `model.` that a model saved without
     its head lacks; and notes on what was taken off. Raises CheckpointError where two names become one."""
     found: dict[str, Location] = {}
@@ -36,8 +36,8 @@ def plain(locations: Mapping[str, Location], folder: Path) -> tuple[dict[str, Lo
             )
         found[short] = location
     notes = [f"Tensors are taken without the prefix {prefix!r} that a wrapper left in their names." for prefix in taken]
-    bare = own.EMBEDDING.removeprefix("model.")
-    if bare in found and own.EMBEDDING not in found:
+    embedding = model.embedding.name
+    if embedding.removeprefix("model.") in found and embedding not in found:
         found = {name if name.startswith("lm_head.") else f"model.{name}": location for name, location in found.items()}
         notes.append("Tensors are named without 'model.', as of a model saved without its head.")
     return found, tuple(notes)
@@ -56,7 +56,7 @@ def _unwrapped(name: str) -> tuple[str, str]:
 
 def missing(name: str, names: Iterable[str], folder: Path) -> CheckpointError:
     """What to say of a tensor that is not there."""
-    if name == own.HEAD:
+    if name == HEAD:
         return CheckpointError(
             f"{folder}: {name}: missing, and config.json says that the head is not tied to the embedding; "
             'if it is, set "tie_word_embeddings": true there, else download the rest'
@@ -66,10 +66,11 @@ def missing(name: str, names: Iterable[str], folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder}: {name}: missing; the download is incomplete, or config.json is another model's{hint}")
 
 
-def leftover(names: Iterable[str], layers: int, folder: Path, *, quantised: bool) -> tuple[str, ...]:
+def leftover(names: Iterable[str], model: Architecture, folder: Path, *, quantised: bool) -> tuple[str, ...]:
     """Notes on tensors that nothing uses. Raises UnsupportedError for those that would change the function that the model
     computes: biases, gates and whatever else stands within its layers, and LoRA's."""
     quiet: list[str] = []
+    outer = [name.removesuffix("weight") for name in (FINAL_NORM, HEAD, model.embedding.name)]
     for name in sorted(names):
         if SILENT.search(name) or (quantised and ACTIVATIONS.search(name)):
             continue
@@ -82,19 +83,19 @@ def leftover(names: Iterable[str], layers: int, folder: Path, *, quantised: bool
                 f"{folder}: {name}: belongs to a quantised weight, but config.json has no quantization_config; restore that"
             )
         layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
-        inside = layer is not None and int(layer[1]) < layers
-        outside = name.endswith(".bias") and name.startswith(("model.norm.", "lm_head.", "model.embed_tokens."))
+        inside = layer is not None and int(layer[1]) < model.num_layers
+        outside = name.endswith(".bias") and name.removesuffix("bias") in outer
         if inside or outside:
             what = "a bias" if name.endswith("bias") else "a gate" if GATE.search(name) else "a tensor"
             raise UnsupportedError(
-                f"{folder}: {name}: {what} that XVERSE's layers do not have; it would change what the model computes, so this is "
-                "another architecture, or a modified one"
+                f"{folder}: {name}: {what} that {model.family.title}'s layers do not have; it would change what the model "
+                "computes, so this is another architecture, or a modified one"
             )
         quiet.append(name)
     notes = []
-    if own.HEAD in quiet:
-        quiet.remove(own.HEAD)
-        notes.append(f"{own.HEAD} is not used: config.json ties the head to the embedding.")
+    if HEAD in quiet:
+        quiet.remove(HEAD)
+        notes.append(f"{HEAD} is not used: config.json ties the head to the embedding.")
     if quiet:
         more = f" and {len(quiet) - SHOWN} more" if len(quiet) > SHOWN else ""
         notes.append(f"Not part of the model, and not exported: {', '.join(quiet[:SHOWN])}{more}.")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant.checkpoint import names, quantised
-from xent_quant.checkpoint.architecture import Architecture, fused_experts
+from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.files import locate
 from xent_quant.checkpoint.headers import Location, read_json
 from xent_quant.checkpoint.quantised import Scheme
@@ -59,17 +59,17 @@ class Checkpoint:
         if (path / "model.onnx").is_file():
             raise UnsupportedError(f"{path}: is an ONNX model; give the checkpoint that it was made from")
         architecture = Architecture.from_config(config, str(path / "config.json"))
-        locations, notes = names.plain(locate(path), path)
+        locations, notes = names.plain(locate(path), architecture, path)
         sources: dict[str, Source] = {}
         infos: dict[str, TensorInfo] = {}
         for spec in architecture.each_tensor():
-            source = _source(spec, locations, scheme, architecture.num_experts, path)
+            source = _source(spec, locations, scheme, architecture, path)
             sources[spec.name] = source
             infos[spec.name] = TensorInfo(spec.name, spec.shape, source.dtype)
         used = {location.info.name for source in sources.values() for location in source.locations}
         shapes = {f"{name.removesuffix('.weight')}.weight_shape" for name in sources}
         ignored = tuple(sorted(name for name, place in locations.items() if place.info.name not in used and name not in shapes))
-        notes += names.leftover(ignored, architecture.num_layers, path, quantised=scheme is not None)
+        notes += names.leftover(ignored, architecture, path, quantised=scheme is not None)
         if scheme is not None and any(source.dtype not in FLOATS for source in sources.values()):
             notes = (scheme.note, *notes)
         return cls(path, config, architecture, infos, sources, locations, ignored, notes)
@@ -115,13 +115,13 @@ class Checkpoint:
         return torch.from_numpy(self.read(name)).to(dtype or torch.float32)
 
 
-def _source(spec: TensorSpec, stored: Mapping[str, Location], scheme: Scheme | None, experts: int, folder: Path) -> Source:
+def _source(spec: TensorSpec, stored: Mapping[str, Location], scheme: Scheme | None, model: Architecture, folder: Path) -> Source:
     """Where a tensor of the architecture lies, under its own name or within a fused one, and how it is read."""
     if scheme is not None and (found := quantised.source(spec, stored, scheme)) is not None:
         return found
     location = stored.get(spec.name)
     if location is None:
-        fused = _fused(spec, stored, experts)
+        fused = _fused(spec, stored, model)
         if fused is None:
             raise names.missing(spec.name, stored, folder)
         return fused
@@ -131,12 +131,34 @@ def _source(spec: TensorSpec, stored: Mapping[str, Location], scheme: Scheme | N
     return Floats(location, spec.shape[-1] if len(spec.shape) > 1 else 1)
 
 
-def _fused(spec: TensorSpec, stored: Mapping[str, Location], experts: int) -> Source | None:
+def _fused(spec: TensorSpec, stored: Mapping[str, Location], model: Architecture) -> Source | None:
+    """A part of a tensor that holds several of the model's; None where there is none."""
+    if spec.layer is None:
+        return None
+    layer = model.layer(spec.layer)
+    if spec.expert is not None:
+        return _fused_expert(spec, spec.expert, stored, layer.fused_experts(), model.num_experts)
+    name, firsts = layer.fused_qkv() or ("", {})
+    location = stored.get(name)
+    if location is None or spec.role not in firsts:
+        return None
+    _check_floats(location)
+    whole = model.attention_size + 2 * model.kv_size, model.hidden_size
+    if location.info.shape != whole:
+        raise _wrong_shape(location, whole)
+    return Floats(location, model.hidden_size, firsts[spec.role])
+
+
+def _fused_expert(
+    spec: TensorSpec,
+    expert: int,
+    stored: Mapping[str, Location],
+    fused: tuple[tuple[str, ...], tuple[str, ...]],
+    experts: int,
+) -> Source | None:
     """One expert of the 3-D tensors that transformers 5 writes: gate's rows before up's, [experts, out, in], or, as models with
     transposed experts have it, [experts, in, out]. None where there are none."""
-    if spec.expert is None or spec.layer is None:
-        return None
-    both, down = (next((stored[name] for name in names if name in stored), None) for names in fused_experts(spec.layer))
+    both, down = (next((stored[name] for name in names if name in stored), None) for names in fused)
     if both is None or down is None:
         return None
     out, inner = spec.shape
@@ -150,8 +172,8 @@ def _fused(spec: TensorSpec, stored: Mapping[str, Location], experts: int) -> So
         raise _wrong_shape(location, straight[location is down])
     first = width if spec.role is Role.UP else 0
     if found == turned:
-        return Transposed(location, spec.expert, first)
-    return Floats(location, inner, spec.expert * location.info.shape[1] + first)
+        return Transposed(location, expert, first)
+    return Floats(location, inner, expert * location.info.shape[1] + first)
 
 
 def _check_floats(location: Location) -> None:

@@ -1,1 +1,1 @@
-"""XVERSE's forward pass in torch, streamed: one layer's attention or one expert in memory at a time."""
+"""The forward pass in torch, streamed: one layer's attention or one expert in memory at a time."""

@@ -1,7 +1,7 @@
 """The parts of a decoder layer as functions on tensors; shapes in brackets, T tokens, H hidden size.
 
-Written from the released XVERSE-MoE modelling file: RMSNorm before attention and before the experts, rotary embedding
-in rotate_half layout over the whole head, router softmax in float32 over all experts.
+Written from the modelling files of the families that are read: RMSNorm before attention and before the experts, in some families
+of queries and keys too, rotary embedding in rotate_half layout over the whole head, router softmax in float32 over all experts.
 """
 
 import torch
@@ -27,6 +27,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., H] to the same, computed in float32 at least and returned in x's dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of queries or keys [n, heads·d], of each len(weight) columns alone: a head's, or all."""
+    return rms_norm(x.view(len(x), -1, len(weight)), weight, eps).flatten(1)
 
 
 def rotary_tables(length: int, model: Architecture, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

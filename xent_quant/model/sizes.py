@@ -18,4 +18,6 @@ class Room:
 
 
 STATE_FILES = ("a", "b", "sum")
-"""Of a stream: the states before and behind a layer in turns, and what is about to be added to them."""
+"""Of a stream: the states before and behind a layer in turns, and what is about to be added to them; all as wide as the model."""
+ATTENDED = "attended"
+"""One more, where what attention makes has another width: that."""

@@ -1,4 +1,4 @@
-"""XVERSE's forward pass as a list of stages, over a whole text at a time.
+"""A model's forward pass as a list of stages, over a whole text at a time.
 
 A stage is a group of weights that read the same rows. Whoever runs the model takes the stages one by one: looks at the rows that
 are about to be multiplied (`batches`), decides what the weights are, and lets the state go on with them (`advance`). Nothing
@@ -21,10 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xent_quant.checkpoint import architecture as names
-from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.architecture import Architecture, Layer
 from xent_quant.errors import CalibrationError
-from xent_quant.model.layers import attention, linear, rms_norm, rotary_tables, route, swiglu
+from xent_quant.model.layers import attention, head_norm, linear, rms_norm, rotary_tables, route, swiglu
 from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS
 from xent_quant.model.states import States
 from xent_quant.parallel import Turns, check
@@ -63,13 +62,20 @@ class Batch:
 @dataclass
 class Stream:
     """A residual stream: `x` [n_tokens, hidden], what is about to be added to it, `y`, and where the next `x` is written, `spare`
-    (which may be `x` itself where nobody asks for the layer's beginning again)."""
+    (which may be `x` itself where nobody asks for the layer's beginning again). `attended` [n_tokens, attention width] is what
+    attention makes; None stands for `y`, where that is as wide."""
 
     x: States
     y: States
     spare: States
+    attended: States | None = None
     chosen: Tensor = field(init=False)
     gates: Tensor = field(init=False)
+
+    @property
+    def mixed(self) -> States:
+        """What attention makes, until its output projection."""
+        return self.attended or self.y
 
 
 class Stage(ABC):
@@ -121,7 +127,6 @@ class Pass:
         self.windows, self.device = windows, windows.device
         self.count, self.length = windows.shape
         model = self.architecture
-        self.tensors = model.tensors()
         tables = rotary_tables(self.length, model, dtype)
         self.tables = tables[0].to(self.device), tables[1].to(self.device)
 
@@ -143,25 +148,18 @@ class Pass:
 
     def layer(self, index: int) -> "list[Stage]":
         """The stages of a layer in their order; the last one's `advance` ends the layer."""
-        at, model = self.tensors, self.architecture
-        q, k, v, o = (at[names.attention(index, which)] for which in ("q", "k", "v", "o"))
-        mlp = _Mlp(self, index)
-        stages: list[Stage] = [_AttentionIn(self, (q, k, v), names.input_norm(index)), _AttentionOut(self, (o,), index)]
-        if not model.num_experts:
-            gate, up, down = (at[names.dense_mlp(index, projection)] for projection in names.PROJECTIONS)
-            return [*stages, _Router(mlp, (gate, up)), _SharedDown(mlp, (down,))]
-        shared = [at[names.shared_expert(index, each)] for each in names.PROJECTIONS] if model.num_shared_experts else []
-        stages.append(_Router(mlp, (at[names.router(index)], *shared[:2])))
-        for number in range(model.num_experts):
-            gate, up, down = (at[names.expert(index, number, projection)] for projection in names.PROJECTIONS)
+        layer = self.architecture.layer(index)
+        mlp, every = _Mlp(self, layer), layer.mlp or ()
+        stages: list[Stage] = [_AttentionIn(self, layer), _AttentionOut(self, (layer.output,), index)]
+        stages.append(_Router(mlp, (*((layer.router,) if layer.router else ()), *every[:2])))
+        for number, (gate, up, down) in enumerate(layer.experts):
             expert = _Expert(mlp, number)
             stages += [_ExpertIn(expert, (gate, up)), _ExpertDown(expert, (down,))]
-        return [*stages, _SharedDown(mlp, tuple(shared[2:]))]
+        return [*stages, _SharedDown(mlp, every[2:])]
 
     def head(self) -> Stage:
         """The last stage, of final, normed states."""
-        model = self.architecture
-        return _Head(self, (self.tensors[names.EMBEDDING if model.tie_word_embeddings else names.HEAD],))
+        return _Head(self, (self.architecture.head,))
 
     def expert_tokens(self, stream: int) -> list[int]:
         """How many tokens a stream sends to each expert of the layer that is under way."""
@@ -189,9 +187,9 @@ class Pass:
 
 
 class _AttentionIn(Stage):
-    def __init__(self, run: Pass, weights: Sequence[TensorSpec], norm: str) -> None:
-        super().__init__(run, weights)
-        self._norm = norm
+    def __init__(self, run: Pass, layer: Layer) -> None:
+        super().__init__(run, (layer.q, layer.k, layer.v))
+        self._norm, self._qk_norms = layer.attention_norm.name, layer.qk_norms
 
     def _rows(self, stream: int, start: int, stop: int, norm: Tensor) -> Tensor:
         return rms_norm(self.run.streams[stream].x.read(start, stop), norm, self.run.architecture.rms_norm_eps)
@@ -204,13 +202,17 @@ class _AttentionIn(Stage):
 
     def advance(self, weights: Sequence[Weights]) -> None:
         run = self.run
-        norm, head_dim = run.weight(self._norm), run.architecture.head_dim
+        norm, head_dim, eps = run.weight(self._norm), run.architecture.head_dim, run.architecture.rms_norm_eps
+        qk_norms = [run.weight(spec.name) for spec in self._qk_norms or ()]
         for number, stream in enumerate(run.streams):
             q, k, v = (weights[number][spec.name] for spec in self.weights)
             for start, stop in run.window_parts():
                 h = self._rows(number, start, stop, norm)
-                q_rows, k_rows, v_rows = (linear(h, each).view(-1, run.length, len(each)) for each in (q, k, v))
-                stream.y.write(start, attention(q_rows, k_rows, v_rows, head_dim, run.tables).flatten(0, 1))
+                rows = [linear(h, each) for each in (q, k, v)]
+                for index, weight in enumerate(qk_norms):
+                    rows[index] = head_norm(rows[index], weight, eps)
+                q_rows, k_rows, v_rows = (each.view(-1, run.length, each.shape[1]) for each in rows)
+                stream.mixed.write(start, attention(q_rows, k_rows, v_rows, head_dim, run.tables).flatten(0, 1))
 
 
 class _AttentionOut(Stage):
@@ -221,18 +223,19 @@ class _AttentionOut(Stage):
     def batches(self, stream: int) -> Iterator[Batch]:
         exact, own = self.run.streams[0], self.run.streams[stream]
         for start, stop in self.run.window_parts():
-            rows, tokens = own.y.read(start, stop), self.run.tokens(start, stop)
+            rows, tokens = own.mixed.read(start, stop), self.run.tokens(start, stop)
             if not stream:
                 yield Batch(rows, tokens)
                 continue
             residual = exact.x.read(start, stop) - own.x.read(start, stop)
-            yield Batch(rows, tokens, exact=exact.y.read(start, stop), residual=residual)
+            yield Batch(rows, tokens, exact=exact.mixed.read(start, stop), residual=residual)
 
     def advance(self, weights: Sequence[Weights]) -> None:
         (spec,) = self.weights
         for number, stream in enumerate(self.run.streams):
             for start, stop in self.run.window_parts():
-                behind = stream.x.read(start, stop) + linear(stream.y.read(start, stop), weights[number][spec.name])
+                rows = stream.mixed.read(start, stop)
+                behind = stream.x.read(start, stop) + linear(rows, weights[number][spec.name])
                 if not number:
                     self.run.check_finite(behind, f"layer {self._layer}, attention")
                 stream.spare.write(start, behind)
@@ -242,8 +245,8 @@ class _AttentionOut(Stage):
 class _Mlp:
     """What the stages of one layer's MLP share: its norm, and the gate and up weights of the shared (or dense) MLP."""
 
-    def __init__(self, run: Pass, layer: int) -> None:
-        self.run, self.layer, self._norm_name = run, layer, names.post_attention_norm(layer)
+    def __init__(self, run: Pass, layer: Layer) -> None:
+        self.run, self.layer, self._norm_name = run, layer.index, layer.mlp_norm.name
         self._norm: Tensor | None = None
         self.shared: list[tuple[Tensor, Tensor]] = []
         """gate and up in every stream."""
@@ -437,7 +440,7 @@ class _Head(Stage):
         return rms_norm(self.run.streams[stream].x.read(start, stop), norm, self.run.architecture.rms_norm_eps)
 
     def batches(self, stream: int) -> Iterator[Batch]:
-        norm = self.run.weight(names.FINAL_NORM)
+        norm = self.run.weight(self.run.architecture.final_norm.name)
         for start, stop in self.run.parts():
             exact = self._rows(0, start, stop, norm) if stream else None
             yield Batch(self._rows(stream, start, stop, norm), self.run.tokens(start, stop), exact=exact)

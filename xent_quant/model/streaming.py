@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xent_quant.checkpoint import architecture as names
 from xent_quant.errors import CalibrationError
 from xent_quant.journal import FILE, Journal, software
 from xent_quant.model.stages import Pass, Stage, Stream, WeightSource
@@ -74,7 +73,8 @@ class StreamingModel:
 
         With a `folder` the states lie in files there, and a call with the same windows goes on behind the last layer that an
         earlier one finished; it sees no more of those before. Holds what `Pass` holds and, without a folder, two copies of the
-        states; and the result. Raises CalibrationError naming layer and expert where activations become NaN or infinite.
+        states (and what attention makes, where that has another width); and the result. Raises CalibrationError naming layer and
+        expert where activations become NaN or infinite.
         """
         model, report = self.architecture, progress or Silent()
         windows = windows.to(self.device)
@@ -89,15 +89,17 @@ class StreamingModel:
                 streams.swapped = journal.swapped
                 run = streams.run
             else:
-                x, y = (
-                    InMemory(torch.empty((windows.numel(), model.hidden_size), dtype=self.dtype, device=self.device))
-                    for _ in range(2)
+                widths = [model.hidden_size] * 2
+                if model.attention_size != model.hidden_size:
+                    widths.append(model.attention_size)
+                x, y, *attended = (
+                    InMemory(torch.empty((windows.numel(), width), dtype=self.dtype, device=self.device)) for width in widths
                 )
-                run = Pass(self.source, windows, [Stream(x, y, x)], self.dtype)
+                run = Pass(self.source, windows, [Stream(x, y, x, *attended)], self.dtype)
             done = journal.done if journal else 0
             report.start("Running the model", model.num_layers * run.n_tokens, "tokens", done=max(0, done - 1) * run.n_tokens)
             if not done:
-                for start, rows in self._slices(names.EMBEDDING):
+                for start, rows in self._slices(model.embedding.name):
                     run.embed(0, start, rows)
             for layer in range(max(0, done - 1), model.num_layers):
                 report.phase(f"layer {layer + 1} of {model.num_layers}")
@@ -116,7 +118,7 @@ class StreamingModel:
 
     @property
     def _head_name(self) -> str:
-        return names.EMBEDDING if self.architecture.tie_word_embeddings else names.HEAD
+        return self.architecture.head.name
 
     def _slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of a matrix with a row for every token, at most HEAD_WEIGHTS weights at a time."""

@@ -23,7 +23,6 @@ from xent_quant.tensors import Role
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
-ARCHITECTURES = ("bailingmoe", "granitemoe", "xverse")
 UNSCALED = ("logit_scale", "embedding_scale", "residual_scale", "attention.scale", "expert_weights_scale")
 """Keys that must be absent or 1: the model scales nothing."""
 
@@ -103,8 +102,10 @@ class GGUFSource:
 
     def __init__(self, file: GGUFFile, reference: Architecture) -> None:
         self.file = file
-        # llama.cpp multiplies by output.weight even where the checkpoint ties it to the embedding.
-        self.architecture = replace(reference, tie_word_embeddings=False)
+        self._llama = reference.family.gguf(reference, reference.intermediate_size)
+        # llama.cpp may multiply by an output.weight even where the checkpoint ties it to the embedding.
+        tied = reference.tie_word_embeddings and not self._llama.own_head
+        self.architecture = replace(reference, tie_word_embeddings=tied)
         self.width = self._check_keys(reference)
         self._tensors = self.architecture.tensors()
         for name in self._tensors:
@@ -113,8 +114,8 @@ class GGUFSource:
     def _check_keys(self, model: Architecture) -> int:
         """Compare hyperparameters; returns the width of an expert in the file, padding included."""
         data, arch = self.file.metadata, self.file.metadata.get("general.architecture")
-        if arch not in ARCHITECTURES:
-            raise ValidationError(f"{self.file.path}: architecture {arch!r}; XVERSE models are {', '.join(ARCHITECTURES)}")
+        if arch != self._llama.arch:
+            raise ValidationError(f"{self.file.path}: architecture {arch!r}; the reference is {self._llama.arch!r} in llama.cpp")
         wanted: dict[str, Any] = {
             "block_count": model.num_layers,
             "embedding_length": model.hidden_size,
@@ -136,8 +137,11 @@ class GGUFSource:
             )
         if model.num_experts:
             wanted |= {"expert_count": model.num_experts, "expert_used_count": model.experts_per_token}
-        if arch == "bailingmoe":
-            wanted |= {"expert_shared_count": model.num_shared_experts, "expert_weights_norm": model.norm_topk_prob}
+        wanted |= {
+            key: value
+            for key, value in self._llama.keys.items()
+            if key != "expert_feed_forward_length" and not isinstance(value, str)
+        }
         defaults = {"attention.head_count_kv": model.num_heads, "expert_weights_norm": False, "rope.freq_base": 10000.0}
         defaults |= {"rope.scaling.factor": 1.0, "rope.scaling.attn_factor": 1.0}
         wanted |= dict.fromkeys(UNSCALED, 1.0)
@@ -149,7 +153,7 @@ class GGUFSource:
                     f"{self.file.path}: {arch}.{key} is {found}, the reference needs {value}; "
                     "it is another model, or a wrong export"
                 )
-        key = "expert_feed_forward_length" if arch == "bailingmoe" else "feed_forward_length"
+        key = "expert_feed_forward_length" if "expert_feed_forward_length" in self._llama.keys else "feed_forward_length"
         width = data.get(f"{arch}.{key}")
         if not isinstance(width, int) or width < model.intermediate_size:
             raise ValidationError(
@@ -217,7 +221,7 @@ class GGUFSource:
         if len(shape) == 1:
             return self._rows(name, 0, 1)[0, start:stop]
         heads = {Role.ATTENTION_Q: model.num_heads, Role.ATTENTION_K: model.num_kv_heads}.get(spec.role)
-        if heads:  # row 2i + part of a head holds row i + part · half
+        if heads and self._llama.interleaved:  # row 2i + part of a head holds row i + part · half
             whole = self._rows(name, 0, shape[0]).reshape(heads, -1, 2, shape[1])
             return np.ascontiguousarray(whole.swapaxes(1, 2)).reshape(shape)[start:stop]
         return np.ascontiguousarray(self._rows(name, start, stop)[:, : shape[1]])

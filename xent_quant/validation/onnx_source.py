@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.headers import read_json
 from xent_quant.errors import ValidationError
+from xent_quant.tensors import ATTENTION_ROLES, Role
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
-OUTSIDE = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}
 
 ITEM = {1: 4, 2: 1, 10: 2, 16: 2}
 """Bytes of onnx.TensorProto's FLOAT, UINT8, FLOAT16, BFLOAT16."""
@@ -56,6 +56,7 @@ class OnnxSource:
         config = read_json(folder / "config.json")
         config = {**config, "model_type": config.get("source_model_type", config.get("model_type"))}
         self.architecture = Architecture.from_config(config, str(folder / "config.json"))
+        self._specs = self.architecture.tensors()
         try:
             model = onnx.load(folder / "model.onnx", load_external_data=False)
         except Exception as error:  # protobuf's DecodeError is not importable by a stable name
@@ -117,39 +118,30 @@ class OnnxSource:
         )
 
     def _place(self, name: str) -> _Place:
-        model = self.architecture
-        hidden, kv = model.hidden_size, model.num_kv_heads * model.head_dim
-        if name in OUTSIDE:
-            shape = (hidden,) if OUTSIDE[name] == "norm" else (model.vocab_size, hidden)
-            return _Place(self._stored(OUTSIDE[name]), 0, 1, shape)
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
-        if not match:
+        model, spec = self.architecture, self._specs.get(name)
+        if spec is None:
             raise ValidationError(f"{name}: not a tensor of the architecture")
-        layer, what = f"layers.{match[1]}", match[2]
-        if what.endswith("layernorm"):
-            part = "attention" if what.startswith("input") else "mlp"
-            return _Place(self._stored(f"{layer}.{part}.norm"), 0, 1, (hidden,))
-        if what == "mlp.router":
-            return _Place(self._stored(f"{layer}.router"), 0, 1, (model.num_experts, hidden))
-        if what == "self_attn.o_proj":
-            return _Place(self._stored(f"{layer}.attention.output"), 0, 1, (hidden, hidden))
-        if what.startswith("self_attn."):
-            first, rows = {"q": (0, hidden), "k": (hidden, kv), "v": (hidden + kv, kv)}[what[10]]
-            return _Place(self._stored(f"{layer}.attention.qkv"), first, 1, (rows, hidden))
-        projection = what.split(".")[-1].removesuffix("_proj")
-        expert = re.match(r"mlp\.experts\.(\d+)\.", what)
-        if expert:
-            width = model.intermediate_size
-            stored = self._stored(f"{layer}.experts.{'down' if projection == 'down' else 'gate_up'}")
-            first = int(expert[1]) * stored.values.dims[1]
-            if projection == "down":
-                return _Place(stored, first, 1, (hidden, width))
-            return _Place(stored, first + (projection == "up"), 2, (width, hidden))
-        part, width = ("shared", model.shared_size) if "shared" in what else ("mlp", model.intermediate_size)
-        stored = self._stored(f"{layer}.{part}.{'down' if projection == 'down' else 'gate_up'}")
-        if projection == "down":
-            return _Place(stored, 0, 1, (hidden, width))
-        return _Place(stored, stored.values.dims[0] // 2 if projection == "up" else 0, 1, (width, hidden))
+        layer, role = f"layers.{spec.layer}", spec.role
+        if spec.layer is None:
+            where = {Role.EMBEDDING: "embedding", Role.NORM: "norm", Role.HEAD: "head"}[role]
+            return _Place(self._stored(where), 0, 1, spec.shape)
+        if role is Role.NORM:
+            part = {"attention": "attention", "mlp": "mlp", "q": "attention.q", "k": "attention.k"}[spec.normed or ""]
+            return _Place(self._stored(f"{layer}.{part}.norm"), 0, 1, spec.shape)
+        if role is Role.ROUTER:
+            return _Place(self._stored(f"{layer}.router"), 0, 1, spec.shape)
+        if role is Role.ATTENTION_OUTPUT:
+            return _Place(self._stored(f"{layer}.attention.output"), 0, 1, spec.shape)
+        if role in ATTENTION_ROLES:
+            queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+            first = {Role.ATTENTION_Q: 0, Role.ATTENTION_K: queries, Role.ATTENTION_V: queries + keys}[role]
+            return _Place(self._stored(f"{layer}.attention.qkv"), first, 1, spec.shape)
+        part = "experts" if spec.expert is not None else "shared" if spec.shared else "mlp"
+        stored = self._stored(f"{layer}.{part}.{'down' if role is Role.DOWN else 'gate_up'}")
+        if spec.expert is not None:
+            first = spec.expert * stored.values.dims[1] + (role is Role.UP)
+            return _Place(stored, first, 1 if role is Role.DOWN else 2, spec.shape)
+        return _Place(stored, stored.values.dims[0] // 2 if role is Role.UP else 0, 1, spec.shape)
 
     def _rows(self, place: _Place, start: int, stop: int) -> F32:
         """[stop − start, columns with padding]."""

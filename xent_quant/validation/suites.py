@@ -1,4 +1,4 @@
-"""The texts that are scored: six bundled suites, named as XVERSE's model card names them, and a person's own files.
+"""The texts that are scored: six bundled suites, named as the released models' cards name them, and a person's own files.
 
 A suite is text; the tokenizer comes from the model. The bundled files hold documents separated by a line `<|document|>`,
 which become paragraphs of one text: what llama-perplexity would be given.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xent_quant.checkpoint.architecture import Architecture, dense_mlp, expert
+from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ValidationError
 from xent_quant.model.stages import Stage
@@ -85,7 +85,9 @@ def open_export(path: Path, kind: runtimes.Kind, reference: Architecture) -> Exp
         source = BnbSource(path, reference)
     _check_same(path, source.architecture, reference)
     files = tuple(sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".data", ".onnx", ".bin")))
-    mix = source.type(expert(0, 0, "gate") if reference.num_experts else dense_mlp(0, "gate"))
+    layer = reference.layer(0)
+    most = layer.expert(0) if layer.router else layer.mlp
+    mix = source.type(most.gate.name) if most else None
     return Exported(kind, source, mix, files)
 
 

@@ -14,7 +14,6 @@ from calibration.measuring import sums
 from calibration.rare import FEWEST_ROWS
 from calibration.session import Session
 from xent_quant import journal as journals
-from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.llama_names import HEAD, llama_name
 from xent_quant.journal import Journal, software
@@ -50,7 +49,7 @@ class Collecting:
         self._report.start("Running the model", layers * tokens, "tokens", done=self._journal.layers(layers) * tokens)
         for step in range(self._journal.done, layers + 2):
             if not step:
-                for start, rows in self._checkpoint.slices(names.EMBEDDING):
+                for start, rows in self._checkpoint.slices(self._model.embedding.name):
                     self._streams.embed(0, start, rows)
                 self._commit(step, {})
             elif step <= layers:

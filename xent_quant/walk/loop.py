@@ -20,7 +20,6 @@ import numpy as np
 
 from calibration.correction import NOTHING, Measured
 from xent_quant import parallel
-from xent_quant.checkpoint import architecture as names
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32
 from xent_quant.journal import Journal
@@ -108,7 +107,7 @@ class Walk:
         self._saved = now
 
     def _embedding(self) -> None:
-        tensor = self._tensors[names.EMBEDDING]
+        tensor = self.checkpoint.architecture.embedding
         for start, rows in self.checkpoint.slices(tensor.name):
             if self.streams:
                 self.streams.embed(0, start, rows)
@@ -147,8 +146,8 @@ class Walk:
                 self.journal.coverage = [*self.journal.coverage[:index], self.streams.run.expert_tokens(listened)]
 
     def _head(self) -> None:
-        self._pass(self._tensors[names.FINAL_NORM], self.lanes)
-        tensor = self._tensors[names.EMBEDDING if self.checkpoint.architecture.tie_word_embeddings else names.HEAD]
+        self._pass(self.checkpoint.architecture.final_norm, self.lanes)
+        tensor = self.checkpoint.architecture.head
         stage = self.streams.run.head() if self.streams else None
         for number, lanes in self._by_stream.items():
             wanted = [lane for lane in lanes if lane.slots(tensor, head=True)]

@@ -97,7 +97,8 @@ def room(model: Architecture, followers: int, text: bool, limit: int | None) -> 
 
 def disk(model: Architecture, tokens: int, followers: int) -> int:
     """Bytes of the states while a text runs."""
-    return 4 * len(STATE_FILES) * tokens * model.hidden_size * (1 + followers)
+    attended = model.attention_size if model.attention_size != model.hidden_size else 0
+    return 4 * (len(STATE_FILES) * model.hidden_size + attended) * tokens * (1 + followers)
 
 
 def seconds(model: Architecture, exporters: Sequence[Exporter], tokens: int, hessian: Sequence[bool]) -> float:
@@ -130,8 +131,9 @@ def seconds(model: Architecture, exporters: Sequence[Exporter], tokens: int, hes
 
 def _by_encoding(exporter: Exporter, tensors: Sequence[TensorSpec]) -> dict[Any, int]:
     found: dict[Any, int] = {}
+    slots = exporter.slots  # made anew each time that it is asked for
     for tensor in tensors:
-        for slot in exporter.slots[tensor.name]:
+        for slot in slots[tensor.name]:
             found[slot.encoding] = found.get(slot.encoding, 0) + slot.rows * slot.columns
     return found
 
