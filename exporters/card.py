@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from exporters.base_model import BaseModel
+from xent_quant.plain import markdown
 from xent_quant.units import human_bytes
 
 TAGS = ("mixture-of-experts", "xverse")
@@ -15,7 +16,7 @@ def opening(base: BaseModel, library: str, tags: Sequence[str], title: str, sent
     return [
         *base.front_matter(library, (*tags, *TAGS)),
         "",
-        f"# {title}",
+        f"# {markdown(title)}",
         "",
         f"{base.link} {sentence}. Made by xent-quant. {base.terms}",
         "",

@@ -183,7 +183,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     done = run(
         checkpoint,
         exporters,
-        Path(wanted.output),
+        wanted.folder,
         statistics=matrix,
         text=session,
         provenance=matrix.keys() if matrix else session.keys() if session else {},

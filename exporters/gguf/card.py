@@ -1,6 +1,7 @@
 """The texts beside GGUF files: one model card for all of a folder (Hub YAML front matter), and ollama's Modelfile for each."""
 
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from exporters.gguf.plan import GGUFPlan, PlannedTensor
 from exporters.hub_files import REPETITION_PENALTY
 from exporters.interface import CONTEXT
 from xent_quant.errors import ExportError
+from xent_quant.plain import markdown
 from xent_quant.tensors import Role
 from xent_quant.units import human_bytes
 
@@ -38,9 +40,9 @@ def _group(tensor: PlannedTensor) -> str:
 
 def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, *, chat: bool) -> str:
     """What the model card says of one export; `files` are its GGUF files in order."""
-    first = files[0].name
+    first, modelfile = shlex.quote(files[0].name), shlex.quote(modelfile)
     lines = [
-        f"## {stem}",
+        f"## {markdown(stem)}",
         "",
         f"{human_bytes(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight.",
         "",
@@ -57,7 +59,7 @@ def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, *,
             "llama.cpp loads the first file and finds the others. ollama wants a single one:",
             "",
             "```",
-            f"llama-gguf-split --merge {first} {stem}.gguf",
+            f"llama-gguf-split --merge {first} {shlex.quote(stem)}.gguf",
         ]
     else:
         lines += ["With ollama:", "", "```"]
@@ -104,7 +106,7 @@ def joined(base: BaseModel, chat: bool, stem: str, section: str, before: bytes |
 def modelfile(files: Sequence[Path], stem: str, *, chat: bool) -> str:
     """ollama's recipe: the base model's generation defaults, and raw completion unless there is a `chat` template, which ollama
     takes from the file. It wants one file, so shards must be merged into `stem`.gguf first."""
-    merge = [f"# First: llama-gguf-split --merge {files[0].name} {stem}.gguf"] if len(files) > 1 else []
+    merge = [f"# First: llama-gguf-split --merge {shlex.quote(files[0].name)} {shlex.quote(stem)}.gguf"] if len(files) > 1 else []
     return "\n".join(
         [
             *merge,

@@ -46,10 +46,10 @@ def shards(tensors: Sequence[PlannedTensor], split_size: int | None, header_byte
 
 
 class GGUFExporter:
-    """`output/name-TYPE.gguf` (or its shards of at most `split_size` bytes), its Modelfile, and a section of the folder's
-    README.md.
+    """`output/name-TYPE.gguf`, or `output/stem.gguf` where a stem is given (or its shards of at most `split_size` bytes), its
+    Modelfile, and a section of the folder's README.md.
 
-    Raises ExportError for an impossible name, and what reading the tokenizer raises.
+    Raises what reading the tokenizer raises.
     """
 
     def __init__(
@@ -60,11 +60,10 @@ class GGUFExporter:
         name: str,
         method: Method,
         *,
+        stem: str | None = None,
         split_size: int | None = None,
         allow_tokenizer_mismatch: bool = False,
     ) -> None:
-        if not name or name.startswith(".") or any(char in name for char in "/\\\0"):
-            raise ExportError(f"--name {name!r}: not a file name; give one without slashes")
         self.checkpoint, self.plan, self.output, self.name, self.method = checkpoint, plan, output, name, method
         strict = not allow_tokenizer_mismatch
         self.tokenizer = tokenizer.load(checkpoint.path, checkpoint.architecture, strict=strict)
@@ -73,7 +72,7 @@ class GGUFExporter:
         self.chat = chat_template(checkpoint.path) is not None
         self.header_bytes = 65536 + self.tokenizer.nbytes
         self.parts = shards(plan.tensors, split_size, self.header_bytes)
-        self.stem = f"{name}-{plan.recipe.name}"
+        self.stem = stem or f"{name}-{plan.recipe.name}"
         count = len(self.parts)
         self.files = [
             output / (f"{self.stem}.gguf" if count == 1 else f"{self.stem}-{index:05d}-of-{count:05d}.gguf")
