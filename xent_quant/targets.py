@@ -48,10 +48,10 @@ def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -
     refused is refused here."""
     from exporters.base_model import BaseModel
 
-    name = options.name if options.name is not None else BaseModel.of(checkpoint.path).name
-    for option, said in (("--name", name), *([("--output", options.file.name)] if options.file else ())):
-        if not said or said.startswith(".") or plain(said) != said or any(char in said for char in "/\\<>"):
-            raise ExportError(f"{option} {said!r}: not a file name; give one without slashes, < > and control characters")
+    name = plain(BaseModel.of(checkpoint.path).name if options.name is None else options.name)
+    for option, said in (("--name", name), *([("--output", plain(options.file.name))] if options.file else ())):
+        if not said or said.startswith(".") or any(character in said for character in "/\\<>"):
+            raise ExportError(f"{option} '{said}': not a file name; give one without slashes, < > and control characters")
     exporters = [
         exporter for kind in dict.fromkeys(options.formats) for exporter in FORMATS[kind].plan(checkpoint, options, name, methods)
     ]
@@ -88,7 +88,7 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
             options.folder,
             name,
             methods.new(),
-            stem=options.file.stem if options.file else None,
+            stem=plain(options.file.stem) if options.file else None,
             split_size=options.split_bytes,
             allow_tokenizer_mismatch=options.allow_tokenizer_mismatch,
         )

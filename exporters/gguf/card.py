@@ -11,7 +11,7 @@ from exporters.gguf.plan import GGUFPlan, PlannedTensor
 from exporters.hub_files import REPETITION_PENALTY
 from exporters.interface import CONTEXT
 from xent_quant.errors import ExportError
-from xent_quant.plain import markdown
+from xent_quant.plain import markdown, plain
 from xent_quant.tensors import Role
 from xent_quant.units import human_bytes
 
@@ -40,7 +40,7 @@ def _group(tensor: PlannedTensor) -> str:
 
 def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, *, chat: bool) -> str:
     """What the model card says of one export; `files` are its GGUF files in order."""
-    first, modelfile = shlex.quote(files[0].name), shlex.quote(modelfile)
+    first, modelfile = shlex.quote(plain(files[0].name)), shlex.quote(plain(modelfile))
     lines = [
         f"## {markdown(stem)}",
         "",
@@ -95,7 +95,7 @@ def joined(base: BaseModel, chat: bool, stem: str, section: str, before: bytes |
     """README.md of a folder of GGUF files with the section of `stem` in it, in place of an older one; sections of which the
     files are still among the `names` in the folder are kept."""
     known = {found[1]: found[2] for found in SECTION.finditer(before.decode("utf-8", "replace"))} if before else {}
-    there = {SHARD.sub("", name).removesuffix(".gguf") for name in names if name.endswith(".gguf")}
+    there = {plain(SHARD.sub("", name).removesuffix(".gguf")) for name in names if name.endswith(".gguf")}
     known = {name: text for name, text in known.items() if name in there}
     known[stem] = section
     head = opening(base, "gguf", TAGS, f"{base.name} GGUF", "in GGUF for llama.cpp and ollama", chat=chat)
@@ -106,7 +106,8 @@ def joined(base: BaseModel, chat: bool, stem: str, section: str, before: bytes |
 def modelfile(files: Sequence[Path], stem: str, *, chat: bool) -> str:
     """ollama's recipe: the base model's generation defaults, and raw completion unless there is a `chat` template, which ollama
     takes from the file. It wants one file, so shards must be merged into `stem`.gguf first."""
-    merge = [f"# First: llama-gguf-split --merge {shlex.quote(files[0].name)} {shlex.quote(stem)}.gguf"] if len(files) > 1 else []
+    parts = f"{shlex.quote(plain(files[0].name))} {shlex.quote(stem)}.gguf"
+    merge = [f"# First: llama-gguf-split --merge {parts}"] if len(files) > 1 else []
     return "\n".join(
         [
             *merge,

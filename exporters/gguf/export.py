@@ -20,6 +20,7 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ExportError
 from xent_quant.formats.base import U8
 from xent_quant.methods.interface import Method
+from xent_quant.plain import file_name
 from xent_quant.storage import Move, PositionalFile, Shared, Target, replace_bytes
 
 ALIGNMENT = int(gguf.GGUF_DEFAULT_ALIGNMENT)
@@ -74,11 +75,12 @@ class GGUFExporter:
         self.parts = shards(plan.tensors, split_size, self.header_bytes)
         self.stem = stem or f"{name}-{plan.recipe.name}"
         count = len(self.parts)
+        on_disk = file_name(self.stem)
         self.files = [
-            output / (f"{self.stem}.gguf" if count == 1 else f"{self.stem}-{index:05d}-of-{count:05d}.gguf")
+            output / (f"{on_disk}.gguf" if count == 1 else f"{on_disk}-{index:05d}-of-{count:05d}.gguf")
             for index in range(1, count + 1)
         ]
-        self.modelfile = output / f"{self.stem}.Modelfile"
+        self.modelfile = output / f"{on_disk}.Modelfile"
 
     @property
     def summary(self) -> PlanSummary:

@@ -1,6 +1,5 @@
 """What a person sees: progress on stderr, tables on stdout."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from rich.table import Table
 from exporters.interface import CONTEXT, TypeRow
 from xent_quant.cli import show_progress
 from xent_quant.cli.terminal import Terminal
-from xent_quant.plain import plain
+from xent_quant.plain import readable_json
 from xent_quant.progress import Progress
 from xent_quant.units import human_bytes, human_count, human_seconds
 
@@ -31,10 +30,7 @@ def note(message: str) -> None:
 
 
 def as_json(value: Any) -> None:
-    """To standard output; in ASCII where there is a character that does something, or that its encoding lacks."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    readable = (sys.stdout.encoding or "").lower().startswith("utf") and all(line == plain(line) for line in text.split("\n"))
-    print(text if readable else json.dumps(value, indent=2))
+    print(readable_json(value, sys.stdout.encoding or "ascii", indent=2))
 
 
 def progress() -> "AbstractContextManager[Progress]":
