@@ -384,6 +384,11 @@ class SuiteOptions(_Choices):
     context: int = 512
     """Length of the windows, of which the second half is scored."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"--max-tokens {self.max_tokens}: must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions(_Choices):

@@ -265,7 +265,7 @@ def test_full_disk_leaves_nothing(checkpoint, tmp_path: Path) -> None:
 def test_impossible_names_are_refused(checkpoint) -> None:
     folder = checkpoint()
     for name in ("", "a/b", "a\\b", ".hidden", "a\nb", "a<b", "a\udc1b"):
-        with pytest.raises(ExportError, match="--name .*not a file name"):
+        with pytest.raises(ExportError, match=r"--name .*not a file name"):
             xent_quant.plan(folder, name=name)
 
 
