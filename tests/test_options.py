@@ -255,6 +255,9 @@ def test_python_takes_the_same() -> None:
         xent_quant.plan(miniature(), formats=["ONNX"], split_size="4G")
     with pytest.raises(ConfigError, match=r"--bits 7: choose 2, 3, 4, 5, 6, 8, 16$"):
         xent_quant.plan(miniature(), bits=7)
+    named = Options(formats="GGUF", type="Q8_0", calib="fiction", tensor_types="a=Q8_0")
+    assert (named.formats, named.type, named.calib, named.tensor_types) == (("gguf",), ("Q8_0",), ("fiction",), ("a=Q8_0",))
+    assert Options(formats=["gguf", "gguf"], output="a.gguf").folder == Path()
     everything = {field.name: field.default for field in fields(Options)} | {"type": None, "calib": []}
     with pytest.raises(ConfigError, match="has no effect"):
         Options(**everything)  # also where what is given is the default

@@ -62,15 +62,15 @@ class _Choices:
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
-            if not choices(hint):
-                continue
-            value = getattr(self, field)
-            several = isinstance(value, list | tuple)
-            try:
-                found = tuple(chosen(hint, one) for one in (value if several else (value,)))
-            except ValueError as error:
-                raise ConfigError(f"--{option_name(field)} {str(error).rstrip('.')}") from None
-            object.__setattr__(self, field, found if several else found[0])
+            value, several = getattr(self, field), get_origin(hint) is tuple
+            if several and (isinstance(value, str) or not value):  # from Python one name will do
+                value = (value,) if value else ()
+            if choices(hint):
+                try:
+                    value = tuple(chosen(hint, one) for one in value) if several else chosen(hint, value)
+                except ValueError as error:
+                    raise ConfigError(f"--{option_name(field)} {str(error).rstrip('.')}") from None
+            object.__setattr__(self, field, value)
 
 
 def _quantity(option: str, text: int | str, base: int, what: str) -> int:
@@ -106,6 +106,7 @@ class TargetOptions(_Choices):
         super().__post_init__()
         if not self.formats:
             raise ConfigError("--format: none given; there are gguf, onnx, bnb")
+        object.__setattr__(self, "formats", tuple(dict.fromkeys(self.formats)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +167,6 @@ class TensorOptions(_Choices):
     """REGEX=TYPE on GGUF tensor names; repeatable, first match wins."""
     pad: Literal["auto", "never"] = "auto"
     """Zero-pad the expert width where that saves bytes; the function stays the same."""
-
-    def __post_init__(self) -> None:
-        given: Any = self.type
-        if isinstance(given, str) or given is None:  # from Python one name will do
-            object.__setattr__(self, "type", (given,) if given else ())
-        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,17 +324,21 @@ def _no_hessian(options: Options) -> str:
 
 
 def _bits(options: Options) -> str:
-    name = isinstance(options.bits, str)
-    if name and (why := _only("gguf", instead="give bits as a number")(options)):
+    named = isinstance(options.bits, str)
+    if named and (why := _only("gguf", instead="give bits as a number")(options)):
         return why
-    return "beside --type; drop one of them" if options.type and (name or options.formats == ("gguf",)) else ""
+    return "beside --type; drop one of them" if options.type and (named or options.formats == ("gguf",)) else ""
 
 
 def _effort(options: Options) -> str:
-    if options.effort == "fast":  # as are both of these
+    if options.effort == "fast":  # so it is without a search too
         return ""
     rtn = "with --method rtn, which does not search; drop one of them" if options.method == "rtn" else ""
     return _quantised(options) or rtn
+
+
+def _method(options: Options) -> str:
+    return "" if options.method == "rtn" else _quantised(options)  # which bitsandbytes and floats do anyway
 
 
 def _four_bits(options: Options) -> str:
@@ -358,7 +357,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "effort": (_effort,),
     **dict.fromkeys(("calib", "calib_mix", "text_field", "tokens", "seqlen", "seed", "device"), (_quantised, _statistics, _text)),
     "imatrix": (_quantised, _statistics, _no_hessian),
-    "method": (lambda options: "" if options.method == "rtn" else _quantised(options),),
+    "method": (_method,),
     "type": (_only("gguf", instead="give --bits instead"),),
     "tensor_types": (_only("gguf"),),
     "pad": (_only("gguf", "bnb"),),

@@ -52,9 +52,7 @@ def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -
     for option, said in (("--name", name), *([("--output", plain(options.file.name))] if options.file else ())):
         if not said or said.startswith(".") or any(character in said for character in "/\\<>"):
             raise ExportError(f"{option} '{said}': not a file name; give one without slashes, < > and control characters")
-    exporters = [
-        exporter for kind in dict.fromkeys(options.formats) for exporter in FORMATS[kind].plan(checkpoint, options, name, methods)
-    ]
+    exporters = [exporter for kind in options.formats for exporter in FORMATS[kind].plan(checkpoint, options, name, methods)]
     _refuse_the_model_itself(checkpoint.path, options.folder, exporters)
     return exporters
 
