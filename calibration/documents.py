@@ -60,6 +60,12 @@ def documents(
         yield from _of_file(file, reading)
 
 
+def have_fields(path: Path) -> bool:
+    """Whether any file there is of rows with fields, of which one holds the text."""
+    files = _files(path, Notes()) if path.is_dir() else [path]
+    return any(READERS.get(kind(file)) not in (_plain, _epub) for file in files)
+
+
 def _of_file(path: Path, reading: Reading) -> Iterator[str]:
     reader = READERS.get(kind(path))
     if reader is None:

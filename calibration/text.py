@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.chat import ChatTemplate
-from calibration.documents import SUFFIXES, TEXT_FIELD, documents
+from calibration.documents import SUFFIXES, TEXT_FIELD, documents, have_fields
 from calibration.notes import Notes
 from xent_quant.errors import CalibrationError
+from xent_quant.plain import plain
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -101,6 +102,9 @@ def sources(calib: Sequence[str], mix: str | None, chinese: bool) -> list[Source
     language, 1 in the other.
     """
     weights = parse_mix(mix) if mix else {("zh" if chinese else "en"): HEAVY}
+    mixed = {key for item in calib or ("entertainment",) for suite in PRESETS.get(item, ()) for key in (suite, *suite.split("-"))}
+    if mix and (idle := weights.keys() - mixed):
+        raise CalibrationError(f"--calib-mix {min(idle)}: has no effect, since it is in no preset of --calib; drop it")
     found: list[Source] = []
     for item in calib or ("entertainment",):
         if item in PRESETS:
@@ -158,6 +162,8 @@ def load(
     `seed` decides, `bos` before each that does not begin with it. Conversations go through `chat`. Raises CalibrationError where
     the text does not fill one window.
     """
+    if text_field != TEXT_FIELD and not any(have_fields(source.path) for source in found):
+        raise CalibrationError(f"--text-field {text_field}: has no effect, since the text is in no file with fields; drop it")
     notes = Notes()
     streams: list[list[int]] = []
     total = sum(source.weight for source in found)
@@ -194,7 +200,7 @@ def load(
     told = (*notes.lines(), *_shortage(there, tokens))
     for note in told:
         log.info(note)
-    return CalibrationText(chosen, rest, tuple(source.name for source in found), told)
+    return CalibrationText(chosen, rest, tuple(plain(source.name) for source in found), told)
 
 
 def _shortage(there: int, wanted: int) -> list[str]:

@@ -5,10 +5,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml  # type: ignore[import-untyped]
 
 from xent_quant.checkpoint.families import FAMILIES
+from xent_quant.plain import markdown, plain
 
 KNOWN = {name: repository for family in FAMILIES.values() for name, repository in family.released.items()}
 
@@ -34,35 +36,37 @@ class BaseModel:
         folder = folder.resolve()
         cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", folder.as_posix() + "/")
         known = folder.name.replace("___", ".") if "modelscope" in folder.parts[-6:] else folder.name
-        repository = f"{cached[1]}/{cached[2]}" if cached else KNOWN.get(known)
+        repository = plain(f"{cached[1]}/{cached[2]}") if cached else KNOWN.get(known)
         header, notes = _front_matter(folder / "README.md")
 
         def text(key: str) -> str | None:
             value = header.get(key)
-            return (value.strip() or None) if isinstance(value, str) and _is_unicode(value) else None
+            return (plain(value.strip()) or None) if isinstance(value, str) and _is_unicode(value) else None
 
         named = header.get("language")
         languages = [named] if isinstance(named, str) else named if isinstance(named, list) else []
         return cls(
-            name=repository.split("/")[1] if repository else known,
+            name=repository.split("/")[1] if repository else plain(known),
             repository=repository,
             licence=text("license"),
             licence_name=text("license_name"),
             licence_link=text("license_link"),
-            languages=tuple(item for item in languages if isinstance(item, str) and _is_unicode(item)),
+            languages=tuple(plain(item) for item in languages if isinstance(item, str) and _is_unicode(item)),
             notes=notes,
         )
 
     @property
     def link(self) -> str:
         """The name, with its page on the Hub where that is known, in Markdown."""
-        return f"[{self.repository}](https://huggingface.co/{self.repository})" if self.repository else self.name
+        if not self.repository:
+            return markdown(self.name)
+        return f"[{markdown(self.repository)}](https://huggingface.co/{quote(self.repository)})"
 
     @property
     def terms(self) -> str:
         """A sentence on the licence."""
         terms = self.licence_name or self.licence
-        return f"The weights keep the base model's licence{f' ({terms})' if terms else '; see there'}."
+        return f"The weights keep the base model's licence{f' ({markdown(terms)})' if terms else '; see there'}."
 
     def front_matter(self, library: str, tags: Sequence[str]) -> list[str]:
         """The Hub's YAML header for a quantised model, as lines."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from exporters.base_model import BaseModel
 from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.plain import markdown
 from xent_quant.units import human_bytes
 
 PROMPT = "The old lamp in the window"
@@ -20,7 +21,7 @@ def opening(base: BaseModel, library: str, tags: Sequence[str], title: str, sent
     return [
         *base.front_matter(library, tags),
         "",
-        f"# {title}",
+        f"# {markdown(title)}",
         "",
         f"{base.link} {sentence}. Made by xent-quant. {base.terms}",
         "",

@@ -43,16 +43,18 @@ def models(folder: Path) -> Iterator[tuple[str, Path | None]]:
 
 def cases(name: str, statistics: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and options of every export of a model."""
+    text = {"tokens": TOKENS}
+    methods: tuple[tuple[str, dict[str, Any]], ...] = (("rtn", {}), ("imatrix", text), ("gptq", text))
     for kind in TYPES if name == "mini" else ("Q8_0", "Q4_K_M", "Q2_K"):
-        for method in ("rtn", "imatrix", "gptq"):
-            yield f"{kind} {method}", {"type": kind, "method": method}
+        for method, more in methods:
+            yield f"{kind} {method}", {"type": kind, "method": method, **more}
         yield f"{kind} imatrix file", {"type": kind, "imatrix": statistics}
     yield "Q4_K_M split", {"type": "Q4_K_M", "method": "rtn", "split_size": "2M"}
     for bits in (4, 8):
-        for method in ("rtn", "imatrix", "gptq"):
-            yield f"onnx {bits} {method}", {"bits": bits, "method": method, "formats": ["onnx"]}
-    yield "onnx 4 asymmetric gptq", {"bits": 4, "formats": ["onnx"], "symmetric": False, "onnx_dtype": "fp32"}
-    yield "gguf onnx gptq", {"bits": 4, "formats": ["gguf", "onnx"]}
+        for method, more in methods:
+            yield f"onnx {bits} {method}", {"bits": bits, "method": method, "formats": ["onnx"], **more}
+    yield "onnx 4 asymmetric gptq", {"bits": 4, "formats": ["onnx"], "symmetric": False, "onnx_dtype": "fp32", **text}
+    yield "gguf onnx gptq", {"bits": 4, "formats": ["gguf", "onnx"], **text}
     for bits in (4, 8, 16):
         yield f"bnb {bits}", {"bits": bits, "formats": ["bnb"]}
 
@@ -76,7 +78,7 @@ def main() -> None:
                 if options.only not in f"{name} {case}":
                     continue
                 output = folder / f"{name}-{number}"
-                done = xent_quant.quantize(model, output=output, name=name, **{"tokens": TOKENS, **settings})
+                done = xent_quant.quantize(model, output=output, name=name, **settings)
                 made.append((f"{name} {case}", [file for file in done.files if file.suffix in WEIGHTS]))
                 for key, files in made:
                     for file in files:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -133,7 +134,7 @@ def test_wrong_names_fail_in_one_line(checkpoint, capsys: pytest.CaptureFixture[
     with pytest.raises(TypeError, match="bitz"):
         xent_quant.plan(folder, bitz=4)
     assert get_args(get_type_hints(StatisticsOptions)["method"]) == ("auto", *METHODS)
-    assert {*signature(xent_quant.quantize).parameters} == {"model", "progress", *vars(Options())}
+    assert {*signature(xent_quant.quantize).parameters} == {"model", "progress", *(field.name for field in fields(Options))}
 
 
 def test_wrong_names_are_told_before_torch_is_loaded(checkpoint) -> None:

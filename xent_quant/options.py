@@ -7,16 +7,19 @@ at once.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from inspect import Parameter, signature
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from xent_quant.errors import ConfigError
 
 REPEATABLE = {"formats": "format", "tensor_types": "tensor-type", "suites": "suite", "suite_files": "suite-file"}
 """Fields that are plural in Python, while each of the command's options names one."""
+
+LETTERS = {"output": "-o"}
+"""Fields that the command knows by a letter too."""
 
 
 def option_name(field: str) -> str:
@@ -24,33 +27,60 @@ def option_name(field: str) -> str:
     return REPEATABLE.get(field, field.replace("_", "-"))
 
 
-def _choices(hint: Any) -> tuple[object, ...]:
+def choices(hint: Any) -> tuple[object, ...]:
     """What a type with a Literal in it allows; nothing for other types."""
     if get_origin(hint) is Literal:
         return get_args(hint)
-    inner = [choice for part in get_args(hint) for choice in _choices(part)]
+    inner = [choice for part in get_args(hint) for choice in choices(part)]
     return (*inner, None) if inner and NoneType in get_args(hint) else tuple(inner)
+
+
+def chosen(hint: Any, value: object) -> Any:
+    """The choice that a value means, whatever its case; a name, where `hint` allows any. Raises ValueError listing choices."""
+    for choice in choices(hint):
+        if str(choice).casefold() == str(value).casefold():
+            return choice
+    if str in get_args(hint) and str(value)[:1].isalpha():
+        return value
+    raise ValueError(f"{value}: choose {', '.join(str(choice) for choice in choices(hint) if choice is not None)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Choices:
-    """Raises ConfigError, naming the option, for a value that is not among its field's choices."""
+    """Knows which of its fields were given. Raises ConfigError, naming the option, for a value that is not among its field's
+    choices."""
+
+    def __new__(cls, **given: Any) -> Self:
+        made = super().__new__(cls)
+        made.__dict__["_given"] = tuple(given)
+        return made
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that were given, be it with the value that they have by default."""
+        return {field: getattr(self, field) for field in self.__dict__["_given"]}
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
-            allowed, value = _choices(hint), getattr(self, field)
-            for one in value if isinstance(value, list | tuple) else (value,):
-                if allowed and one not in allowed:
-                    there = ", ".join(str(choice) for choice in allowed if choice is not None)
-                    raise ConfigError(f"--{option_name(field)} {one}: choose {there}")
+            value, several = getattr(self, field), get_origin(hint) is tuple
+            if several and (isinstance(value, str) or not value):  # from Python one name will do
+                value = (value,) if value else ()
+            if choices(hint):
+                try:
+                    value = tuple(chosen(hint, one) for one in value) if several else chosen(hint, value)
+                except ValueError as error:
+                    raise ConfigError(f"--{option_name(field)} {str(error).rstrip('.')}") from None
+            object.__setattr__(self, field, value)
 
 
 def _quantity(option: str, text: int | str, base: int, what: str) -> int:
-    """Digits, or digits with K, M, G or T in powers of `base`. Raises ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
-    number = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    """Digits, or a number with K, M, G or T in powers of `base`. Raises ConfigError."""
+    match = re.fullmatch(r"(\d{1,18})|(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT])(?:i?B)?", str(text).strip(), re.IGNORECASE)
+    number = 0
+    if match:
+        number = int(match[1]) if match[1] else int(float(match[2]) * base ** " KMGT".index(match[3].upper()))
     if number < 1:
-        raise ConfigError(f"--{option}: {text!r} is not {what}")
+        raise ConfigError(f"--{option}: {str(text)[:40]!r} is not {what}")
     return number
 
 
@@ -58,8 +88,8 @@ def _quantity(option: str, text: int | str, base: int, what: str) -> int:
 class TargetOptions(_Choices):
     """What to make."""
 
-    bits: Literal[2, 3, 4, 5, 6, 8, 16] = 4
-    """Bits per weight, roughly; picks the mix."""
+    bits: Literal[2, 3, 4, 5, 6, 8, 16] | str = 4
+    """Bits per weight, roughly; picks the mix. Or the name of one, as --type."""
     formats: tuple[Literal["gguf", "onnx", "bnb"], ...] = ("gguf",)
     """File format; repeatable."""
     bnb_type: Literal["nf4", "fp4"] = "nf4"
@@ -67,10 +97,16 @@ class TargetOptions(_Choices):
     effort: Literal["fast", "normal", "high"] = "normal"
     """How long to search for scales and codes."""
 
+    @property
+    def n_bits(self) -> int:
+        """`bits` as a number; the default where they name a type."""
+        return 4 if isinstance(self.bits, str) else self.bits
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.formats:
             raise ConfigError("--format: none given; there are gguf, onnx, bnb")
+        object.__setattr__(self, "formats", tuple(dict.fromkeys(self.formats)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +168,6 @@ class TensorOptions(_Choices):
     pad: Literal["auto", "never"] = "auto"
     """Zero-pad the expert width where that saves bytes; the function stays the same."""
 
-    def __post_init__(self) -> None:
-        given: Any = self.type
-        if isinstance(given, str) or given is None:  # from Python one name will do
-            object.__setattr__(self, "type", (given,) if given else ())
-        super().__post_init__()
-
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxOptions(_Choices):
@@ -160,7 +190,7 @@ class OutputOptions(_Choices):
     """Where and how to write."""
 
     output: Path = Path("out")
-    """Folder for the results."""
+    """Folder for the results; or the one GGUF file to write, such as out/model.gguf."""
     name: str | None = None
     """Name of the model in file names. Default: the model's own."""
     split_size: int | str | None = None
@@ -173,6 +203,17 @@ class OutputOptions(_Choices):
     """Replace existing output."""
     restart: bool = False
     """Begin anew instead of going on with what an interrupted run left."""
+
+    @property
+    def file(self) -> Path | None:
+        """`output` where it names a file rather than a folder."""
+        path = Path(self.output)
+        return path if path.suffix.lower() in FILES and not path.is_dir() else None
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return self.file.parent if self.file else Path(self.output)
 
     @property
     def split_bytes(self) -> int | None:
@@ -190,7 +231,143 @@ class OutputOptions(_Choices):
 
 @dataclass(frozen=True, kw_only=True)
 class Options(OutputOptions, OnnxOptions, TensorOptions, StatisticsOptions, TargetOptions):
-    """Everything that `xent_quant.quantize` takes; paths may be strings, and tuples lists. Fields begin with the last base's."""
+    """Everything that `xent_quant.quantize` takes; paths may be strings, and tuples lists. Fields begin with the last base's.
+
+    Raises ConfigError for an option that would have no effect, by NEEDS.
+    """
+
+    @property
+    def mixes(self) -> tuple[str, ...]:
+        """Types and mixes that are asked for by name, as they were typed."""
+        return self.type or ((self.bits,) if isinstance(self.bits, str) else ())
+
+    @property
+    def quantised(self) -> tuple[str, ...]:
+        """Formats of which a method chooses codes: bitsandbytes' follow from the weights alone, and floats are only rounded."""
+        named = (*self.mixes, *(rule.rpartition("=")[2] for rule in self.tensor_types))
+        gguf = not self.mixes or any(name.upper() not in FLOATS for name in named)
+        onnx = self.n_bits < 16 or self.active_bits in (4, 8)
+        return tuple(kind for kind in self.formats if (kind == "gguf" and gguf) or (kind == "onnx" and onnx))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = {field.name: field.default for field in fields(self)}
+        for field, value in self.given.items():
+            unsaid = value is None or value == "auto" or (value is False and not defaults[field])
+            if unsaid or (isinstance(value, list | tuple) and not value):
+                continue
+            for need in NEEDS.get(field, ()):
+                if why := need(self):
+                    raise ConfigError(f"{_typed(field, value)}: has no effect {why}")
+        if self.file:
+            kinds = f"--format {', '.join(self.formats)}" if self.formats != ("gguf",) else ""
+            several = kinds or ("several --type" if len(self.mixes) > 1 else "--split-size" if self.split_size else "")
+            if several or self.file.suffix.lower() != ".gguf":
+                raise ConfigError(
+                    f"--output {self.output}: names one file, and {several or 'GGUF'} writes others; "
+                    f"name the folder that they go to, --output {self.folder}"
+                )
+
+
+FILES = (".gguf", ".onnx", ".safetensors")
+"""Endings of --output that a person means a file by."""
+
+FLOATS = ("F32", "F16", "BF16")
+"""Types of which nothing is chosen."""
+
+
+def _typed(field: str, value: object) -> str:
+    """An option as it is typed; --asymmetric is what sets symmetric to False."""
+    if isinstance(value, bool):
+        return f"--{'' if value else 'a'}{option_name(field)}"
+    return f"--{option_name(field)} {value[0] if isinstance(value, list | tuple) else value}"
+
+
+Need = Callable[[Options], str]
+"""What must be so for an option to have an effect: why it has none, and what to type; nothing where it has."""
+
+
+def _only(*formats: str, instead: str = "drop it") -> Need:
+    """An option of these formats."""
+
+    def need(options: Options) -> str:
+        if set(formats) & set(options.formats):
+            return ""
+        return f"with --format {', '.join(options.formats)}; {instead}, or use --format {' or '.join(formats)}"
+
+    return need
+
+
+def _quantised(options: Options) -> str:
+    """An option of methods."""
+    if options.quantised:
+        return ""
+    if options.formats == ("bnb",):
+        return "with --format bnb, whose codes follow from the weights alone; drop it, or use --format gguf or onnx"
+    return "where weights are only rounded to floats; drop it, or choose fewer bits"
+
+
+def _statistics(options: Options) -> str:
+    """An option of methods that take statistics."""
+    return "with --method rtn, which takes no statistics; drop one of them" if options.method == "rtn" else ""
+
+
+def _text(options: Options) -> str:
+    """An option of calibration text."""
+    return "beside --imatrix, which is used instead of text; drop one of them" if options.imatrix is not None else ""
+
+
+def _no_hessian(options: Options) -> str:
+    if options.method != "gptq":
+        return ""
+    return "with --method gptq, which a file of importance does not serve; drop it, or use --method imatrix"
+
+
+def _bits(options: Options) -> str:
+    named = isinstance(options.bits, str)
+    if named and (why := _only("gguf", instead="give bits as a number")(options)):
+        return why
+    return "beside --type; drop one of them" if options.type and (named or options.formats == ("gguf",)) else ""
+
+
+def _effort(options: Options) -> str:
+    if options.effort == "fast":  # so it is without a search too
+        return ""
+    rtn = "with --method rtn, which does not search; drop one of them" if options.method == "rtn" else ""
+    return _quantised(options) or rtn
+
+
+def _method(options: Options) -> str:
+    return "" if options.method == "rtn" else _quantised(options)  # which bitsandbytes and floats do anyway
+
+
+def _four_bits(options: Options) -> str:
+    return "" if options.n_bits == 4 else f"with --bits {options.n_bits}; drop one of them"
+
+
+def _blocks(options: Options) -> str:
+    if "onnx" in options.quantised:
+        return ""
+    return "with --bits 16, where no weights share a scale; drop it, or give --active-bits 8"
+
+
+NEEDS: dict[str, tuple[Need, ...]] = {
+    "bits": (_bits,),
+    "bnb_type": (_only("bnb"), _four_bits),
+    "effort": (_effort,),
+    **dict.fromkeys(("calib", "calib_mix", "text_field", "tokens", "seqlen", "seed", "device"), (_quantised, _statistics, _text)),
+    "imatrix": (_quantised, _statistics, _no_hessian),
+    "method": (_method,),
+    "type": (_only("gguf", instead="give --bits instead"),),
+    "tensor_types": (_only("gguf"),),
+    "pad": (_only("gguf", "bnb"),),
+    "onnx_dtype": (_only("onnx"),),
+    **dict.fromkeys(("block_size", "accuracy_level", "symmetric"), (_only("onnx"), _blocks)),
+    "active_bits": (_only("onnx"),),
+    "split_size": (_only("gguf", "bnb"),),
+    "allow_tokenizer_mismatch": (_only("gguf"),),
+}
+"""By field, what an option needs to have an effect, the first that is missing being told; the others always have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +382,11 @@ class SuiteOptions(_Choices):
     """Tokens of each suite, at most; the bundled ones have two to four times as many."""
     context: int = 512
     """Length of the windows, of which the second half is scored."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"--max-tokens {self.max_tokens}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

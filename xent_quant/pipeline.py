@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xent_quant.errors import ConfigError, ExportError
+from xent_quant.errors import ConfigError, ExportError, ValidationError
 from xent_quant.options import CalibrationOptions, Options, ValidationOptions, takes
 from xent_quant.progress import Progress, Silent
 
@@ -183,7 +183,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     done = run(
         checkpoint,
         exporters,
-        Path(wanted.output),
+        wanted.folder,
         statistics=matrix,
         text=session,
         provenance=matrix.keys() if matrix else session.keys() if session else {},
@@ -276,11 +276,15 @@ def validate(
     else in ~/.cache/xent-quant. Raises the errors of `xent_quant.errors` for what cannot be compared.
     """
     wanted = ValidationOptions(**options)
+    folder = Path(report) if report else None
+    if folder and folder.exists() and not folder.is_dir():
+        raise ValidationError(f"--report {folder}: is a file; name a folder for report.html and report.json")
+    if json and Path(json).is_dir():
+        raise ValidationError(f"--json {json}: is a folder; name the file to write")
     used = _set_threads(wanted.threads)
     checkpoint = _open(reference)
     from xent_quant.validation import suites, validate, write
 
-    folder = Path(report) if report else None
     found = validate.validate(
         Path(exported),
         checkpoint,

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xent_quant.errors import ConfigError, ExportError, UnsupportedError
+from xent_quant.errors import ExportError, UnsupportedError
 from xent_quant.options import OnnxOptions, Options
+from xent_quant.plain import plain
 
 if TYPE_CHECKING:
     from exporters.interface import Exporter
@@ -16,30 +17,17 @@ if TYPE_CHECKING:
     from xent_quant.validation.runtimes import Kind
 
 
-FLOATS = ("F32", "F16", "BF16")
-
-
 class Methods:
     """The method that the options name; a new one for each export, since it keeps what its weights share. `use_statistics` tells
-    whether there is anything to measure for. Raises ConfigError for one that does not go with a file of statistics."""
+    whether there is anything to measure for."""
 
     def __init__(self, options: Options) -> None:
         from xent_quant.methods import AUTO, WITH_FILE
 
         self._effort = options.effort
-        self._name: str = AUTO if options.method == "auto" else options.method
-        if options.imatrix is not None:
-            if options.calib:
-                raise ConfigError("--imatrix and --calib: statistics come from a file or from text, not from both")
-            if options.method not in ("auto", WITH_FILE):
-                raise ConfigError(
-                    f"--method {options.method}: does not use an importance matrix; drop --imatrix, or use --method {WITH_FILE}"
-                )
-            self._name = WITH_FILE
-        # Floats are no Method's business.
-        floats = all(name.upper() in FLOATS for name in options.type) if options.type else options.bits == 16
-        quantises = any(FORMATS[kind].measured for kind in options.formats) and not (floats and not options.tensor_types)
-        self.use_statistics = self._name != "rtn" and quantises
+        automatic = AUTO if options.imatrix is None else WITH_FILE
+        self._name: str = automatic if options.method == "auto" else options.method
+        self.use_statistics = self._name != "rtn" and bool(options.quantised)
         self._made: list[Method] = []
 
     def new(self) -> "Method":
@@ -60,11 +48,12 @@ def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -
     refused is refused here."""
     from exporters.base_model import BaseModel
 
-    name = options.name or BaseModel.of(checkpoint.path).name
-    exporters = [
-        exporter for kind in dict.fromkeys(options.formats) for exporter in FORMATS[kind].plan(checkpoint, options, name, methods)
-    ]
-    _refuse_the_model_itself(checkpoint.path, Path(options.output), exporters)
+    name = plain(BaseModel.of(checkpoint.path).name if options.name is None else options.name)
+    for option, said in (("--name", name), *([("--output", plain(options.file.name))] if options.file else ())):
+        if not said or said.startswith(".") or any(character in said for character in "/\\<>"):
+            raise ExportError(f"{option} '{said}': not a file name; give one without slashes, < > and control characters")
+    exporters = [exporter for kind in options.formats for exporter in FORMATS[kind].plan(checkpoint, options, name, methods)]
+    _refuse_the_model_itself(checkpoint.path, options.folder, exporters)
     return exporters
 
 
@@ -86,17 +75,18 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
     from xent_quant.recipes import recipe
 
     done: set[str] = set()
-    for kind in options.type or (None,):
-        chosen = recipe(bits=options.bits, type=kind, tensor_types=options.tensor_types, imatrix=methods.use_statistics)
+    for kind in options.mixes or (None,):
+        chosen = recipe(bits=options.n_bits, type=kind, tensor_types=options.tensor_types, imatrix=methods.use_statistics)
         if chosen.name in done:
             continue
         done.add(chosen.name)
         yield GGUFExporter(
             checkpoint,
             plan(checkpoint.architecture, chosen, pad=options.pad),
-            Path(options.output),
+            options.folder,
             name,
             methods.new(),
+            stem=plain(options.file.stem) if options.file else None,
             split_size=options.split_bytes,
             allow_tokenizer_mismatch=options.allow_tokenizer_mismatch,
         )
@@ -111,25 +101,24 @@ def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
         raise UnsupportedError("--format onnx: the package onnx is not installed: pip install 'xent-quant[onnx]'") from error
     from exporters.onnx.plan import Settings, plan
 
-    settings = Settings(bits=options.bits, **{field.name: getattr(options, field.name) for field in fields(OnnxOptions)})
-    yield ONNXExporter(checkpoint, plan(checkpoint.architecture, settings), Path(options.output), name, methods.new())
+    settings = Settings(bits=options.n_bits, **{field.name: getattr(options, field.name) for field in fields(OnnxOptions)})
+    yield ONNXExporter(checkpoint, plan(checkpoint.architecture, settings), options.folder, name, methods.new())
 
 
 def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
     from exporters.bitsandbytes.export import BnbExporter
     from exporters.bitsandbytes.plan import plan
 
-    planned = plan(checkpoint.architecture, bits=options.bits, bnb_type=options.bnb_type, pad=options.pad)
-    yield BnbExporter(checkpoint, planned, Path(options.output), name, split_size=options.split_bytes)
+    planned = plan(checkpoint.architecture, bits=options.n_bits, bnb_type=options.bnb_type, pad=options.pad)
+    yield BnbExporter(checkpoint, planned, options.folder, name, split_size=options.split_bytes)
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A format that can be asked for: `plan` makes its exporters; `measured` tells whether a method chooses its codes, so that
-    statistics are of use; `kinds` is what `validate` takes its files for, by whether they are quantised."""
+    """A format that can be asked for: `plan` makes its exporters; `kinds` is what `validate` takes its files for, by whether
+    they are quantised."""
 
     plan: "Callable[[Checkpoint, Options, str, Methods], Iterator[Exporter]]"
-    measured: bool
     kinds: "dict[bool, Kind]"
 
     def kind(self, bits: int) -> "Kind":
@@ -137,8 +126,8 @@ class FileFormat:
 
 
 FORMATS: dict[str, FileFormat] = {
-    "gguf": FileFormat(_gguf, True, {True: "gguf", False: "gguf"}),
-    "onnx": FileFormat(_onnx, True, {True: "onnx", False: "onnx"}),
-    "bnb": FileFormat(_bnb, False, {True: "bitsandbytes", False: "checkpoint"}),
+    "gguf": FileFormat(_gguf, {True: "gguf", False: "gguf"}),
+    "onnx": FileFormat(_onnx, {True: "onnx", False: "onnx"}),
+    "bnb": FileFormat(_bnb, {True: "bitsandbytes", False: "checkpoint"}),
 }
 """By the name that --format takes."""

@@ -1,6 +1,7 @@
 """The texts beside GGUF files: one model card for all of a folder (Hub YAML front matter), and ollama's Modelfile for each."""
 
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from exporters.hub_files import REPETITION_PENALTY
 from exporters.interface import CONTEXT
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ExportError
+from xent_quant.plain import markdown, plain
 from xent_quant.tensors import Role
 from xent_quant.units import human_bytes
 
@@ -39,9 +41,9 @@ def _group(tensor: PlannedTensor) -> str:
 
 def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, *, chat: bool) -> str:
     """What the model card says of one export; `files` are its GGUF files in order."""
-    first = files[0].name
+    first, modelfile = shlex.quote(plain(files[0].name)), shlex.quote(plain(modelfile))
     lines = [
-        f"## {stem}",
+        f"## {markdown(stem)}",
         "",
         f"{human_bytes(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight.",
         "",
@@ -58,7 +60,7 @@ def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, *,
             "llama.cpp loads the first file and finds the others. ollama wants a single one:",
             "",
             "```",
-            f"llama-gguf-split --merge {first} {stem}.gguf",
+            f"llama-gguf-split --merge {first} {shlex.quote(stem)}.gguf",
         ]
     else:
         lines += ["With ollama:", "", "```"]
@@ -96,7 +98,7 @@ def joined(
     """README.md of a folder of GGUF files with the section of `stem` in it, in place of an older one; sections of which the
     files are still among the `names` in the folder are kept."""
     known = {found[1]: found[2] for found in SECTION.finditer(before.decode("utf-8", "replace"))} if before else {}
-    there = {SHARD.sub("", name).removesuffix(".gguf") for name in names if name.endswith(".gguf")}
+    there = {plain(SHARD.sub("", name).removesuffix(".gguf")) for name in names if name.endswith(".gguf")}
     known = {name: text for name, text in known.items() if name in there}
     known[stem] = section
     head = opening(base, "gguf", (*TAGS, *tags(model)), f"{base.name} GGUF", "in GGUF for llama.cpp and ollama", chat=chat)
@@ -107,7 +109,8 @@ def joined(
 def modelfile(files: Sequence[Path], stem: str, *, chat: bool) -> str:
     """ollama's recipe: the base model's generation defaults, and raw completion unless there is a `chat` template, which ollama
     takes from the file. It wants one file, so shards must be merged into `stem`.gguf first."""
-    merge = [f"# First: llama-gguf-split --merge {files[0].name} {stem}.gguf"] if len(files) > 1 else []
+    parts = f"{shlex.quote(plain(files[0].name))} {shlex.quote(stem)}.gguf"
+    merge = [f"# First: llama-gguf-split --merge {parts}"] if len(files) > 1 else []
     return "\n".join(
         [
             *merge,

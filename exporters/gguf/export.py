@@ -20,6 +20,7 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ExportError
 from xent_quant.formats.base import U8
 from xent_quant.methods.interface import Method
+from xent_quant.plain import file_name
 from xent_quant.storage import Move, PositionalFile, Shared, Target, replace_bytes
 
 ALIGNMENT = int(gguf.GGUF_DEFAULT_ALIGNMENT)
@@ -46,10 +47,10 @@ def shards(tensors: Sequence[PlannedTensor], split_size: int | None, header_byte
 
 
 class GGUFExporter:
-    """`output/name-TYPE.gguf` (or its shards of at most `split_size` bytes), its Modelfile, and a section of the folder's
-    README.md.
+    """`output/name-TYPE.gguf`, or `output/stem.gguf` where a stem is given (or its shards of at most `split_size` bytes), its
+    Modelfile, and a section of the folder's README.md.
 
-    Raises ExportError for an impossible name, and what reading the tokenizer raises.
+    Raises what reading the tokenizer raises.
     """
 
     def __init__(
@@ -60,11 +61,10 @@ class GGUFExporter:
         name: str,
         method: Method,
         *,
+        stem: str | None = None,
         split_size: int | None = None,
         allow_tokenizer_mismatch: bool = False,
     ) -> None:
-        if not name or name.startswith(".") or any(char in name for char in "/\\\0"):
-            raise ExportError(f"--name {name!r}: not a file name; give one without slashes")
         self.checkpoint, self.plan, self.output, self.name, self.method = checkpoint, plan, output, name, method
         strict = not allow_tokenizer_mismatch
         self.tokenizer = tokenizer.load(checkpoint.path, checkpoint.architecture, strict=strict)
@@ -73,13 +73,14 @@ class GGUFExporter:
         self.chat = chat_template(checkpoint.path) is not None
         self.header_bytes = 65536 + self.tokenizer.nbytes
         self.parts = shards(plan.tensors, split_size, self.header_bytes)
-        self.stem = f"{name}-{plan.recipe.name}"
+        self.stem = stem or f"{name}-{plan.recipe.name}"
         count = len(self.parts)
+        on_disk = file_name(self.stem)
         self.files = [
-            output / (f"{self.stem}.gguf" if count == 1 else f"{self.stem}-{index:05d}-of-{count:05d}.gguf")
+            output / (f"{on_disk}.gguf" if count == 1 else f"{on_disk}-{index:05d}-of-{count:05d}.gguf")
             for index in range(1, count + 1)
         ]
-        self.modelfile = output / f"{self.stem}.Modelfile"
+        self.modelfile = output / f"{on_disk}.Modelfile"
 
     @property
     def summary(self) -> PlanSummary:

@@ -1,5 +1,6 @@
 """What a GGUF export will write, tensor by tensor, decided from headers alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -10,7 +11,7 @@ from xent_quant.checkpoint.families.interface import GGUF
 from xent_quant.checkpoint.llama_names import HEAD, llama_name
 from xent_quant.errors import ConfigError, UnsupportedError
 from xent_quant.recipes import Recipe, fitting
-from xent_quant.tensors import Role, TensorSpec
+from xent_quant.tensors import KEPT_ROLES, Role, TensorSpec
 
 SUPER_BLOCK = 256
 """Weights in a block of the K types; the expert width is padded to a multiple of it."""
@@ -192,9 +193,7 @@ def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:
     _check_rope(model)
     width = model.intermediate_size
     tensors = layout(model, recipe, width)
-    for pattern, kind in recipe.overrides:
-        if not any(pattern.search(tensor.name) for tensor in tensors):
-            raise ConfigError(f"--tensor-type '{pattern.pattern}={kind}': matches no tensor; --dry-run lists their names")
+    _check_overrides(tensors, recipe)
     notes: list[str] = []
     padded = -(-width // SUPER_BLOCK) * SUPER_BLOCK
     if pad == "auto" and padded != width:
@@ -209,6 +208,21 @@ def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:
     for asked, got in sorted({(tensor.asked, tensor.type) for tensor in tensors if tensor.asked != tensor.type}):
         notes.append(f"{asked} does not divide some rows: {got} there, as llama-quantize does.")
     return GGUFPlan(model.family.gguf(model, width), model, recipe, width, tensors, tuple(notes))
+
+
+def _check_overrides(tensors: Sequence[PlannedTensor], recipe: Recipe) -> None:
+    """Raise ConfigError for an override that decides no tensor's type."""
+    undecided = {tensor.name for tensor in tensors if tensor.role not in KEPT_ROLES}
+    for pattern, kind in recipe.overrides:
+        matching = {tensor.name for tensor in tensors if pattern.search(tensor.name)}
+        if not matching & undecided:
+            why = (
+                "has no effect, since routers and norms stay F32 and the first rule that matches a tensor counts; drop it"
+                if matching
+                else "matches no tensor; --dry-run lists their names"
+            )
+            raise ConfigError(f"--tensor-type '{pattern.pattern}={kind}': {why}")
+        undecided -= matching
 
 
 def _check_rope(model: Architecture) -> None:

@@ -4,6 +4,7 @@ Holds, of a gate or up projection, the rows between which its own go.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class ONNXExporter:
     @property
     def identity(self) -> dict[str, Any]:
         """See `Exporter.identity`."""
-        return {"settings": vars(self.plan.settings), "expert width": self.plan.expert_width, "files": sorted(self.files)}
+        return {"settings": asdict(self.plan.settings), "expert width": self.plan.expert_width, "files": sorted(self.files)}
 
     @property
     def nbytes(self) -> int:

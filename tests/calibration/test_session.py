@@ -98,7 +98,7 @@ def test_same_seed_same_bytes(checkpoint, tmp_path: Path) -> None:
     folder = checkpoint()
 
     def made(where: str, seed: int = 0, threads: int = 2) -> bytes:
-        text = vars(replace(SMALL, seed=seed))
+        text = replace(SMALL, seed=seed).given
         done = xent_quant.quantize(folder, type="Q4_0", output=tmp_path / where, threads=threads, **text)
         return done.files[0].read_bytes()
 
@@ -109,7 +109,7 @@ def test_same_seed_same_bytes(checkpoint, tmp_path: Path) -> None:
 
 def test_exports_of_one_walk_are_those_of_a_walk_each(checkpoint, tmp_path: Path) -> None:
     """Each follows the model that it has quantised, not the other's."""
-    folder, text = checkpoint(num_hidden_layers=1), vars(replace(SMALL, tokens=200))
+    folder, text = checkpoint(num_hidden_layers=1), replace(SMALL, tokens=200).given
 
     def made(where: str, *formats: str) -> dict[str, bytes]:
         done = xent_quant.quantize(folder, bits=4, formats=formats, output=tmp_path / where, effort="fast", **text)
@@ -121,7 +121,7 @@ def test_exports_of_one_walk_are_those_of_a_walk_each(checkpoint, tmp_path: Path
 
 
 def test_the_file_tells_how_it_was_calibrated(checkpoint, tmp_path: Path) -> None:
-    text = vars(replace(SMALL, tokens=200))
+    text = replace(SMALL, tokens=200).given
     done = xent_quant.quantize(checkpoint(), type="Q4_0", output=tmp_path / "out", effort="fast", **text)
     fields = gguf.GGUFReader(done.files[0]).fields
     assert fields["quantize.imatrix.file"].contents() == "xent-quant --method gptq"
@@ -149,7 +149,7 @@ def test_experts_without_tokens_quantise(checkpoint, tmp_path: Path, method: str
             tensor_types=[f"_(exps|shexp)={kind}", "token_embd=F32"],
             output=tmp_path / str(index),
             method=method,
-            **vars(replace(SMALL, tokens=120)),
+            **replace(SMALL, tokens=120).given,
             effort="fast",
         )
         for tensor in gguf.GGUFReader(done.files[0]).tensors:

@@ -82,6 +82,9 @@ def test_errors_are_one_line(command: Command, export: Callable[[str], Path], tm
     _refused(command("validate", tmp_path / "none.gguf", *options), "none.gguf", "no such file")
     _refused(command("validate", file, *options, "--suite", "Xpoetry"), "Xpoetry", "XwebccZH")
     _refused(command("validate", file, *options, "--max-tokens", 9), "fewer than one window")
+    _refused(command("validate", file, *options, "--max-tokens", -9), "--max-tokens -9")
+    _refused(command("validate", file, "--reference", miniature(), "--report", file), "--report", "is a file", "name a folder")
+    _refused(command("validate", file, "--reference", miniature(), "--json", tmp_path), "--json", "is a folder", "name the file")
     (tmp_path / "empty.txt").touch()
     _refused(command("validate", file, *options, "--suite-file", f"mine={tmp_path / 'empty.txt'}"), "suite mine is empty")
 

@@ -25,5 +25,5 @@ def calibrate(
     from xent_quant.cli import show
 
     with show.progress() as progress:
-        result = pipeline.calibrate(model, output=output, force=force, restart=restart, progress=progress, **vars(calibration))
+        result = pipeline.calibrate(model, output=output, force=force, restart=restart, progress=progress, **calibration.given)
     show.as_json(result.to_json()) if json else show.calibrated(result)

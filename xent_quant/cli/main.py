@@ -5,17 +5,20 @@ Nothing heavy is imported before a command runs, so `--help` answers at once.
 """
 
 import sys
+import traceback
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, UnusedCliTokensError
 
 from xent_quant import __version__
+from xent_quant.cli import terminal
 from xent_quant.cli.calibrate import calibrate
 from xent_quant.cli.inspect import inspect
 from xent_quant.cli.options import EVERY
 from xent_quant.cli.quantize import quantize
 from xent_quant.cli.validate import validate
 from xent_quant.errors import XentQuantError
+from xent_quant.plain import plain
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -43,7 +46,7 @@ def _verbosity(arguments: list[str]) -> int:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"xent-quant: error: {' '.join(message.split())}", file=sys.stderr)
+    terminal.say(f"xent-quant: error: {message}")
     sys.exit(EXIT_ERROR)
 
 
@@ -51,50 +54,62 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _log(verbosity: int) -> None:
+    """Warnings and, with -v, more to standard error."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(terminal.Record("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
+    logging.captureWarnings(True)
+    for ours in ("xent_quant", "exporters", "calibration"):
+        logging.getLogger(ours).setLevel(logging.WARNING - 10 * min(verbosity, 2))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
-    import logging
     import os
-    import signal
 
     # Threads of torch and llama.cpp wait for one another by spinning unless libgomp reads this when it is loaded. Beside other
     # work on the same cores two spinning threads are slower than one.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with terminal.streams():
+        _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    """The command; what goes wrong becomes a line and an exit status."""
+    import signal
+
     verbosity = _verbosity(arguments)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    for ours in ("xent_quant", "exporters", "calibration"):
-        logging.getLogger(ours).setLevel(logging.WARNING - 10 * min(verbosity, 2))
+    _log(verbosity)
     try:
         for polite in ("SIGTERM", "SIGHUP"):  # they end as Ctrl-C does; Windows has but the first
             number = getattr(signal, polite, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, _interrupt)
-        app(arguments, exit_on_error=False, print_error=False)
+        try:
+            app(arguments, exit_on_error=False, print_error=False)
+        finally:
+            sys.stdout.flush()
     except UnusedCliTokensError as error:
         odd = " ".join(error.unused_tokens or ())
-        print(f"xent-quant: {odd!r} is one argument too many. See xent-quant --help.", file=sys.stderr)
+        terminal.say(f"xent-quant: {odd!r} is one argument too many. See xent-quant --help.")
         sys.exit(EXIT_USAGE)
     except CycloptsError as error:
-        print(f"xent-quant: {' '.join(str(error).split())} See xent-quant --help.", file=sys.stderr)
+        terminal.say(f"xent-quant: {error} See xent-quant --help.")
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt as stop:
-        print(f"xent-quant: interrupted{f'; {stop}' if stop.args else ''}.", file=sys.stderr)
+        terminal.say(f"xent-quant: interrupted{f'; {stop}' if stop.args else ''}.")
         sys.exit(EXIT_INTERRUPTED)
-    except XentQuantError as error:
-        if verbosity >= 2:
-            raise
-        _fail(str(error))
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(EXIT_ERROR)
-    except OSError as error:
-        if verbosity >= 2:
-            raise
-        _fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except Exception as error:
         if verbosity >= 2:
-            raise
+            for line in traceback.format_exc().split("\n"):
+                print(plain(line), file=sys.stderr)
+        if isinstance(error, XentQuantError):
+            _fail(str(error))
+        if isinstance(error, OSError):
+            _fail(f"{error.filename or 'system'}: {error.strerror or error}")
         _fail(f"internal error ({type(error).__name__}: {error}); run again with -vv and report what it prints")
 
 

@@ -1,10 +1,13 @@
 """How the library's options (`xent_quant.options`) look on the command line: their names, groups and defaults."""
 
-from typing import Annotated, Any
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, get_args, get_origin
 
+import cyclopts
 from cyclopts import Group, Parameter
 
-from xent_quant.options import option_name
+from xent_quant.options import LETTERS, choices, chosen, option_name
 
 EXIT_OUT_OF_TOLERANCE = 3
 
@@ -19,8 +22,26 @@ def shown_default(value: Any) -> str | None:
     return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
+def converted(hint: Any, tokens: Sequence[cyclopts.Token]) -> Any:
+    """What was typed, as the value that it means. Raises ValueError, which cyclopts makes a usage error of. Stricter than
+    cyclopts with numbers (4.5 is not 4), and less with choices (GGUF is gguf)."""
+    if get_origin(hint) is tuple:
+        return tuple(converted(get_args(hint)[0], (token,)) for token in tokens)
+    (token,) = tokens
+    if choices(hint):
+        return chosen(hint, token.value)
+    kinds = {hint, *get_args(hint)}
+    if str in kinds:
+        return token.value
+    if int in kinds and not re.fullmatch(r"-?\d{1,18}", token.value):
+        raise ValueError(f"{token.value}: give a whole number.")
+    return cyclopts.convert(hint, (token.value,))
+
+
 EVERY = Parameter(
     name_transform=option_name,
+    converter=converted,
+    short_alias=lambda field, _: LETTERS.get(field.name),
     negative_bool=(),
     negative_iterable=(),
     negative_none=(),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from xent_quant.cli.options import EXIT_OUT_OF_TOLERANCE, Json, Verbose, group
-from xent_quant.options import OnnxOptions, OutputOptions, StatisticsOptions, TargetOptions, TensorOptions
+from xent_quant.options import OnnxOptions, Options, OutputOptions, StatisticsOptions, TargetOptions, TensorOptions
 
 if TYPE_CHECKING:
     from xent_quant.validation.report import Report
@@ -50,44 +50,44 @@ def quantize(
     from xent_quant import pipeline
     from xent_quant.cli import show
 
-    options = vars(target) | vars(statistics) | vars(tensors) | vars(onnx) | vars(writing)
+    options = Options(**target.given, **statistics.given, **tensors.given, **onnx.given, **writing.given)
     if model is None:
         show.note("No MODEL given: using the bundled miniature, xent-mini.")
+    if validate:
+        pipeline.require_runtimes(options.formats, options.n_bits)
     if dry_run:
-        plans = pipeline.plan(model, **options)
-        taken, notes = pipeline.resources(model, **options)
+        plans = pipeline.plan(model, **options.given)
+        taken, notes = pipeline.resources(model, **options.given)
         if json:
             show.as_json({"plans": [plan.to_json() for plan in plans], "resources": taken.to_json(), "notes": list(notes)})
         else:
             show.plans(plans)
             show.resources(taken, notes)
         return
-    if validate:
-        pipeline.require_runtimes(target.formats, target.bits)
     with show.progress() as progress:
-        result = pipeline.quantize(model, progress=progress, **options)
+        result = pipeline.quantize(model, progress=progress, **options.given)
     if not json:
         show.result(result)
-    reports = _validate(result.exports, model, writing, json) if validate else []
+    reports = _validate(result.exports, model, options, json) if validate else []
     if json:
         show.as_json(result.to_json() | ({"validation": [report.to_json() for report in reports]} if validate else {}))
     if any(report.verdict == "out" for report in reports):
         sys.exit(EXIT_OUT_OF_TOLERANCE)
 
 
-def _validate(exports: Sequence[Path], model: str | None, writing: OutputOptions, json: bool) -> "list[Report]":
+def _validate(exports: Sequence[Path], model: str | None, options: Options, json: bool) -> "list[Report]":
     """Reports of the exports; their references are computed once."""
     from xent_quant import pipeline
     from xent_quant.cli import show, show_validation
 
-    reports, validation = [], writing.output / "validation"
+    reports, validation = [], options.folder / "validation"
     for path in exports:
         folder = validation / path.stem
         with show.progress() as progress:
             report = pipeline.validate(
                 path,
                 model,
-                threads=writing.threads,
+                threads=options.threads,
                 report=folder,
                 cache=validation / "references",
                 command=shlex.join(["xent-quant", *sys.argv[1:]]),

@@ -1,17 +1,17 @@
 """What a person sees: progress on stderr, tables on stdout."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from exporters.interface import CONTEXT, TypeRow
 from xent_quant.cli import show_progress
+from xent_quant.cli.terminal import Terminal
+from xent_quant.plain import readable_json
 from xent_quant.progress import Progress
 from xent_quant.units import human_bytes, human_count, human_seconds
 
@@ -21,17 +21,16 @@ if TYPE_CHECKING:
     from xent_quant.pipeline import CalibrateResult, QuantizeResult
     from xent_quant.walk.resources import Resources
 
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # no names broken in a pipe
-err = Console(stderr=True)
+out = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # no names broken in a pipe
+err = Terminal(stderr=True)
 
 
 def note(message: str) -> None:
-    err.print(message, style="dim", highlight=False)
+    err.print(message, style="dim")
 
 
 def as_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    print(readable_json(value, sys.stdout.encoding or "ascii", indent=2))
 
 
 def progress() -> "AbstractContextManager[Progress]":
@@ -76,22 +75,21 @@ def _types(rows: Sequence[TypeRow]) -> None:
 def totals(summary: "PlanSummary") -> None:
     _types(summary.by_type())
     for line in summary.notes:
-        out.print(line, highlight=False)
+        out.print(line)
     out.print(
         f"All on a GPU with {CONTEXT:,} tokens of context: about {human_bytes(summary.vram_bytes)} of VRAM.",
-        highlight=False,
     )
 
 
 def resources(taken: "Resources", notes: Sequence[str]) -> None:
     """--dry-run: what the run would take."""
     for line in notes:
-        out.print(line, highlight=False, markup=False)
+        out.print(line)
     work = f", {human_bytes(taken.disk)} for work until it is done" if taken.disk else ""
-    out.print(f"RAM: about {human_bytes(taken.memory)}. Disk: {human_bytes(taken.result)}{work}.", highlight=False)
+    out.print(f"RAM: about {human_bytes(taken.memory)}. Disk: {human_bytes(taken.result)}{work}.")
     if taken.seconds is not None:
         text = f" with {taken.tokens:,} tokens of text" if taken.tokens else ""
-        out.print(f"Time on this machine{text}: about {human_seconds(taken.seconds)}.", highlight=False)
+        out.print(f"Time on this machine{text}: about {human_seconds(taken.seconds)}.")
 
 
 def result(done: "QuantizeResult") -> None:
@@ -102,14 +100,13 @@ def result(done: "QuantizeResult") -> None:
     out.print(
         f"{human_bytes(done.source_bytes)} → {human_bytes(done.nbytes)} in {done.seconds:.1f} s "
         f"({human_count(weights / max(done.seconds, 1e-9))} weights/s, {done.threads} threads)",
-        highlight=False,
     )
     if done.coverage:
         coverage(done.coverage)
     for line in done.notes:
-        out.print(line, highlight=False)
+        out.print(line)
     for path in done.files:
-        out.print(f"  {path}", highlight=False, soft_wrap=True)
+        out.print(f"  {path}", soft_wrap=True)
 
 
 def coverage(found: "Coverage") -> None:
@@ -127,12 +124,10 @@ def coverage(found: "Coverage") -> None:
 
 def calibrated(done: "CalibrateResult") -> None:
     coverage(done.coverage)
-    out.print(
-        f"{done.tokens:,} tokens in {done.seconds:.1f} s ({done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s)", highlight=False
-    )
+    out.print(f"{done.tokens:,} tokens in {done.seconds:.1f} s ({done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s)")
     for line in done.notes:
-        out.print(line, highlight=False)
-    out.print(f"  {done.file}", highlight=False, soft_wrap=True)
+        out.print(line)
+    out.print(f"  {done.file}", soft_wrap=True)
 
 
 def description(facts: dict[str, Any]) -> None:
@@ -148,7 +143,7 @@ def description(facts: dict[str, Any]) -> None:
     out.print()
     _types([TypeRow(**row) for row in facts["types"]])
     for line in facts.get("notes", ()):
-        out.print(line, highlight=False)
+        out.print(line)
     if facts.get("errors"):
         errors = new_table("tensor", "type", ">weights", ">bits/weight", ">relative error", ">worst expert")
         for row in facts["errors"]:

@@ -1,6 +1,5 @@
 """How far a long job is: bars on a terminal, a line a minute in a log file."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from xent_quant.cli.terminal import say
+from xent_quant.plain import plain
 from xent_quant.units import human_count, human_seconds
 
 LINE_SECONDS = 60.0
@@ -54,8 +55,8 @@ class _Bars:
 
     def start(self, label: str, total: int, unit: str = "weights", done: int = 0) -> None:
         self.finish()
-        self._label, self._pace = label, Pace(total, done)
-        self._task = self._bars.add_task(label, total=total, completed=done, unit=unit, pace=self._pace)
+        self._label, self._pace = plain(label), Pace(total, done)
+        self._task = self._bars.add_task(self._label, total=total, completed=done, unit=unit, pace=self._pace)
 
     def advance(self, amount: int) -> None:
         if self._task is not None:
@@ -64,10 +65,10 @@ class _Bars:
 
     def phase(self, text: str) -> None:
         if self._task is not None:
-            self._bars.update(self._task, description=f"{self._label}: {text}")
+            self._bars.update(self._task, description=f"{self._label}: {plain(text)}")
 
     def note(self, text: str) -> None:
-        self._bars.console.print(text, style="dim", highlight=False, markup=False)
+        self._bars.console.print(text, style="dim")
 
     def finish(self) -> None:
         if self._task is not None:
@@ -103,7 +104,7 @@ class _Lines:
         self._phase = text
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
     def finish(self) -> None:
         self._pace = None

@@ -27,7 +27,7 @@ def _cell(finding: "Finding", digits: int, gated: bool) -> Text:
 
 
 def report(found: "Report", folder: Path | None) -> None:
-    out.print(Text(WORDS[found.verdict], style=STYLES[found.verdict]), "—", Text(found.exported), highlight=False, soft_wrap=True)
+    out.print(Text(WORDS[found.verdict], style=STYLES[found.verdict]), "—", found.exported, soft_wrap=True)
     wide = out.width >= 118
     details = (">perplexity", ">bf16", ">KL 99 %", ">KL max", ">bits/byte", ">token ids") if wide else ()
     rows = new_table("suite", ">ratio", ">KL divergence", ">top-1", "verdict", *details)
@@ -53,9 +53,9 @@ def report(found: "Report", folder: Path | None) -> None:
         )
     out.print(rows)
     for line in found.damage[:LINES]:
-        out.print(Text(line, style=STYLES["out"]), highlight=False, soft_wrap=True)
+        out.print(line, style=STYLES["out"], soft_wrap=True)
     if len(found.damage) > LINES:
-        out.print(f"… and {len(found.damage) - LINES} more", style=STYLES["out"], highlight=False)
+        out.print(f"… and {len(found.damage) - LINES} more", style=STYLES["out"])
     if found.cross_check:
         agree = (
             "agree" if found.cross_verdict == "within" else "DISAGREE: the runtime computes something else than these bytes say"
@@ -64,14 +64,13 @@ def report(found: "Report", folder: Path | None) -> None:
             f"{found.runtime} and the dequantised weights {agree}: KL divergence {found.cross_check.kl:.5f}, "
             f"log-likelihood {found.cross_check.nll_difference:+.5f} over {found.cross_check.tokens} tokens.",
             style=None if found.cross_verdict == "within" else STYLES["out"],
-            highlight=False,
         )
         if found.cross_verdict == "out":
             worst = max(found.tensors, key=lambda tensor: tensor.error)
-            out.print(f"The tensor that differs most from the checkpoint is {worst.name}: {worst.error:.1%}.", highlight=False)
+            out.print(f"The tensor that differs most from the checkpoint is {worst.name}: {worst.error:.1%}.")
     for line in found.notes:
-        out.print(line, style="dim", highlight=False)
+        out.print(line, style="dim")
     sizes = f"{human_bytes(found.reference_bytes)} → {human_bytes(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight"
-    out.print(f"{sizes}; {found.runtime}, {found.seconds:.0f} s", highlight=False)
+    out.print(f"{sizes}; {found.runtime}, {found.seconds:.0f} s")
     if folder:
-        out.print(f"  {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        out.print(f"  {folder / 'report.html'}", soft_wrap=True)

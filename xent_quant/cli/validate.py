@@ -50,8 +50,8 @@ def validate(
             json=json if json and str(json) != "-" else None,
             command=shlex.join(["xent-quant", *sys.argv[1:]]),
             progress=progress,
-            **vars(text),
-            **vars(judge),
+            **text.given,
+            **judge.given,
         )
     show.as_json(result.to_json()) if str(json) == "-" else show_validation.report(result, report)
     if result.verdict == "out":

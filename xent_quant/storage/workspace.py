@@ -73,7 +73,7 @@ class Workspace:
         names = sorted(target.path.name for target in targets)
         if not names or len(set(names)) < len(names) or {target.path.parent for target in targets} != {output}:
             raise ValueError(f"{names}: not distinct names in {output}")
-        path = output / f".xent-quant-{hashlib.sha256(chr(0).join(names).encode()).hexdigest()[:12]}"
+        path = output / f".xent-quant-{hashlib.sha256(os.fsencode(chr(0).join(names))).hexdigest()[:12]}"
         with reporting(output), ExitStack() as locks:
             if output.exists() and not output.is_dir():
                 raise ExportError(f"{output}: is a file; choose a folder as --output")

@@ -1,10 +1,11 @@
 """The report as one HTML page that needs nothing else: verdict first, drawings as inline SVG, dark and light by the reader's
 own setting."""
 
+import html
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
 from math import log10
 
+from xent_quant.plain import plain
 from xent_quant.validation.gates import WEIGHTS, bits_of
 from xent_quant.validation.report import KL_EDGES, Finding, Report, SuiteResult
 from xent_quant.validation.weights import TensorError
@@ -63,6 +64,11 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; } tr.mean td
   6px 0 12px;
   white-space: pre-wrap; }
 """
+
+
+def escape(text: str) -> str:
+    """Text from outside, as HTML shows it."""
+    return html.escape(plain(text))
 
 
 def page(report: Report) -> str:
@@ -440,6 +446,6 @@ def _how(report: Report) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return _section(
         "How this was made",
-        f"{report.runtime} {report.runtime_version}; {report.seconds:.0f} seconds.",
+        escape(f"{report.runtime} {report.runtime_version}; {report.seconds:.0f} seconds."),
         f"<pre><code>{escape(report.command)}</code></pre>{notes}<p class='soft small'>{escape(versions)}</p>",
     )

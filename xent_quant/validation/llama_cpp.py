@@ -7,6 +7,7 @@ keeps the KV cache in float32, so that differences of 1e-5 can be seen; with lla
 import ctypes as C
 import importlib.metadata
 import importlib.util
+import os
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -145,7 +146,7 @@ class Vocabulary:
         parameters.n_gpu_layers = 0
         parameters.use_extra_bufts = False
         parameters.vocab_only = vocab_only
-        model = self._library.llama_model_load_from_file(str(path).encode(), parameters)
+        model = self._library.llama_model_load_from_file(os.fsencode(path), parameters)
         if not model:
             raise ValidationError(f"{path}: llama.cpp refuses it: {_errors[0] if _errors else 'no reason given'}")
         return model

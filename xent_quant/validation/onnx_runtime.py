@@ -40,7 +40,7 @@ class OnnxModel:
         from tokenizers import Tokenizer
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised too; ONNX Runtime's own log of them has a model's names as they are
         if threads:
             options.intra_op_num_threads = threads
         path = folder / "model.onnx"
@@ -53,7 +53,7 @@ class OnnxModel:
         self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
         self._past = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values")]
         self._dtype = np.dtype(np.float16 if self._past[0].type == "tensor(float16)" else np.float32)
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens: the folder's tokenizer, as run_onnx.py uses it."""

@@ -21,6 +21,8 @@ class TransformersModel:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_default_handler()  # which writes a model's names to standard error as they are
+        transformers.utils.logging.enable_propagation()
         self.version: str = transformers.__version__
         dtype = torch.bfloat16 if quantised else torch.float32
         try:

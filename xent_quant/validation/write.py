@@ -1,10 +1,10 @@
 """The report's files: written under a temporary name, renamed when complete."""
 
-import json
 import os
 from pathlib import Path
 
 from xent_quant.errors import ValidationError
+from xent_quant.plain import readable_json
 from xent_quant.validation.html import page
 from xent_quant.validation.report import Report
 
@@ -12,7 +12,7 @@ from xent_quant.validation.report import Report
 def write(report: Report, folder: Path | None, json_file: Path | None = None) -> None:
     """report.html and report.json in `folder`, the JSON in `json_file` too. Raises ValidationError where they cannot be
     written."""
-    text = json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = readable_json(report.to_json(), indent=1, allow_nan=False) + "\n"
     if folder:
         _write(folder / "report.html", page(report))
         _write(folder / "report.json", text)
