@@ -3,17 +3,22 @@
 from collections.abc import Iterable, Sequence
 
 from exporters.base_model import BaseModel
+from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.units import human_bytes
 
-TAGS = ("mixture-of-experts", "xverse")
 PROMPT = "The old lamp in the window"
+
+
+def tags(model: Architecture) -> tuple[str, ...]:
+    """What the Hub and GGUF files call the kind of model."""
+    return ("mixture-of-experts", "xverse") if model.num_experts else ("xverse",)
 
 
 def opening(base: BaseModel, library: str, tags: Sequence[str], title: str, sentence: str, *, chat: bool = False) -> list[str]:
     """Lines up to what is said of the export itself. `sentence` goes on after the base model's name; `chat`: it has a chat
     template."""
     return [
-        *base.front_matter(library, (*tags, *TAGS)),
+        *base.front_matter(library, tags),
         "",
         f"# {title}",
         "",

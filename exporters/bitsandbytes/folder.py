@@ -5,7 +5,7 @@ from typing import Any
 
 from exporters.base_model import BaseModel
 from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor
-from exporters.card import PROMPT, opening, table
+from exporters.card import PROMPT, opening, table, tags
 from exporters.hub_files import generation_config, json_bytes, tokenizer_files
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.tensors import ATTENTION_ROLES, Role
@@ -66,7 +66,7 @@ def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
         *opening(
             base,
             "transformers",
-            ("bitsandbytes", "quantized") if plan.bits < 16 else (),
+            (*(("bitsandbytes", "quantized") if plan.bits < 16 else ()), *tags(plan.architecture)),
             f"{name}-{plan.type}",
             f"for transformers 4.57 and 5 in {KINDS[plan.type]}: {human_bytes(plan.nbytes)}",
         ),

@@ -5,10 +5,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from exporters.base_model import BaseModel
-from exporters.card import PROMPT, opening, table
+from exporters.card import PROMPT, opening, table, tags
 from exporters.gguf.plan import GGUFPlan, PlannedTensor
 from exporters.hub_files import REPETITION_PENALTY
 from exporters.interface import CONTEXT
+from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ExportError
 from xent_quant.tensors import Role
 from xent_quant.units import human_bytes
@@ -89,14 +90,16 @@ def check_readme(path: Path, force: bool) -> None:
         )
 
 
-def joined(base: BaseModel, chat: bool, stem: str, section: str, before: bytes | None, names: Collection[str]) -> bytes:
+def joined(
+    base: BaseModel, model: Architecture, chat: bool, stem: str, section: str, before: bytes | None, names: Collection[str]
+) -> bytes:
     """README.md of a folder of GGUF files with the section of `stem` in it, in place of an older one; sections of which the
     files are still among the `names` in the folder are kept."""
     known = {found[1]: found[2] for found in SECTION.finditer(before.decode("utf-8", "replace"))} if before else {}
     there = {SHARD.sub("", name).removesuffix(".gguf") for name in names if name.endswith(".gguf")}
     known = {name: text for name, text in known.items() if name in there}
     known[stem] = section
-    head = opening(base, "gguf", TAGS, f"{base.name} GGUF", "in GGUF for llama.cpp and ollama", chat=chat)
+    head = opening(base, "gguf", (*TAGS, *tags(model)), f"{base.name} GGUF", "in GGUF for llama.cpp and ollama", chat=chat)
     parts = [f"<!-- xent-quant: {name} -->\n{known[name].strip()}\n<!-- /xent-quant -->\n" for name in sorted(known)]
     return "\n".join([*head, *parts]).encode()
 

@@ -203,7 +203,8 @@ class GGUFWriter:
         replace_bytes(modelfile, card.modelfile(exporter.files, exporter.stem, chat=exporter.chat).encode())
         moves = [Move(self._folder / path.name, path) for path in exporter.files]
         section = card.section(exporter.plan, exporter.files, exporter.stem, exporter.modelfile.name, chat=exporter.chat)
-        readme = Shared(exporter.output / "README.md", partial(card.joined, exporter.base, exporter.chat, exporter.stem, section))
+        joined = partial(card.joined, exporter.base, exporter.plan.architecture, exporter.chat, exporter.stem, section)
+        readme = Shared(exporter.output / "README.md", joined)
         return Exported(
             (*moves, Move(modelfile, exporter.modelfile)),
             (*exporter.files, readme.target, exporter.modelfile),

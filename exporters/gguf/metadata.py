@@ -46,7 +46,7 @@ def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel) -
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base.repository}")
     if base.languages:
         writer.add_languages(list(base.languages))
-    writer.add_tags([*TAGS, *card.TAGS])
+    writer.add_tags([*TAGS, *card.tags(model)])
 
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(model.max_position_embeddings)
@@ -77,6 +77,8 @@ def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel) -
         writer.add_expert_shared_count(model.num_shared_experts)
         writer.add_expert_weights_scale(1.0)
         writer.add_expert_weights_norm(model.norm_topk_prob)  # llama.cpp's default is false
+    if plan.arch == "xverse":
+        writer.add_tensor_data_layout("Meta AI original pth")  # q and k as llama.cpp rotates them
     if plan.arch == "granitemoe":
         # The other scales of that architecture are left out: absent means that nothing is scaled.
         writer.add_logit_scale(1.0)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from exporters.base_model import BaseModel
-from exporters.card import PROMPT, opening, table
+from exporters.card import PROMPT, opening, table, tags
 from exporters.onnx.plan import ONNXPlan
 from xent_quant.units import human_bytes
 
@@ -46,7 +46,7 @@ def _readme(base: BaseModel, plan: ONNXPlan, name: str) -> str:
         *opening(
             base,
             "onnxruntime",
-            ("onnx", "quantized"),
+            ("onnx", "quantized", *tags(plan.architecture)),
             f"{name}-{settings.name}-ONNX",
             f"for stock ONNX Runtime ({MINIMUM[0]}.{MINIMUM[1]} or newer) and onnxruntime-genai: {human_bytes(plan.data_bytes)}, "
             f"computing in {settings.onnx_dtype}",
