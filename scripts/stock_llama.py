@@ -14,6 +14,7 @@ its name when all of it is there, and is taken from nowhere that another user ca
 
 import argparse
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -94,7 +95,6 @@ def fetch(work: Path) -> Path:
 
 def build(jobs: int) -> Path:
     """The finished build of VERSION, made where it is not there. Raises Missing, and subprocess.CalledProcessError."""
-    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # where pip puts cmake and ninja
     for tool in ("cmake", "ninja"):
         if not shutil.which(tool):
             raise Missing(f"{tool} is not on PATH: {sys.executable} -m pip install cmake ninja")
@@ -113,7 +113,11 @@ def build(jobs: int) -> Path:
         shutil.copy2(source / "convert_hf_to_gguf.py", finished / "convert")
         for name in ("conversion", "gguf-py"):
             shutil.copytree(source / name, finished / "convert" / name)
-        finished.rename(folder)
+        try:
+            finished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run was quicker
+                raise
     return folder
 
 
@@ -122,6 +126,7 @@ def main() -> None:
     parser.add_argument("--where", action="store_true", help="build nothing; exit 1 where the programs are not built")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time; default: one a core")
     options = parser.parse_args()
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # where pip puts cmake and ninja
     try:
         try:
             folder = home()
@@ -132,7 +137,9 @@ def main() -> None:
     except Missing as error:
         sys.exit(f"stock_llama: {error}")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"stock_llama: {Path(error.cmd[0]).name} failed with status {error.returncode}; its own words are above")
+        sys.exit(f"stock_llama: `{shlex.join(error.cmd)[:300]}` ended with status {error.returncode}; its own words are above")
+    except OSError as error:
+        sys.exit(f"stock_llama: {error}")
     print(folder)
 
 

@@ -33,7 +33,7 @@ class Measured:
 
 @pytest.fixture(scope="module")
 def measured(stock: Programs, export: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    """A BOS stands in the text: we put one before a document, llama-imatrix before every window or, for this model, before none."""
+    """The BOS stands in the text: we put one before each document, llama-imatrix one before each window or, here, none."""
     folder = tmp_path_factory.mktemp("imatrix")
     text = folder / "text.txt"
     text.write_text("<|startoftext|>" + bundled("XfictionEN").text[:9000] + bundled("XconversationZH").text[:6000])
