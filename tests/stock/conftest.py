@@ -23,7 +23,8 @@ def stock() -> Programs:
     try:
         return Programs(stock_llama.home())
     except stock_llama.Missing as error:
-        pytest.fail(str(error), pytrace=False)
+        reason = str(error)
+    pytest.fail(reason, pytrace=False)
 
 
 @pytest.fixture(scope="session")

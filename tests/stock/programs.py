@@ -28,9 +28,14 @@ class Programs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def run(self, name: str, *arguments: str | Path) -> str:
-        """What llama-`name` says, on both streams; it must end well."""
-        return said(self.folder / "bin" / executable(name), *arguments)
+    def run(self, name: str, *arguments: str | Path, last: str = "") -> str:
+        """What llama-`name` says, on both streams; it must end well. Where `last` is given, it is among what it says: the thread
+        that prints is not waited for, and on a busy machine the end of it may be lost."""
+        for _ in range(20):
+            text = said(self.folder / "bin" / executable(name), *arguments)
+            if last in text:
+                return text
+        raise AssertionError(f"llama-{name} does not say {last!r}:\n{text[-4000:]}")
 
     @contextmanager
     def server(self, model: Path, *arguments: str) -> Iterator[Post]:

@@ -43,9 +43,13 @@ def test_every_tensor_has_llama_quantizes_type(stock: Programs, model: Model, tm
     Imatrix({"blk.0.attn_q.weight": Entry(ones, ones[:, 0])}, ("text",), 1, 512).write(statistics)
     for imatrix in (True, False):
         given = ("--imatrix", statistics) if imatrix else ()
+        planned = plan(checkpoint.architecture, recipe(type=kind, imatrix=imatrix), pad="never")
+        if any("llama-quantize stops" in note for note in planned.notes):
+            with pytest.raises(AssertionError, match=f"no tensor type fallback is defined for type {kind.lower()}"):
+                stock.run("quantize", "--dry-run", *given, file, kind)
+            continue
         said = stock.run("quantize", "--dry-run", *given, file, kind)
-        wanted = plan(checkpoint.architecture, recipe(type=kind, imatrix=imatrix), pad="never")
-        assert types(said) == {tensor.name: tensor.type for tensor in wanted.tensors}, imatrix
+        assert types(said) == {tensor.name: tensor.type for tensor in planned.tensors}, imatrix
 
 
 def types(said: str) -> dict[str, str]:
