@@ -2,27 +2,32 @@
 """Prints what every type loses on text that calibration never saw: ours against stock ggml, same layout, same bytes.
 
     scripts/bench_quality.py --corpus CORPUS [--types Q4_K_M Q2_K] [--methods stock gptq] [--tokens 200000]
-                             [--model DIR]
+                             [--model DIR] [--stock-programs FOLDER]
 
 Both sides calibrate --model (default: the bundled miniature) on CORPUS/calib/*.jsonl (or, without --corpus, on the bundled
 text) and are judged on CORPUS/valid/*.jsonl (or the bundled suites). "stock" is ggml_quantize_chunk with the plain per-expert
-importance matrix of that text, as llama-quantize has it: none for the embedding and the head. Dequantised weights run in our
-own exact forward: the figures hold for the weights, apart from any runtime's rounding of activations. KL divergence is
-KL(bf16 checkpoint ‖ quantised) in nats per token over the second half of each window; ± is the standard error over windows;
-the last column is the ratio to the first of --methods in the same windows. Holds the model in float32, and its logits in the
-judged windows a few at a time.
+importance matrix of that text, as llama-quantize has it: none for the embedding and the head. --stock-programs adds what the
+real llama-imatrix and llama-quantize (scripts/stock_llama builds them) make of the same text, read by llama.cpp's tokenizer in
+windows of the same length; their files are not padded, and stay in FOLDER. Dequantised weights run in our own exact forward: the
+figures hold for the weights, apart from any runtime's rounding of activations. KL divergence is KL(bf16 checkpoint ‖ quantised)
+in nats per token over the second half of each window; ± is the standard error over windows; the last column is the ratio to the
+first of --methods in the same windows. Holds the model in float32, and its logits in the judged windows a few at a time.
 """
 
 import argparse
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import stock_llama
 import torch
 from _walk import imatrix, quantised
 
+import xent_quant
 from calibration.imatrix import Imatrix
 from calibration.text import Source, load, sources
 from exporters.gguf.plan import plan
@@ -37,6 +42,7 @@ from xent_quant.methods import METHODS
 from xent_quant.model.streaming import StreamingModel
 from xent_quant.tensors import InputStatistics
 from xent_quant.validation import measures, suites
+from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
 from xent_quant.validation.llama_cpp import quantize_chunk
 
 TYPES = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K"]
@@ -66,6 +72,30 @@ class Stock:
             row_bytes = kind.row_bytes(weights.shape[1])
             parts = pool.map(lambda part: quantize_chunk(kind.ggml_type, row_bytes, part, importance), np.array_split(weights, 2))
             return np.concatenate(list(parts))
+
+
+class StockPrograms:
+    """Files that llama-quantize makes with the importance matrix that llama-imatrix measures on a text, all in `folder`."""
+
+    name = "stock programs"
+
+    def __init__(self, checkpoint: Checkpoint, text: str, seqlen: int, folder: Path) -> None:
+        self._model, self._folder = checkpoint.architecture, folder
+        (self._float,) = xent_quant.quantize(checkpoint.path, type="BF16", output=folder, name="model", force=True).exports
+        self._imatrix, source = folder / "imatrix.gguf", folder / "text.txt"
+        source.write_text(text, "utf-8")
+        self._run("imatrix", "-m", self._float, "-f", source, "-o", self._imatrix, "-c", seqlen, "--no-ppl", "--no-escape")
+
+    def _run(self, name: str, *arguments: object) -> None:
+        done = subprocess.run([stock_llama.program(name), *map(str, arguments)], capture_output=True, check=False)
+        if done.returncode:
+            sys.exit(f"llama-{name} failed:\n{done.stderr.decode('utf-8', 'replace')[-2000:]}")
+
+    def quantised(self, kind: str) -> GGUFSource:
+        """The weights of the file of a type, dequantised as they are read."""
+        target = self._folder / f"{kind}.gguf"
+        self._run("quantize", "--imatrix", self._imatrix, self._float, target, kind)
+        return GGUFSource(GGUFFile(target), self._model)
 
 
 def log_probabilities(model: StreamingModel, windows: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -105,7 +135,15 @@ def main() -> None:
     parser.add_argument("--judge-tokens", type=int, default=8192, help="tokens of each suite")
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--float", nargs="+", default=[], help="roles kept in float, e.g. embedding head")
+    parser.add_argument("--stock-programs", type=Path, metavar="FOLDER", help="also llama-imatrix and llama-quantize themselves")
     options = parser.parse_args()
+    if options.stock_programs and options.float:
+        parser.error("--float: llama-quantize's files are taken as they are; leave out --stock-programs")
+    if options.stock_programs:
+        try:
+            stock_llama.home()
+        except stock_llama.Missing as error:
+            parser.error(f"--stock-programs: {error}")
 
     checkpoint = Checkpoint.open(resolve(options.model))
     tokenizer, bos = load_tokenizer(checkpoint.path), checkpoint.architecture.bos_token_id
@@ -141,6 +179,10 @@ def main() -> None:
             if follow and options.apart:
                 sides[f"{side}, apart"] = (method, gated, False)
             sides[side] = (method, gated, follow)
+    programs: StockPrograms | None = None
+    if options.stock_programs:
+        programs = StockPrograms(checkpoint, tokenizer.decode(windows.flatten().tolist()), options.seqlen, options.stock_programs)
+        sides[programs.name] = ("", False, False)
     base = judge(model, model, judged)
     print(f"bf16: perplexity {measures.perplexity(base['nll']):.4f}\n")
     titles = ("perplexity ratio", "mean KL divergence", "top-1 agreement", f"KL / {next(iter(sides))}")
@@ -150,7 +192,11 @@ def main() -> None:
         first: np.ndarray | None = None
         for side, (chosen, gated, follow) in sides.items():
             started = time.perf_counter()
-            if side == "stock":
+            bits = planned.bits_per_weight
+            if programs and side == programs.name:
+                weights = programs.quantised(name)
+                bits = 8 * sum(tensor.nbytes for tensor in weights.file.tensors.values()) / checkpoint.n_weights
+            elif side == "stock":
                 weights = quantised(checkpoint, planned.slots(), Stock(plain, checkpoint.architecture))
             else:
                 method = METHODS[chosen](options.effort)
@@ -168,7 +214,7 @@ def main() -> None:
             rest = (result["kl"] - against * first).mean(1)
             error = rest.std(ddof=1) / np.sqrt(len(rest)) / first.mean()
             print(
-                f"{name:8} {side:18} {planned.bits_per_weight:6.2f} {seconds:5.0f} {ratio.value:10.5f} ± {ratio.error:.5f} "
+                f"{name:8} {side:18} {bits:6.2f} {seconds:5.0f} {ratio.value:10.5f} ± {ratio.error:.5f} "
                 f"{kl.value:11.6f} ± {kl.error:.6f} {agree.value:8.4f} ± {agree.error:.4f} {against:7.3f} ± {error:.3f}",
                 flush=True,
             )

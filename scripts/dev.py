@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""What scripts/setup, test, check and demo do, on any system. Needs nothing but Python 3.11 with venv and pip.
+"""What scripts/setup, test, check, stock_llama and demo do, on any system. Needs nothing but Python 3.11 with venv and pip.
 
     scripts/dev.py setup [EXTRA ...]    makes .venv, with the project and the named extras; default: llama
     scripts/dev.py test [ARGUMENT ...]  sets up, and runs the tests; arguments go to pytest (`-m slow`: the long ones)
     scripts/dev.py check                sets up; lint, types, import directions, README's help block against the real one
+    scripts/dev.py stock_llama [OPTION] sets up, and builds the programs of stock llama.cpp that tests marked `stock` need
     scripts/dev.py demo                 sets up, quantises the bundled miniature to 4 bits, lets stock llama.cpp write with it
 
-scripts/setup, test, check and demo start this with the Python that the environment variable PYTHON names, else with python3;
-on Windows: `py -3.11 scripts\\dev.py demo`.
+scripts/setup, test, check, stock_llama and demo start this with the Python that the environment variable PYTHON names, else with
+python3; on Windows: `py -3.11 scripts\\dev.py demo`.
 """
 
 import hashlib
@@ -82,6 +83,11 @@ def check(arguments):
     become(PYTHON, str(ROOT / "scripts" / "readme_help.py"), "--check")
 
 
+def stock_llama(arguments):
+    setup(["all", "dev"])
+    become(PYTHON, str(ROOT / "scripts" / "stock_llama.py"), *arguments)
+
+
 def demo(arguments):
     setup(["llama"])
     output = ROOT / "out" / "demo"
@@ -89,7 +95,7 @@ def demo(arguments):
     become(PYTHON, str(ROOT / "scripts" / "generate.py"), *map(str, sorted(output.glob("*.gguf"))))
 
 
-COMMANDS = {"setup": setup, "test": test, "check": check, "demo": demo}
+COMMANDS = {"setup": setup, "test": test, "check": check, "stock_llama": stock_llama, "demo": demo}
 
 
 def main():

@@ -352,6 +352,11 @@ def recipe(*, bits: int = 4, type: str | None = None, tensor_types: Sequence[str
     return Recipe(name, mix, tuple(overrides), imatrix)
 
 
+def has_no_fallback(kind: str) -> bool:
+    """Whether llama-quantize stops at rows that the type does not divide."""
+    return kind not in FALLBACK and formats.get(kind).block_size > 32
+
+
 def fitting(kind: str, columns: int, head: bool = False) -> str:
     """`kind`, or llama-quantize's fallback where its blocks do not divide rows of `columns` weights; for the `head` of a mix that
     is Q8_0.

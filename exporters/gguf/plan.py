@@ -10,7 +10,7 @@ from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.families.interface import GGUF
 from xent_quant.checkpoint.llama_names import HEAD, llama_name
 from xent_quant.errors import ConfigError, UnsupportedError
-from xent_quant.recipes import Recipe, fitting
+from xent_quant.recipes import LAST_RESORT, Recipe, fitting, has_no_fallback
 from xent_quant.tensors import KEPT_ROLES, Role, TensorSpec
 
 SUPER_BLOCK = 256
@@ -206,7 +206,8 @@ def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:
                 f"{saved / 1e6:.1f} MB less than with the fallback types that rows of that width need."
             )
     for asked, got in sorted({(tensor.asked, tensor.type) for tensor in tensors if tensor.asked != tensor.type}):
-        notes.append(f"{asked} does not divide some rows: {got} there, as llama-quantize does.")
+        stock = "where llama-quantize stops" if got == LAST_RESORT and has_no_fallback(asked) else "as llama-quantize does"
+        notes.append(f"{asked} does not divide some rows: {got} there, {stock}.")
     return GGUFPlan(model.family.gguf(model, width), model, recipe, width, tensors, tuple(notes))
 
 

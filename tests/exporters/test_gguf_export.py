@@ -280,12 +280,19 @@ def test_card_and_modelfile(checkpoint, tmp_path: Path) -> None:
     header = yaml.safe_load(text.split("---")[1])
     assert header["base_model_relation"] == "quantized"
     assert (header["base_model"], header["license"], header["language"]) == ("model", "apache-2.0", ["zh"])
-    assert "gguf" in header["tags"]
+    assert header["tags"] == ["gguf", "quantized", "mixture-of-experts", "xverse"]
     assert "| router | F32 |" in text
     assert "llama-completion -m Tiny-Q4_K_M.gguf" in text
     assert (tmp_path / "out" / "Tiny-Q4_K_M.Modelfile").read_text() == (
         'FROM ./Tiny-Q4_K_M.gguf\nTEMPLATE "{{ .Prompt }}"\nPARAMETER repeat_penalty 1.1\nPARAMETER num_ctx 8192\n'
     )
+
+
+def test_a_dense_model_is_not_called_a_mixture(checkpoint, tmp_path: Path) -> None:
+    file, *_ = write(checkpoint(num_experts=0), tmp_path / "out", type="Q8_0")
+    header = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
+    assert header["tags"] == ["gguf", "quantized", "xverse"]
+    assert gguf.GGUFReader(file).fields["general.tags"].contents() == header["tags"]
 
 
 def test_advice_for_cards_that_the_model_does_not_fit_on() -> None:

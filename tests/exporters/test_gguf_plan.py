@@ -106,6 +106,8 @@ def test_fallbacks_are_told() -> None:
         "Q4_K does not divide some rows: Q5_0 there, as llama-quantize does.",
         "Q6_K does not divide some rows: Q8_0 there, as llama-quantize does.",
     )
+    (note,) = plan(architecture(intermediate_size=96), recipe(type="Q1_0"), pad="never").notes
+    assert note == "Q1_0 does not divide some rows: F16 there, where llama-quantize stops."
     (note,) = plan(architecture(), recipe(bits=4)).notes
     assert "1728 padded with zeros to 1792" in note
 
