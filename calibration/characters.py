@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, BinaryIO, Protocol
 
 from calibration.notes import Notes
 from xent_quant.errors import CalibrationError
@@ -81,10 +81,17 @@ def kind(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in PACKED else suffix
 
 
+def _opened(path: Path) -> BinaryIO:
+    """Raises CalibrationError where it is no file: opening a pipe that nobody writes to would never return."""
+    if path.exists() and not path.is_file():
+        raise CalibrationError(f"{path}: is not a regular file; give one, or a folder")
+    return path.open("rb")
+
+
 @contextmanager
 def unpacked(path: Path) -> Iterator[Readable]:
     """The bytes of a file, .gz and .zst unpacked. Raises OSError, and CalibrationError for damaged ones."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         match path.suffix.lower():
             case ".gz":
                 with gzip.GzipFile(fileobj=file) as stream:
@@ -105,7 +112,7 @@ def unpacked(path: Path) -> Iterator[Readable]:
 def seekable(path: Path) -> Iterator[IO[bytes]]:
     """A file that can be sought in; a packed one is unpacked to a temporary file first. Raises as `unpacked` does."""
     if path.suffix.lower() not in PACKED:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             yield file
         return
     with unpacked(path) as stream, tempfile.TemporaryFile() as copy:

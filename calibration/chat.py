@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from calibration.characters import one_line
-from xent_quant.checkpoint.headers import read_json
-from xent_quant.errors import CalibrationError, CheckpointError
+from xent_quant.checkpoint.tokenizer import settings
+from xent_quant.errors import CalibrationError
 
 Message = dict[str, Any]
 SPEAKERS = {
@@ -82,11 +82,7 @@ class ChatTemplate:
     def _config(self) -> Mapping[str, Any]:
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (self._folder / name).is_file():
-                try:
-                    config |= {key: value for key, value in read_json(self._folder / name).items() if value is not None}
-                except (CheckpointError, OSError, RecursionError, ValueError) as error:
-                    raise CalibrationError(f"{self._folder / name}: cannot be read ({one_line(error)})") from error
+            config |= {key: value for key, value in settings(self._folder, name).items() if value is not None}
         return config
 
     @cached_property
@@ -107,7 +103,7 @@ class ChatTemplate:
 
     @property
     def there(self) -> bool:
-        """Whether the model has one. Raises CalibrationError for files that cannot be read."""
+        """Whether the model has one. Raises CalibrationError and CheckpointError for files that cannot be read."""
         return self._source is not None
 
     @cached_property

@@ -12,6 +12,7 @@ others). llama.cpp reads past tensors of other suffixes than its two.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import gguf
@@ -19,8 +20,10 @@ import numpy as np
 
 from calibration.rare import FEWEST_ROWS, floored, missing_rows
 from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.gguf_header import read_gguf
 from xent_quant.checkpoint.llama_names import HEAD, llama_name
-from xent_quant.errors import CalibrationError
+from xent_quant.checkpoint.rope import shown
+from xent_quant.errors import CalibrationError, CheckpointError
 from xent_quant.formats.base import F32
 from xent_quant.tensors import InputStatistics, Role, StatisticsSource, TensorSpec
 
@@ -58,21 +61,23 @@ class Imatrix(StatisticsSource):
         if not path.is_file():
             raise CalibrationError(f"{path}: no such file; make one with llama-imatrix --output-format gguf")
         try:
-            reader = gguf.GGUFReader(path)
-            kind = reader.fields.get("general.type")
-            if kind is None or kind.contents() != "imatrix":
-                raise CalibrationError(f"{path}: a GGUF, but not an imatrix (general.type is not 'imatrix')")
-            tensors = {tensor.name: np.array(tensor.data, dtype=np.float32) for tensor in reader.tensors}
-        except CalibrationError:
-            raise
-        except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-            raise CalibrationError(
-                f"{path}: not a readable GGUF imatrix ({error}); the older .dat kind must be converted with llama-imatrix"
-            ) from error
+            header = read_gguf(path)
+        except CheckpointError as error:
+            raise CalibrationError(f"{error}; the older .dat kind must be converted with llama-imatrix") from error
+        if header.metadata.get("general.type") != "imatrix":
+            raise CalibrationError(f"{path}: a GGUF, but not an imatrix (general.type is not 'imatrix')")
+        tensors: dict[str, F32] = {}
+        for name, tensor in header.tensors.items():
+            if tensor.type != "F32":
+                raise CalibrationError(f"{path}: {name}: statistics of type {tensor.type}, not F32; calibrate again")
+            count = prod(tensor.shape)
+            tensors[name] = np.fromfile(path, "<f4", count, offset=tensor.offset).reshape(tensor.shape)
 
-        def value(key: str) -> object:
-            entry = reader.fields.get(key)
-            return entry.contents() if entry is not None else None
+        def count_of(key: str) -> int:
+            number = header.metadata.get(key, 0)
+            if not isinstance(number, int) or not 0 <= number < 1 << 32:
+                raise CalibrationError(f"{path}: {key} is {shown(number)}; calibrate again")
+            return number
 
         entries: dict[str, Entry] = {}
         for name, sums in tensors.items():
@@ -82,11 +87,13 @@ class Imatrix(StatisticsSource):
             if base + ".counts" not in tensors:
                 raise CalibrationError(f"{path}: {base}: sums without counts; the file is incomplete, calibrate again")
             parts: list[F32 | None] = [sums.reshape(-1, sums.shape[-1]), tensors[base + ".counts"].reshape(-1)]
+            experts = sums.size // sums.shape[-1]
             for matrices, vector in ((GATED, GATES), (LAYER, LAYER_COUNTS)):
                 pair = [tensors.get(base + matrices), tensors.get(base + vector)]
                 whole = [part for part in pair if part is not None]
+                if whole and whole[0].shape[-1] != sums.shape[-1]:
+                    raise CalibrationError(f"{path}: {base + matrices}: has not the columns of its sums; calibrate again")
                 parts += [whole[0].reshape(-1, sums.shape[-1]), whole[1].reshape(-1)] if len(whole) == 2 else [None, None]
-            experts = sums.size // sums.shape[-1]
             for part in parts:
                 if part is not None and len(part) != experts:
                     raise CalibrationError(f"{path}: {base}: {experts} matrices but {len(part)} counts; calibrate again")
@@ -95,12 +102,12 @@ class Imatrix(StatisticsSource):
             entries[base] = Entry(*parts)  # type: ignore[arg-type]
         if not entries:
             raise CalibrationError(f"{path}: holds no statistics; calibrate again")
-        datasets, chunks, size = value("imatrix.datasets"), value("imatrix.chunk_count"), value("imatrix.chunk_size")
+        datasets = header.metadata.get("imatrix.datasets")
         return cls(
             entries,
             datasets=tuple(str(item) for item in datasets) if isinstance(datasets, list) else (),
-            chunk_count=chunks if isinstance(chunks, int) else 0,
-            chunk_size=size if isinstance(size, int) else 0,
+            chunk_count=count_of("imatrix.chunk_count"),
+            chunk_size=count_of("imatrix.chunk_size"),
             source=path.name,
         )
 

@@ -12,6 +12,8 @@ import yaml  # type: ignore[import-untyped]
 from xent_quant.checkpoint.families import FAMILIES
 from xent_quant.plain import markdown, plain
 
+LARGEST_HEADER = 1 << 17
+"""Bytes of a card that are read: YAML takes a second for some hundred thousand."""
 KNOWN = {name: repository for family in FAMILIES.values() for name, repository in family.released.items()}
 
 
@@ -98,7 +100,9 @@ def _front_matter(readme: Path) -> tuple[dict[str, object], tuple[str, ...]]:
     """A card's YAML header, and a note where it is not one: licence and languages are then not known."""
     if not readme.is_file():
         return {}, ()
-    match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", readme.read_text("utf-8", errors="replace"), re.DOTALL)
+    with readme.open("rb") as file:
+        beginning = file.read(LARGEST_HEADER).decode("utf-8", errors="replace").replace("\r\n", "\n")
+    match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", beginning, re.DOTALL)
     try:
         header = yaml.safe_load(match[1]) if match else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45

@@ -22,10 +22,10 @@ import numpy as np
 from xent_quant import formats
 from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.compilation import jit
 from xent_quant.formats._codebook import CodebookFormat
 from xent_quant.formats._codes import AffineFormat, SearchedFormat, SymmetricFormat, rises
 from xent_quant.formats._eights import EightsFormat, ShiftedFormat
-from xent_quant.formats._jit import jit
 from xent_quant.formats._lanes import WIDTH, load, store
 from xent_quant.formats.base import Effort, QuantFormat
 from xent_quant.validation.llama_cpp import quantize_chunk

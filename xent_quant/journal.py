@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xent_quant.errors import ExportError
-from xent_quant.storage import replace_bytes
+from xent_quant.storage import read_bytes, replace_bytes, sealed, unsealed
 
 FILE = "journal.json"
 PACKAGES = ("torch", "numpy", "numba", "tokenizers", "bitsandbytes")
@@ -40,19 +40,21 @@ class Journal:
         return max(0, min(self.done - 1, count))
 
     def save(self) -> None:
-        """Replace the file; it is safe from a loss of power when this returns. Raises OSError."""
+        """Replace the file (JSON behind its digest); it is safe from a loss of power when this returns. Raises OSError."""
         facts = {key: value for key, value in asdict(self).items() if key != "path"}
-        replace_bytes(self.path, json.dumps(facts, indent=1, default=str).encode())
+        replace_bytes(self.path, sealed(json.dumps(facts, indent=1, default=str).encode()))
 
     @classmethod
     def load(cls, path: Path, identity: Mapping[str, Any]) -> "Journal | None":
-        """What an earlier run left; None where there is nothing that can be gone on with. Raises ExportError, naming what
-        differs, where that run was another one."""
-        try:
-            facts = json.loads(path.read_bytes())
-            before = cls(path, **facts)
-        except (FileNotFoundError, ValueError, TypeError):
-            return None  # killed before its first step was done
+        """What an earlier run left; None where it was killed before its first step was done. Raises ExportError, naming what
+        differs, where that run was another one, and for a damaged file."""
+        raw = read_bytes(path)
+        if raw is None:
+            return None
+        whole = unsealed(raw)
+        if whole is None:
+            raise ExportError(f"{path}: damaged, so the run that it is of cannot be gone on with; remove its folder")
+        before = cls(path, **json.loads(whole))
         now = json.loads(json.dumps(identity, default=str))
         if differing := list(_differences("", before.identity, now)):
             what = "; ".join(differing[:3])

@@ -11,6 +11,7 @@ import numpy as np
 from exporters.gguf.export import rotary_rows
 from exporters.gguf.plan import layout
 from xent_quant import formats
+from xent_quant.checkpoint.gguf_header import GGUFTensor, read_gguf
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, UnsupportedError
 from xent_quant.progress import Progress, Silent
@@ -46,33 +47,31 @@ def tensor_errors(path: Path, checkpoint: Checkpoint, progress: Progress | None 
     Holds one slice of a tensor, dequantised. Weights that the file pads with count as zeros of the checkpoint. Raises
     CheckpointError for a file that is not readable or not of this model, UnsupportedError for types that `formats` lacks.
     """
-    import gguf
-
     report = progress or Silent()
-    stored: dict[str, gguf.ReaderTensor] = {}
+    stored: dict[str, GGUFTensor] = {}
     for shard in shards(path):
-        try:
-            stored |= {tensor.name: tensor for tensor in gguf.GGUFReader(shard).tensors}
-        except (OSError, ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{shard}: not a readable GGUF file ({error}); it may be truncated or missing") from error
+        stored |= read_gguf(shard).tensors
     model = checkpoint.architecture
     gate = next((tensor for name, tensor in stored.items() if name.startswith("blk.0.ffn_gate") and "inp" not in name), None)
     if gate is None:
         raise CheckpointError(f"{path}: has no blk.0.ffn_gate tensor; it is not a model of this architecture")
     shared = stored.get("blk.0.ffn_gate_exps.weight", gate)
-    wanted = {tensor.name: tensor for tensor in layout(model, recipe(type="F32"), int(shared.shape[1]))}
+    wanted = {
+        tensor.name: tensor for tensor in layout(model, recipe(type="F32"), shared.shape[-2] if len(shared.shape) > 1 else 1)
+    }
     if set(wanted) != set(stored):
         odd = sorted(set(wanted) ^ set(stored))
         raise CheckpointError(f"{path}: {odd[0]} is in the file or the checkpoint but not in both; compare with its own model")
     report.start("Comparing", sum(slot.source_weights for slot in wanted.values()))
     for name, tensor in stored.items():
         slot = wanted[name]
-        kind = next((k for k in map(formats.get, formats.NAMES) if k.ggml_type == int(tensor.tensor_type)), None)
-        if kind is None:
-            raise UnsupportedError(f"{path}: {name}: quant type {tensor.tensor_type.name} is not known here")
-        if [int(extent) for extent in reversed(tensor.shape)] != list(slot.shape):
-            raise CheckpointError(f"{path}: {name}: shape {list(tensor.shape)[::-1]}, this checkpoint needs {list(slot.shape)}")
-        packed = tensor.data.view(np.uint8).reshape(len(slot.sources), slot.rows, -1)
+        if tensor.type not in formats.NAMES:
+            raise UnsupportedError(f"{path}: {name}: quant type {tensor.type} is not known here")
+        kind = formats.get(tensor.type)
+        if tensor.shape != tuple(slot.shape):
+            raise CheckpointError(f"{path}: {name}: shape {list(tensor.shape)}, this checkpoint needs {list(slot.shape)}")
+        mapped = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.nbytes,))
+        packed = mapped.reshape(len(slot.sources), slot.rows, -1)
         losses, energies = [], []
         for index, source in enumerate(slot.sources):
             loss = energy = 0.0
@@ -80,7 +79,10 @@ def tensor_errors(path: Path, checkpoint: Checkpoint, progress: Progress | None 
                 rows = np.arange(start, start + len(weights))
                 if slot.heads:
                     rows = rotary_rows(rows, slot.rows // slot.heads)
-                got = kind.dequantize(np.ascontiguousarray(packed[index][rows]))
+                with np.errstate(all="ignore"):  # told in the next line
+                    got = kind.dequantize(np.ascontiguousarray(packed[index][rows]))
+                if not np.isfinite(got).all():
+                    raise CheckpointError(f"{tensor.file}: {name}: NaN or infinite weights; export it again")
                 got[:, : weights.shape[1]] -= weights
                 loss += float(np.einsum("ij,ij->", got, got, dtype=np.float64))
                 energy += float(np.einsum("ij,ij->", weights, weights, dtype=np.float64))
@@ -89,7 +91,7 @@ def tensor_errors(path: Path, checkpoint: Checkpoint, progress: Progress | None 
             energies.append(energy)
         worst = max(_relative(loss, energy) for loss, energy in zip(losses, energies, strict=True))
         yield TensorError(
-            name, kind.name, slot.source_weights, int(tensor.n_bytes), _relative(sum(losses), sum(energies)), worst
+            name, kind.name, slot.source_weights, tensor.nbytes, _relative(sum(losses), sum(energies)), worst
         )  # fmt: skip
     report.finish()
 

@@ -11,7 +11,7 @@ from calibration.documents import documents
 from calibration.notes import Notes
 from calibration.text import Source, load
 from tests.conftest import small_tokenizer
-from xent_quant.errors import CalibrationError
+from xent_quant.errors import CalibrationError, CheckpointError
 
 CHATML = """{%- if tools %}
 never
@@ -137,7 +137,7 @@ def test_refused_conversations_are_counted_and_broken_templates_named(tmp_path: 
     endless = model(tmp_path, "{% for i in range(99999) %}{% for i in range(99999) %}x{% endfor %}{% endfor %}")
     assert len(next(documents(path, chat=endless, longest=1000))) == 1000
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(CalibrationError, match=r"tokenizer_config\.json"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         list(documents(path, chat=ChatTemplate(tmp_path)))
     for value in ([1], [{"role": "user"}, 3], [{"from": "human"}]):
         write(path, [{"messages": value}])

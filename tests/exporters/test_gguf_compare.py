@@ -54,5 +54,5 @@ def test_another_model_is_refused(checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--reference"):
         inspection.describe(folder, folder)
     (tmp_path / "bad.gguf").write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="not a readable"):
+    with pytest.raises(CheckpointError, match="truncated or not a GGUF file"):
         list(tensor_errors(tmp_path / "bad.gguf", Checkpoint.open(folder)))

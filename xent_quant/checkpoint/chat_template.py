@@ -8,6 +8,8 @@ from xent_quant.checkpoint.headers import DAMAGED
 from xent_quant.checkpoint.tokenizer import settings
 from xent_quant.errors import CheckpointError
 
+LARGEST = 1 << 24
+"""Bytes of a template."""
 FOLDERS = ("additional_chat_templates", "chat_templates")
 
 ChatTemplate = str | list[dict[str, str]]
@@ -32,6 +34,8 @@ def chat_template(folder: Path) -> ChatTemplate | None:
 
 
 def _text(path: Path) -> str:
+    if path.stat().st_size > LARGEST:
+        raise CheckpointError(f"{path}: too large for a chat template; {DAMAGED}")
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:

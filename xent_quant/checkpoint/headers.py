@@ -6,6 +6,7 @@ resident memory: a 51 GB checkpoint must not pass through it.
 """
 
 import json
+import re
 import stat
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ from xent_quant.errors import CheckpointError
 from xent_quant.tensors import ITEM_SIZE, TensorInfo
 
 MAX_HEADER = 100_000_000  # safetensors' own limit
+MAX_JSON = 1 << 27  # bytes; the largest tokenizer.json that there is has a quarter of it
+MAX_DIMENSIONS = 8
+DTYPE = re.compile("[A-Z0-9_]{1,16}")
 DAMAGED = "download or copy it again"
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How the small text begins that git leaves in place of a file while git-lfs has not fetched it."""
@@ -36,11 +40,13 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError, for numbers beyond a float (Infinity, 1e400) and text that is no Unicode
     too; `unique`: for a name that comes twice."""
     try:
-        mode = path.stat().st_mode
+        facts = path.stat()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; is this a checkpoint folder?") from None
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(facts.st_mode):
         raise CheckpointError(f"{path}: is not a regular file; {DAMAGED}")
+    if facts.st_size > MAX_JSON:
+        raise CheckpointError(f"{path}: too large for one of a checkpoint's JSON files; {DAMAGED}")
     raw = path.read_bytes()
     refuse_pointer(path, raw)
     try:
@@ -108,13 +114,16 @@ def _safetensors(file: Path) -> dict[str, Location]:
         parsed = []
         for name, entry in entries.items():
             start, stop = map(_count, entry["data_offsets"])
-            parsed.append((name, str(entry["dtype"]), tuple(map(_count, entry["shape"])), start, stop))
+            dtype = entry["dtype"]
+            if not DTYPE.fullmatch(dtype):
+                raise ValueError(f"{dtype[:40]!r} in place of a type")
+            parsed.append((name, dtype, tuple(map(_count, entry["shape"])), start, stop))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file}: damaged safetensors header ({type(error).__name__}: {error}); {DAMAGED}") from error
     found: dict[str, Location] = {}
     end = 0
     for name, dtype, shape, start, stop in sorted(parsed, key=lambda entry: entry[3:]):
-        if start != end or stop < start or any(size < 0 for size in shape):
+        if start != end or stop < start or any(size < 0 for size in shape) or len(shape) > MAX_DIMENSIONS:
             raise CheckpointError(f"{file}: {name}: overlapping or missing bytes in the header; {DAMAGED}")
         if dtype in ITEM_SIZE and prod(shape) * ITEM_SIZE[dtype] != stop - start:
             raise CheckpointError(f"{file}: {name}: {stop - start} bytes do not make shape {list(shape)} of {dtype}; {DAMAGED}")

@@ -1,5 +1,7 @@
 """pytorch_model*.bin through torch, memory-mapped and without running code from the file."""
 
+import pickle
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,16 +23,32 @@ DTYPES = {
 """torch's names to safetensors'."""
 
 
+FAILURES = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    IndexError,
+    OSError,
+    OverflowError,
+)
+"""What torch raises on damaged files."""
+
+
 def load(file: Path) -> "dict[str, torch.Tensor]":
     """The file's tensors, mapped lazily: nothing is read until a tensor is copied. Raises CheckpointError."""
-    import pickle
-
     import torch
 
     try:
-        value = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of an odd protocol, for example
+            value = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except FAILURES as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to run the code in it
+            first = "it is damaged, or holds more than tensors"
         raise CheckpointError(f"{file}: torch cannot map it ({first}); convert it to safetensors, or copy it again") from error
     if isinstance(value, dict):
         within = next((key for key, item in value.items() if isinstance(item, dict) and _tensors(item)), None)

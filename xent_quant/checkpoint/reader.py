@@ -50,8 +50,9 @@ class Checkpoint:
         adapter = path / "adapter_config.json"
         if adapter.is_file():
             base = read_json(adapter).get("base_model_name_or_path")
+            named = base if isinstance(base, str) and base else "a model that it does not name"
             raise UnsupportedError(
-                f"{path}: is a LoRA of {base or 'a model that it does not name'}, not a model (adapter_config.json); "
+                f"{path}: is a LoRA of {named[:200]}, not a model (adapter_config.json); "
                 "merge it (peft's merge_and_unload), save, and give the result"
             )
         config = read_json(path / "config.json")

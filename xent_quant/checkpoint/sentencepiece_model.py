@@ -32,7 +32,7 @@ def processor(path: Path) -> Any:
         ) from None
     try:
         return SentencePieceProcessor(model_proto=path.read_bytes())
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:  # ValueError: its complaint holds bytes that are no text
         raise CheckpointError(f"{path}: not a SentencePiece model; {DAMAGED}") from error
 
 

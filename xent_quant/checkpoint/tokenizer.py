@@ -7,6 +7,7 @@ once, so that whoever reads the tokenizer sees one.
 
 import base64
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ def tokenizer_json(folder: Path) -> str:
 
 def settings(folder: Path, name: str) -> dict[str, Any]:
     """An optional JSON file of a checkpoint folder; nothing where it is missing. Raises CheckpointError."""
-    return read_json(folder / name) if (folder / name).is_file() else {}
+    return read_json(folder / name) if os.path.lexists(folder / name) else {}
 
 
 def content(token: Any) -> str | None:
@@ -159,10 +160,10 @@ def _check_added(path: Path, vocab: dict[str, int], added: list[dict[str, Any]])
     for token in added:
         text, index = token["content"], token["id"]
         _check_token(path, text, index)
-        if by_id.setdefault(index, text) != text or ids.setdefault(text, index) != index:
-            raise CheckpointError(
-                f"{path}: added token {text!r} has id {index}; elsewhere {by_id[index]!r} has it or it has {ids[text]}; {DAMAGED}"
-            )
+        if by_id.setdefault(index, text) != text:
+            raise CheckpointError(f"{path}: added token {text!r} has id {index}, which {by_id[index]!r} has too; {DAMAGED}")
+        if ids.setdefault(text, index) != index:
+            raise CheckpointError(f"{path}: added token {text!r} has id {index}, and elsewhere {ids[text]}; {DAMAGED}")
 
 
 def _check_token(path: Path, token: Any, index: Any) -> None:

@@ -25,10 +25,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from xent_quant.compilation import jit
 from xent_quant.formats._chunks import TOO_LARGE, in_chunks
 from xent_quant.formats._codebook import CodebookFormat
 from xent_quant.formats._codes import Efforts
-from xent_quant.formats._jit import jit
 from xent_quant.formats._lanes import WIDTH, absolute, half, larger, load, rint, smaller, spread, store, store_bytes, where_less
 from xent_quant.formats._search import HUGE, LARGEST, ONE, TINY, TWO, ZERO, empty, fill
 from xent_quant.formats.base import F32, U8, Effort, QuantFormat

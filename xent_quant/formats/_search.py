@@ -19,7 +19,7 @@ go to even, in a table of levels to the lower level.
 
 import numpy as np
 
-from xent_quant.formats._jit import jit
+from xent_quant.compilation import jit
 from xent_quant.formats._lanes import (
     WIDTH,
     absolute,

@@ -24,9 +24,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from xent_quant.compilation import jit
 from xent_quant.errors import ConfigError
 from xent_quant.formats._codes import Efforts, Found, Plane, SearchedFormat, integers, ladder
-from xent_quant.formats._jit import jit
 from xent_quant.formats._lanes import WIDTH, absolute, half, larger, rint, smaller, spread, store, store_bytes, where_less
 from xent_quant.formats._search import HUGE, LARGEST, ONE, TINY, TWO, ZERO, empty, encode, fill, moments, sums
 from xent_quant.formats.base import F32, U8, Effort

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant import parallel
+from xent_quant.compilation import jit
 from xent_quant.errors import QuantizationError
 from xent_quant.formats._codes import CodedFormat
-from xent_quant.formats._jit import jit
 from xent_quant.formats._lanes import (
     WIDTH,
     absolute,

@@ -8,7 +8,17 @@
 Nothing here asks which system it runs on: what one of them lacks is tested for (`hasattr`) and has a replacement.
 """
 
-from xent_quant.storage.files import PositionalFile, Rows, check_free_space, free_bytes, replace_bytes, sync
+from xent_quant.storage.files import (
+    PositionalFile,
+    Rows,
+    check_free_space,
+    free_bytes,
+    read_bytes,
+    replace_bytes,
+    sealed,
+    sync,
+    unsealed,
+)
 from xent_quant.storage.locks import lock
 from xent_quant.storage.publication import recover
 from xent_quant.storage.workspace import Move, Shared, Target, Workspace, publish
@@ -24,7 +34,10 @@ __all__ = [
     "free_bytes",
     "lock",
     "publish",
+    "read_bytes",
     "recover",
     "replace_bytes",
+    "sealed",
     "sync",
+    "unsealed",
 ]

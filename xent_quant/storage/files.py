@@ -1,6 +1,7 @@
 """Bytes at offsets of a file, rows of a matrix on disk, small files replaced whole, free space."""
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -259,6 +260,18 @@ def read_bytes(path: Path) -> bytes | None:
             return file.read_at(file.size, 0).tobytes()
     except FileNotFoundError:
         return None
+
+
+def sealed(data: bytes) -> bytes:
+    """`data` behind its digest, for files that only this program reads: see `unsealed`."""
+    return hashlib.sha256(data).digest() + data
+
+
+def unsealed(raw: bytes) -> bytes | None:
+    """What `sealed` was given; None where that did not make `raw`, whole. Libraries that read arrays trust every length in a
+    file, so what is damaged must not come to them."""
+    digest, data = raw[: hashlib.sha256().digest_size], raw[hashlib.sha256().digest_size :]
+    return data if digest == hashlib.sha256(data).digest() else None
 
 
 def free_bytes(folder: Path) -> int:

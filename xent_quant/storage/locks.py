@@ -135,7 +135,7 @@ def _holder(path: Path) -> dict[str, Any] | None:
     """What the lock file says about its holder; None where it does not (yet), or is gone."""
     try:
         holder = json.loads(read_bytes(path) or b"")
-    except (OSError, ValueError, ExportError):
+    except (OSError, ValueError, RecursionError, ExportError):
         return None
     return holder if isinstance(holder, dict) and {"pid", "host", "since"} <= holder.keys() else None
 

@@ -126,11 +126,12 @@ class Publication:
             for index, entry in enumerate(json.loads(read_bytes(journal) or b"")["moves"]):
                 staged, target = PurePath(entry["staged"]), PurePath(entry["target"])
                 inside = not staged.is_absolute() and staged.parts and ".." not in staged.parts
-                if not inside or list(target.parts) != [target.name] or target.name == "..":
+                odd = any("\0" in str(path) for path in (staged, target))
+                if odd or not inside or list(target.parts) != [target.name] or target.name == "..":
                     raise ValueError(entry)
                 old = work / OLD / str(index)
                 steps.append(Step(work / staged, work.parent / target, old, bool(entry["replaces"]), bool(entry["vacate"])))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ExportError(
                 f"{journal}: is no journal of a publication; look into its folder for lost results, then remove it"
             ) from error

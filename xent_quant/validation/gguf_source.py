@@ -5,8 +5,8 @@ offsets rather than through gguf-py's map, since mapped pages that were touched 
 """
 
 import re
-from dataclasses import dataclass, replace
-from math import log, prod
+from dataclasses import replace
+from math import isclose, log
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.gguf_header import GGUFTensor, read_gguf
 from xent_quant.checkpoint.llama_names import llama_name
-from xent_quant.errors import ValidationError
+from xent_quant.checkpoint.rope import shown
+from xent_quant.errors import CheckpointError, UnsupportedError, ValidationError
 from xent_quant.tensors import Role
 
 F32 = NDArray[np.float32]
@@ -25,22 +27,6 @@ U8 = NDArray[np.uint8]
 
 UNSCALED = ("logit_scale", "embedding_scale", "residual_scale", "attention.scale", "expert_weights_scale")
 """Keys that must be absent or 1: the model scales nothing."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the file: row-major shape, ggml type by name, where its bytes lie."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    file: Path
-    offset: int
-    nbytes: int
-
-    @property
-    def n_weights(self) -> int:
-        return prod(self.shape)
 
 
 def shards(path: Path) -> list[Path]:
@@ -61,33 +47,25 @@ class GGUFFile:
         self.path = path
         self.files = shards(path)
         self.metadata: dict[str, Any] = {}
-        self.tensors: dict[str, StoredTensor] = {}
+        self.tensors: dict[str, GGUFTensor] = {}
         for file in self.files:
             if not file.is_file():
                 raise ValidationError(f"{file}: no such file" + ("; a shard is missing" if len(self.files) > 1 else ""))
             try:
-                reader = gguf.GGUFReader(file)
-            except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-                raise ValidationError(f"{file}: truncated or not a GGUF file; export or download it again") from error
-            for key, field in reader.fields.items():
-                if not key.startswith(("GGUF.", "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.merges")):
-                    self.metadata.setdefault(key, field.contents())
-            size = file.stat().st_size
-            for tensor in reader.tensors:
-                stored = StoredTensor(
-                    tensor.name,
-                    tuple(int(n) for n in reversed(tensor.shape)),
-                    tensor.tensor_type.name,
-                    file,
-                    int(tensor.data_offset),
-                    int(tensor.n_bytes),
-                )
-                if stored.offset + stored.nbytes > size:
-                    raise ValidationError(f"{file}: truncated: {tensor.name} ends beyond the file; export it again")
-                self.tensors[stored.name] = stored
+                header = read_gguf(file)
+            except CheckpointError as error:
+                raise ValidationError(str(error)) from error
+            for key, value in header.metadata.items():
+                if not key.startswith(("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.merges")):
+                    self.metadata.setdefault(key, value)
+            self.tensors |= header.tensors
+        if not self.tensors:
+            raise ValidationError(f"{path}: holds no tensors; export or download it again")
         wanted = self.metadata.get("split.tensors.count", len(self.tensors))
         if wanted != len(self.tensors):
-            raise ValidationError(f"{path}: {len(self.tensors)} tensors in its shards, the header says {wanted}; export it again")
+            raise ValidationError(
+                f"{path}: {len(self.tensors)} tensors in its shards, the header says {shown(wanted)}; export it again"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +93,9 @@ class GGUFSource:
         """Compare hyperparameters; returns the width of an expert in the file, padding included."""
         data, arch = self.file.metadata, self.file.metadata.get("general.architecture")
         if arch != self._llama.arch:
-            raise ValidationError(f"{self.file.path}: architecture {arch!r}; the reference is {self._llama.arch!r} in llama.cpp")
+            raise ValidationError(
+                f"{self.file.path}: architecture {shown(arch)}; the reference is {self._llama.arch!r} in llama.cpp"
+            )
         wanted: dict[str, Any] = {
             "block_count": model.num_layers,
             "embedding_length": model.hidden_size,
@@ -132,7 +112,7 @@ class GGUFSource:
         kind, needed = data.get(f"{arch}.rope.scaling.type", "linear"), scaling.kind if scaling else "linear"
         if kind not in (needed, "none" if scaling is None else needed):
             raise ValidationError(
-                f"{self.file.path}: {arch}.rope.scaling.type is {kind}, the reference needs {needed}; "
+                f"{self.file.path}: {arch}.rope.scaling.type is {shown(kind)}, the reference needs {needed}; "
                 "it is another model, or a wrong export"
             )
         if model.num_experts:
@@ -148,20 +128,20 @@ class GGUFSource:
         defaults |= dict.fromkeys(UNSCALED, 1.0)
         for key, value in wanted.items():
             found = data.get(f"{arch}.{key}", defaults.get(key))
-            if found is None or not np.isclose(float(found), float(value), rtol=1e-5, atol=0):
+            if not isinstance(found, int | float) or not isclose(found, value, rel_tol=1e-5):
                 raise ValidationError(
-                    f"{self.file.path}: {arch}.{key} is {found}, the reference needs {value}; "
+                    f"{self.file.path}: {arch}.{key} is {shown(found)}, the reference needs {value}; "
                     "it is another model, or a wrong export"
                 )
         key = "expert_feed_forward_length" if "expert_feed_forward_length" in self._llama.keys else "feed_forward_length"
         width = data.get(f"{arch}.{key}")
         if not isinstance(width, int) or width < model.intermediate_size:
             raise ValidationError(
-                f"{self.file.path}: {arch}.{key} is {width}, the reference needs at least {model.intermediate_size}"
+                f"{self.file.path}: {arch}.{key} is {shown(width)}, the reference needs at least {model.intermediate_size}"
             )
         return width
 
-    def stored(self, name: str) -> tuple[StoredTensor, int]:
+    def stored(self, name: str) -> tuple[GGUFTensor, int]:
         """The file's tensor that holds a checkpoint tensor, and the index of its matrix there."""
         spec = self._tensors[name]
         tensor, index = llama_name(spec), spec.expert or 0
@@ -209,8 +189,11 @@ class GGUFSource:
         wide: F32
         if stored.type in formats.NAMES:
             wide = formats.get(stored.type).dequantize(packed)
-        else:
-            wide = gguf.quants.dequantize(packed, kind).astype(np.float32)  # types that this project does not write
+        else:  # types that this project does not write
+            try:
+                wide = gguf.quants.dequantize(packed, kind).astype(np.float32)
+            except NotImplementedError as error:
+                raise UnsupportedError(f"{stored.file}: {stored.name}: its type {stored.type} cannot be read") from error
         return wide[:, column % block :] if column else wide
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> F32:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from xent_quant.checkpoint.tokenizer import load_tokenizer
 from xent_quant.errors import UnsupportedError, ValidationError
 
 MINIMUM = (1, 31)
@@ -29,6 +30,18 @@ def require_runtime() -> str:
     return version
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises: its own exceptions have no base of theirs."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    return (*own, RuntimeError, ValueError)  # ValueError: inputs that the model does not have
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
 class OnnxModel:
     """A loaded folder, on the CPU unless told otherwise. Raises ValidationError where ONNX Runtime refuses the model."""
 
@@ -37,8 +50,8 @@ class OnnxModel:
     def __init__(self, folder: Path, *, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
         self.version = require_runtime()
         import onnxruntime
-        from tokenizers import Tokenizer
 
+        self._failures = _failures()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised too; ONNX Runtime's own log of them has a model's names as they are
         if threads:
@@ -48,15 +61,18 @@ class OnnxModel:
             raise ValidationError(f"{path}: no such file")
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-        except Exception as error:  # onnxruntime's own exceptions have no common base
-            raise ValidationError(f"{path}: ONNX Runtime refuses it: {str(error).splitlines()[0]}") from error
-        self.vocab_size = int(self.session.get_outputs()[0].shape[-1])
+        except self._failures as error:
+            raise ValidationError(f"{path}: ONNX Runtime refuses it: {_first_line(error)}") from error
+        vocab_size = self.session.get_outputs()[0].shape[-1:]
         self._past = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values")]
+        if not self._past or not (vocab_size and isinstance(vocab_size[0], int)):
+            raise ValidationError(f"{path}: has not the inputs and outputs of our exports; export it again")
+        self._path, self.vocab_size = path, vocab_size[0]
         self._dtype = np.dtype(np.float16 if self._past[0].type == "tensor(float16)" else np.float32)
-        self._tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
+        self._tokenizer = load_tokenizer(folder)
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens: the folder's tokenizer, as run_onnx.py uses it."""
+        """Token ids of a text, without special tokens, by the folder's own tokenizer."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -67,7 +83,10 @@ class OnnxModel:
             cache = {value.name: np.zeros((len(ids), value.shape[1], 0, value.shape[3]), self._dtype) for value in self._past}
         if mask is None:
             mask = np.ones((len(ids), ids.shape[1] + cache[self._past[0].name].shape[2]), np.int64)
-        logits, *present = self.session.run(None, {"input_ids": ids, "attention_mask": mask, **cache})
+        try:
+            logits, *present = self.session.run(None, {"input_ids": ids, "attention_mask": mask, **cache})
+        except self._failures as error:
+            raise ValidationError(f"{self._path}: ONNX Runtime cannot run it: {_first_line(error)}") from error
         return logits, dict(zip((value.name for value in self._past), present, strict=True))
 
     def logits(self, ids: list[int], first: int = 0) -> F32:

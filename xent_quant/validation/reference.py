@@ -9,7 +9,6 @@ import hashlib
 import io
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +19,15 @@ import torch
 from numpy.typing import NDArray
 
 from xent_quant.checkpoint import special_tokens
+from xent_quant.checkpoint.architecture import HEAD
 from xent_quant.checkpoint.fingerprint import fingerprint
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
-from xent_quant.errors import ValidationError
+from xent_quant.errors import ExportError, ValidationError
 from xent_quant.model.states import States
 from xent_quant.model.streaming import Observer, StreamingModel
 from xent_quant.progress import Progress, Silent
-from xent_quant.storage import Target, Workspace, replace_bytes
+from xent_quant.storage import Target, Workspace, read_bytes, replace_bytes, sealed, unsealed
 from xent_quant.validation import measures
 from xent_quant.validation.measures import F64, I64, Summary
 from xent_quant.validation.suites import Suite
@@ -35,7 +35,7 @@ from xent_quant.validation.suites import Suite
 log = logging.getLogger(__name__)
 
 F32 = NDArray[np.float32]
-SCHEMA = 1
+SCHEMA = 2
 """Raise it when the meaning of a cached file changes."""
 LOGITS = 2 * 1024 * 1024
 """Logits worked on at a time: [rows, vocab] with rows · vocab at most this (one row at least), in a few float64 copies. Small
@@ -118,21 +118,27 @@ def _key(model: str, suite: SuiteTokens) -> str:
 
 def _load(path: Path) -> Reference | None:
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            parts = [file[name] for name in ("ids", "log_p", "tail", "sample_ids", "sample_log_p")]
-            return Reference(file["nll"], Summary(*parts), file["layers"])
-    except FileNotFoundError:
+        raw = read_bytes(path)
+    except (OSError, ExportError) as error:
+        log.warning("%s, computed anew", error)
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("%s: not readable (%s), computed anew", path, error)
+    whole = unsealed(raw) if raw is not None else None
+    if whole is None:
+        if raw is not None:
+            log.warning("%s: damaged, computed anew", path)
         return None
+    with np.load(io.BytesIO(whole), allow_pickle=False) as file:
+        parts = [file[name] for name in ("ids", "log_p", "tail", "sample_ids", "sample_log_p")]
+        return Reference(file["nll"], Summary(*parts), file["layers"])
 
 
 def _save(path: Path, reference: Reference) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
     try:
-        np.savez(temporary, nll=reference.nll, layers=reference.layers, **vars(reference.summary))
+        whole = io.BytesIO()
+        np.savez(whole, nll=reference.nll, layers=reference.layers, **vars(reference.summary))
+        temporary.write_bytes(sealed(whole.getvalue()))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -151,7 +157,10 @@ class Streamed:
         """Logits of the scored positions in order, [rows, vocab] float32 with at most STREAMED_LOGITS values."""
         rows = max(1, STREAMED_LOGITS // self.model.architecture.vocab_size)
         for part in torch.split(self.hidden, rows):
-            yield self.model.logits(part).numpy()
+            logits = self.model.logits(part).numpy()
+            if not np.isfinite(logits).all():
+                raise ValidationError(f"{HEAD}: makes infinite logits of finite weights; the weights are damaged")
+            yield logits
             progress.advance(len(part))
 
 
@@ -176,12 +185,16 @@ def stream(
         if folder:
             file = io.BytesIO()
             np.save(file, kept[layer])
-            replace_bytes(folder / f"layer-{layer}.npy", file.getvalue())
+            replace_bytes(folder / f"layer-{layer}.npy", sealed(file.getvalue()))
 
     hidden = model.hidden_states(torch.from_numpy(windows), observer, progress, keep, folder)
     for layer in range(model.architecture.num_layers):
         if folder and layer not in kept:
-            kept[layer] = np.load(folder / f"layer-{layer}.npy")
+            path = folder / f"layer-{layer}.npy"
+            whole = unsealed(read_bytes(path) or b"")
+            if whole is None:
+                raise ExportError(f"{path}: missing or damaged; remove its folder")
+            kept[layer] = np.load(io.BytesIO(whole))
     flat = hidden[:, positions].flatten(0, 1).contiguous()
     return Streamed(model, flat, list(np.stack([kept[layer] for layer in sorted(kept)], axis=1)))
 

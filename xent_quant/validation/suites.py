@@ -13,6 +13,8 @@ from xent_quant.errors import ValidationError
 
 NAMES = ("XfictionEN", "XfictionZH", "XconversationEN", "XconversationZH", "XwebccEN", "XwebccZH")
 SEPARATOR = "<|document|>"
+LARGEST = 1 << 26
+"""Bytes of a suite; all of it is tokenised."""
 GROUPS = {"fiction, conversation": ("Xfiction", "Xconversation"), "webcc": ("Xwebcc",)}
 """Suites that are averaged apart, by the beginning of their names, as the model card does."""
 
@@ -34,10 +36,12 @@ def _suite(name: str, raw: str, source: str) -> Suite:
 
 
 def _read(path: Path) -> str:
+    if not path.is_file():
+        raise ValidationError(f"{path}: no such file; --suite-file takes NAME=PATH of a UTF-8 text")
+    if path.stat().st_size > LARGEST:
+        raise ValidationError(f"{path}: larger than {LARGEST >> 20} MiB, which is more than is ever scored; give a part of it")
     try:
         return path.read_text("utf-8")
-    except FileNotFoundError:
-        raise ValidationError(f"{path}: no such file; --suite-file takes NAME=PATH of a UTF-8 text") from None
     except UnicodeDecodeError as error:
         raise ValidationError(f"{path}: not UTF-8 (byte {error.start}); convert it") from error
 

@@ -11,6 +11,10 @@ from xent_quant.errors import ValidationError
 F32 = NDArray[np.float32]
 
 
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 class TransformersModel:
     """A loaded causal model. Raises ValidationError where transformers refuses it."""
 
@@ -25,12 +29,12 @@ class TransformersModel:
         transformers.utils.logging.enable_propagation()
         self.version: str = transformers.__version__
         dtype = torch.bfloat16 if quantised else torch.float32
+        loader = transformers.AutoModelForCausalLM
         try:
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            self._model = loader.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
         except Exception as error:  # transformers and bitsandbytes raise what they like
-            first = " ".join(str(error).split())[:300]
-            raise ValidationError(f"{folder}: transformers refuses it: {type(error).__name__}: {first}") from error
-        self._torch = torch
+            raise ValidationError(f"{folder}: transformers refuses it: {_one_line(error)}") from error
+        self._torch, self._folder = torch, folder
         self._tokenizer = load_tokenizer(folder)
         self.vocab_size = int(self._model.config.vocab_size)
 
@@ -40,7 +44,10 @@ class TransformersModel:
 
     def logits(self, ids: list[int], first: int = 0) -> F32:
         """[len(ids) − first, vocab] float32 of one sequence."""
-        with self._torch.no_grad():
-            found = self._model(self._torch.tensor([ids]), use_cache=False, logits_to_keep=len(ids) - first)
+        try:
+            with self._torch.no_grad():
+                found = self._model(self._torch.tensor([ids]), use_cache=False, logits_to_keep=len(ids) - first)
+        except Exception as error:  # as above: its config may name other layers to quantise than are quantised
+            raise ValidationError(f"{self._folder}: transformers cannot run it: {_one_line(error)}") from error
         logits: F32 = found.logits[0].float().numpy()
         return logits

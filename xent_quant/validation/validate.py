@@ -21,7 +21,7 @@ from xent_quant.model.stages import Stage
 from xent_quant.model.streaming import StreamingModel
 from xent_quant.progress import Progress, Silent
 from xent_quant.tensors import Role
-from xent_quant.validation import gates, measures, runtimes
+from xent_quant.validation import gates, measures, runtimes, weights
 from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
 from xent_quant.validation.measures import Estimate, Summary
 from xent_quant.validation.reference import Reference, Streamed, SuiteTokens, pieces, references, stream, tokenize, work_folder
@@ -61,6 +61,27 @@ class _Checkpoint:
         return 0.0
 
 
+class _Finite:
+    """An export's weights, with every value that is read seen to be finite."""
+
+    def __init__(self, path: Path, source: TypedSource) -> None:
+        self._path, self._source = path, source
+        self.architecture, self.type = source.architecture, source.type
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> weights.F32:
+        """See `TypedSource`. Raises ValidationError naming the tensor."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = self._source.read(name, start, stop)
+        if not np.isfinite(values).all():
+            raise ValidationError(f"{self._path}: {name}: NaN or infinite weights; export it again")
+        return values
+
+    def padding(self, name: str) -> float:
+        """See `TypedSource`."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._source.padding(name)
+
+
 def open_export(path: Path, kind: runtimes.Kind, reference: Architecture) -> Exported:
     """Headers of an export, checked against the reference. Raises ValidationError naming the file, key or tensor."""
     if kind == "gguf":
@@ -69,9 +90,8 @@ def open_export(path: Path, kind: runtimes.Kind, reference: Architecture) -> Exp
         file = GGUFFile(path)
         number = file.metadata.get("general.file_type")
         known = {int(item): item.name.removeprefix("MOSTLY_") for item in gguf.LlamaFileType}
-        return Exported(
-            kind, GGUFSource(file, reference), known.get(number) if isinstance(number, int) else None, tuple(file.files)
-        )
+        mix = known.get(number) if isinstance(number, int) else None
+        return Exported(kind, _Finite(path, GGUFSource(file, reference)), mix, tuple(file.files))
     source: TypedSource
     if kind == "onnx":
         from xent_quant.validation.onnx_source import OnnxSource
@@ -88,7 +108,7 @@ def open_export(path: Path, kind: runtimes.Kind, reference: Architecture) -> Exp
     layer = reference.layer(0)
     most = layer.expert(0) if layer.router else layer.mlp
     mix = source.type(most.gate.name) if most else None
-    return Exported(kind, source, mix, files)
+    return Exported(kind, _Finite(path, source), mix, files)
 
 
 def _check_same(path: Path, found: Architecture, wanted: Architecture) -> None:

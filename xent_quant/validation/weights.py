@@ -5,6 +5,7 @@ A perplexity cannot see one doubled scale among a million, and a wrong tensor is
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numba
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.compilation import jit
 from xent_quant.model.stages import WeightSource
 from xent_quant.progress import Progress
 
@@ -50,7 +52,7 @@ class TensorError:
     padding: float
 
 
-@numba.njit(cache=True, parallel=True)  # type: ignore[untyped-decorator]
+@partial(jit, parallel=True)
 def _block_sums(stored: F32, wanted: F32, differences: F64, norms: F64) -> None:
     """Σ(stored − wanted)² and Σ wanted² of every BLOCK of a row: [rows, columns] to two [rows, blocks]."""
     rows, columns = wanted.shape

@@ -16,11 +16,22 @@ from calibration.session import Session
 from xent_quant import journal as journals
 from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.llama_names import HEAD, llama_name
+from xent_quant.errors import ExportError
 from xent_quant.journal import Journal, software
 from xent_quant.model.stages import Stage
 from xent_quant.model.streams import Streams
 from xent_quant.progress import Progress
-from xent_quant.storage import Move, Target, Workspace, check_free_space, publish, replace_bytes
+from xent_quant.storage import (
+    Move,
+    Target,
+    Workspace,
+    check_free_space,
+    publish,
+    read_bytes,
+    replace_bytes,
+    sealed,
+    unsealed,
+)
 from xent_quant.tensors import KEPT_ROLES, Role
 from xent_quant.walk import resources
 from xent_quant.walk.job import PROBE
@@ -87,8 +98,7 @@ class Collecting:
                 total[spec.expert or 0] += part.numpy()
 
     def _commit(self, step: int, found: Sums) -> None:
-        if found:
-            _save(self._folder / f"sums-{step}.npz", found)
+        _save(self._folder / f"sums-{step}.npz", found)
         self._streams.sync()
         self._journal.swapped, self._journal.done = self._streams.swapped, step + 1
         self._journal.save()
@@ -103,19 +113,19 @@ class Collecting:
 
 
 def _save(path: Path, found: Sums) -> None:
-    """A .npz of each tensor's parts, replaced whole."""
-
+    """A .npz of each tensor's parts behind its digest, replaced whole."""
     stream = io.BytesIO()
     arrays = {f"{name}/{index}": part for name, parts in found.items() for index, part in enumerate(parts)}
     np.savez(stream, **arrays)  # type: ignore[arg-type]
-    replace_bytes(path, stream.getvalue())
+    replace_bytes(path, sealed(stream.getvalue()))
 
 
 def _load(path: Path) -> Sums:
-    if not path.is_file():
-        return {}
+    whole = unsealed(read_bytes(path) or b"")
+    if whole is None:
+        raise ExportError(f"{path}: missing or damaged, so the run that it is of cannot be gone on with; remove its folder")
     found: dict[str, list[np.ndarray]] = {}
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(io.BytesIO(whole), allow_pickle=False) as file:
         for key in file.files:
             found.setdefault(key.rsplit("/", 1)[0], []).append(file[key])
     return {name: tuple(parts) for name, parts in found.items()}
