@@ -28,11 +28,11 @@ KERNELS = Path(__file__).with_name("formats")
 """Whose kernels others call."""
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any], *, parallel: bool = False) -> Any:
     """numba without the interpreter lock, IEEE division by zero, nothing fused or reordered. The first use compiles (seconds)
     and is kept under ~/.cache/xent-quant, or NUMBA_CACHE_DIR; where that cannot be this user's own, every process compiles, and
     the log says so once."""
-    kernel = numba.njit(nogil=True, error_model="numpy")(function)
+    kernel = numba.njit(nogil=True, error_model="numpy", parallel=parallel)(function)
     if folder() is not None:
         kernel._cache = _Cache(function)
     return kernel
