@@ -83,7 +83,7 @@ def test_llama_quantize_takes_ours(
 def test_ours_takes_llama_imatrixs(stock: Programs, export: Callable[..., Path], measured: Measured, tmp_path: Path) -> None:
     """The keys that llama-quantize notes, its types, and with the same importances no tensor further off than its own."""
     stock.run("quantize", "--imatrix", measured.stock, export("F32"), tmp_path / "stock.gguf", "Q4_K_M", "1")
-    ours = export("Q4_K_M", method="imatrix", imatrix=measured.stock, effort="normal")
+    ours = export("Q4_K_M", method="imatrix", imatrix=measured.stock)
     wanted, found = keys(tmp_path / "stock.gguf"), keys(ours)
     noted = [key for key in wanted if key.startswith("quantize.imatrix.")]
     assert len(noted) == 4
