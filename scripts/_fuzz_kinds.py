@@ -146,7 +146,7 @@ def checkpoint_file(name: str, *contents: bytes, only: Sequence[int] = range(5),
         model = _model(root, **config)
         target = model / name
         seeds = [*([target.read_bytes()] if target.is_file() else []), *contents]
-        return Case(target, seeds, [_exports(root, model)[n] for n in only], root / "out", names=(str(model),))
+        return Case(target, seeds, [_exports(root, model)[n] for n in only], root / "out", names=(str(model), "rope_scaling"))
 
     return build
 

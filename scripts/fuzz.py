@@ -31,9 +31,10 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -54,7 +55,10 @@ import transformers  # noqa: F401
 
 from scripts._fuzz_kinds import KINDS, Case, Command
 from scripts._mutations import NODE, damaged
+from xent_quant.cli import main as command_line
 
+IN_MEMORY = "/dev/shm"
+"""Where the files lie, if there is such a folder: nothing waits for a disk."""
 SECONDS, CLOCK_SECONDS = 10.0, 60.0
 BYTES = 1 << 30
 BUILD_SECONDS = 300.0
@@ -123,6 +127,24 @@ def memory(key: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
+class Parsed:
+    """Stands for the command's parser: what was parsed once is known, since parsing takes longer than most refusals."""
+
+    def __init__(self) -> None:
+        self._app, self._known = command_line.app, dict[tuple[str, ...], Callable[[], object]]()
+
+    def __call__(self, arguments: Command, **options: Any) -> object:
+        key = tuple(arguments)
+        if key not in self._known:
+            function, bound, _ = self._app.parse_args(arguments, **options)
+            self._known[key] = partial(function, *bound.args, **bound.kwargs)
+        return self._known[key]()
+
+
+def folder_of_a_worker() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="fuzz-", dir=IN_MEMORY if Path(IN_MEMORY).is_dir() else None)
+
+
 class Worker:
     """A process's side: good files of one kind, and one input after the other."""
 
@@ -132,6 +154,7 @@ class Worker:
             os.dup2(os.open(root / name, os.O_RDWR | os.O_CREAT), number)  # what C libraries print, too
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), "utf-8")
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), "utf-8", "backslashreplace")
+        command_line.app = Parsed()  # type: ignore[assignment]
         self.case = KINDS[kind].build(root)
         codes = [
             self._run(seed, command) for seed in dict.fromkeys(self.case.seeds) for command in self.case.commands
@@ -218,7 +241,7 @@ def keep(failures: Path, kind: str, seed: int, number: int, data: bytes, command
 
 def work(kind: str, seed: int, first: int, stop: int, failures: Path, pipe: int) -> None:
     """In a process of its own: inputs first…stop, each announced and then told of in a line of JSON."""
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, os.fdopen(pipe, "w") as told:
+    with folder_of_a_worker() as folder, os.fdopen(pipe, "w") as told:
         worker = Worker(kind, Path(folder))
         for number in range(first, stop):
             data, command = worker.input(seed, number)
@@ -314,7 +337,7 @@ def replay(file: Path) -> None:
     """Run the command of a failure on its input again, with -vv."""
     name, seed, number = file.name.rsplit(".", 2)
     kind = next(kind for kind in KINDS if slug(kind) == name)
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+    with folder_of_a_worker() as folder:
         case = KINDS[kind].build(Path(folder))
         random = Random(f"{kind} {seed} {number}")
         data, command = damaged(random, case.seeds, KINDS[kind].mutate), random.choice(case.commands)

@@ -1,6 +1,7 @@
 """Files that are damaged, or made to harm: the command says so in one line that names the file, at once and in little memory.
 
-`scripts/fuzz.py` looks for more of them; what it found is here, one of each kind.
+`scripts/fuzz.py` looks for more of them. Values of config.json are tests/checkpoint/test_config.py's, tokenizers
+tests/checkpoint/test_tokenizer.py's.
 """
 
 import json
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tests.checkpoint.folders import SMALL, write
 from tests.conftest import random_weights
 from xent_quant.cli.main import main
+from xent_quant.errors import ExportError
+from xent_quant.journal import Journal
 
 SECONDS, BYTES = 5.0, 1 << 28
 
@@ -59,41 +62,17 @@ def done(*command: object) -> bool:
     return stopped.value.code == 0
 
 
+def validation(exported: Path, model: Path, runtime: str = "torch") -> list[object]:
+    """The command that compares an export with its checkpoint, on a few words."""
+    suite = model.parent / "suite.txt"
+    suite.write_text("the night, " * 10)
+    short = ["--suite-file", f"own={suite}", "--context", 16]
+    return ["validate", exported, "--reference", model, "--runtime", runtime, *short, "--report", model.parent / "report"]
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return write(tmp_path / "model")
-
-
-def config(model: Path, key: str, value: str) -> Path:
-    """config.json with `key` as this text."""
-    file = model / "config.json"
-    rest = {name: each for name, each in json.loads(file.read_text()).items() if name != key}
-    file.write_text(json.dumps(rest)[:-1] + f', "{key}": {value}}}')
-    return file
-
-
-CONFIGS = {
-    "beyond a float": ("rope_theta", "1e400", "1e400"),
-    "nested 10^5 deep": ("x", "[" * 10**5 + "]" * 10**5, "nested too deeply"),
-    "objects 10^5 deep": ("x", '{"a":' * 10**5 + "1" + "}" * 10**5, "nested too deeply"),
-    "an integer of 5,000 digits": ("hidden_size", "9" * 5000, "not valid JSON"),
-    "an integer of 4,000 digits": ("hidden_size", "9" * 4000, "hidden_size must be an integer"),
-    "half of a surrogate pair": ("architectures", '["\\ud800"]', "surrogates"),
-    "a key of half a pair": ("x\\udfff", "1", "surrogates"),
-    "num_experts 1e9": ("num_experts", "1e9", "num_experts must be an integer"),
-    "num_experts 1000000000": ("num_experts", "1000000000", "no model has so many tensors"),
-    "a boolean in quotes": ("tie_word_embeddings", '"false"', "tie_word_embeddings must be true or false"),
-    "not a number": ("rms_norm_eps", "NaN", "NaN"),
-}
-
-
-@pytest.mark.parametrize("case", CONFIGS)
-@pytest.mark.parametrize("command", ["inspect", "quantize"])
-def test_config(model: Path, tmp_path: Path, refused: Callable[..., str], case: str, command: str) -> None:
-    key, value, reason = CONFIGS[case]
-    file = config(model, key, value)
-    line = refused(file, *(["inspect", model] if command == "inspect" else [model, "--output", tmp_path / "out"]))
-    assert reason in line
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "tokenizer_config.json"])
@@ -155,9 +134,36 @@ def test_gguf(model: Path, tmp_path: Path, refused: Callable[..., str], case: st
         "inspect": ["inspect", file],
         "--imatrix": [model, "--imatrix", file, "--output", tmp_path / "out"],
         "--reference": ["inspect", file, "--reference", model],
-        "validate": ["validate", file, "--reference", model, "--runtime", "torch", "--report", tmp_path / "report"],
+        "validate": validation(file, model),
     }
     assert "truncated or not a GGUF file" in refused(file, *commands[use])
+
+
+def tensor_info(name: bytes, shape: list[int], kind: int, offset: int) -> bytes:
+    return struct.pack(f"<Q{len(name)}sI{len(shape)}QIQ", len(name), name, len(shape), *shape, kind, offset)
+
+
+TENSORS = {
+    "five dimensions": (tensor_info(b"t", [1] * 5, 0, 0), "truncated or not a GGUF file"),
+    "a million dimensions": (struct.pack("<Q1sI", 1, b"t", 10**6), "truncated or not a GGUF file"),
+    "no elements": (tensor_info(b"t", [0], 0, 0), "t: shape [0]"),
+    "half a block": (tensor_info(b"t", [31], 8, 0), "t: shape [31] is none of type Q8_0"),
+    "2^62 elements": (tensor_info(b"t", [2**62], 0, 0), "t: ends beyond the file"),
+    "an unknown type": (tensor_info(b"t", [32], 9999, 0), "t: quant type 9999"),
+    "far away": (tensor_info(b"t", [8], 0, 2**40), "t: lies at"),
+    "another's bytes": (tensor_info(b"t", [8], 0, 0) + tensor_info(b"u", [8], 0, 0), "u: lies at 0, 32 was expected"),
+    "the same name": (tensor_info(b"t", [8], 0, 0) + tensor_info(b"t", [8], 0, 32), "t: comes twice"),
+    "a name that is no text": (tensor_info(b"\xff", [8], 0, 0), "truncated or not a GGUF file"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_gguf_tensors(tmp_path: Path, refused: Callable[..., str], case: str) -> None:
+    infos, reason = TENSORS[case]
+    file = tmp_path / "file.gguf"
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2 if case in ("another's bytes", "the same name") else 1, 0) + infos)
+    file.write_bytes(file.read_bytes() + bytes(-file.stat().st_size % 32) + bytes(64))
+    assert reason in refused(file, "inspect", file)
 
 
 def four_bit(folder: Path, **config: Any) -> Path:
@@ -188,9 +194,83 @@ def four_bit(folder: Path, **config: Any) -> Path:
 def test_a_bitsandbytes_config_that_asks_for_64_gib(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     assert done("inspect", four_bit(tmp_path / "right"), "--json")
     wide = four_bit(tmp_path / "wide", intermediate_size=2**28)  # a projection of 64 x 2^28 float32
-    validate = ["validate", wide, "--reference", model, "--runtime", "torch", "--report", tmp_path / "report"]
-    for command in (["inspect", wide], validate):
+    for command in (["inspect", wide], validation(wide, model)):
         assert "experts.0.gate_proj" in refused(wide, *command)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("blocksize", 0),
+        ("blocksize", 32),
+        ("blocksize", "64"),
+        ("nested_blocksize", -1),
+        ("nested_offset", "x"),
+        ("dtype", "float99"),
+        ("shape", [64]),
+    ],
+)
+def test_bitsandbytes_states(tmp_path: Path, refused: Callable[..., str], key: str, value: Any) -> None:
+    folder = four_bit(tmp_path / "folder")
+    stored = load_file(folder / "model.safetensors")
+    name = next(name for name in stored if "quant_state" in name)
+    state = {**json.loads(stored[name].tobytes()), key: value}
+    stored[name] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    save_file(stored, folder / "model.safetensors")
+    assert name.partition(".quant_state")[0] in refused(folder, "inspect", folder)
+
+
+@pytest.mark.parametrize(("part", "value"), [("nested_absmax", np.inf), ("quant_map", np.nan)])
+def test_weights_of_an_export_that_are_not_finite(
+    model: Path, tmp_path: Path, refused: Callable[..., str], part: str, value: float
+) -> None:
+    folder = four_bit(tmp_path / "folder")
+    stored = load_file(folder / "model.safetensors")
+    name = next(name for name in stored if name.endswith(f".{part}"))
+    stored[name] = np.full_like(stored[name], value)
+    save_file(stored, folder / "model.safetensors")
+    line = refused(folder, *validation(folder, model))
+    assert f"{name.removesuffix(f'.{part}')}: NaN or infinite weights" in line
+
+
+def message(number: int, content: bytes) -> bytes:
+    """A field of a protocol buffer."""
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def test_a_sentencepiece_model_whose_complaint_is_no_text(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    pytest.importorskip("sentencepiece")
+    (model / "tokenizer.json").unlink()
+    file = model / "tokenizer.model"
+    file.write_bytes(message(1, message(1, b"<unk>") + bytes([3 << 3, 2])) + 2 * message(1, message(1, b"\xff")))
+    assert "not a SentencePiece model" in refused(file, model, "--output", tmp_path / "out")
+
+
+def test_a_pickle_is_not_advised_to_be_run(model: Path, refused: Callable[..., str]) -> None:
+    import torch
+
+    (model / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": os.system}, model / "pytorch_model.bin")
+    line = refused(model / "pytorch_model.bin", "inspect", model)
+    assert "weights_only" not in line
+
+
+def test_a_lora_of_something_odd(model: Path, refused: Callable[..., str]) -> None:
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": [1] * 1000}))
+    assert "is a LoRA of a model that it does not name" in refused(model, "inspect", model)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[" * 100_000, bytes(100)])
+def test_a_journal(tmp_path: Path, damage: bytes) -> None:
+    file = tmp_path / "journal.json"
+    assert Journal.load(file, {}) is None
+    Journal(file, {"a": 1}, done=3).save()
+    found = Journal.load(file, {"a": 1})
+    assert found is not None
+    assert found.done == 3
+    file.write_bytes(damage)
+    with pytest.raises(ExportError, match=rf"{file}: damaged"):
+        Journal.load(file, {"a": 1})
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +303,17 @@ def test_onnx_external_data(exported: Path, refused: Callable[..., str], key: st
         next(entry for entry in tensor.external_data if entry.key == key).value = value
         file.write_bytes(graph.SerializeToString())
         assert tensor.name in refused(file, "inspect", exported)
-        validate = ["validate", exported, "--reference", exported.parent / "model", "--report", exported.parent / "report"]
-        refused(file, *validate)
+        refused(file, *validation(exported, exported.parent / "model", "onnxruntime"))
+    finally:
+        file.write_bytes(good)
+
+
+def test_a_tokenizer_of_an_onnx_export(exported: Path, refused: Callable[..., str]) -> None:
+    pytest.importorskip("onnxruntime")
+    file = exported / "tokenizer.json"
+    good = file.read_bytes()
+    try:
+        file.write_bytes(good.replace(b'"id": 3', b'"id": -3', 1))
+        refused(file, *validation(exported, exported.parent / "model", "onnxruntime"))
     finally:
         file.write_bytes(good)
