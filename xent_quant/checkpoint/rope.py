@@ -97,9 +97,13 @@ def parse(config: Mapping[str, Any], source: str, max_position_embeddings: int) 
         if value and (not isinstance(value, dict) or any(isinstance(inner, dict) for inner in value.values())):
             raise UnsupportedError(f"{source}: {key} is {shown(value)}; one set of parameters for all layers can be exported")
     both = [value for value in parts.values() if value]
-    kinds = {str(value.get("rope_type", value.get("type", "default"))) for value in both}
+    named = [value.get("rope_type", value.get("type", "default")) for value in both]
+    for kind in named:
+        if not isinstance(kind, str):
+            raise refuse(f"rope_scaling: its type must be a name, it is {shown(kind)}")
+    kinds = set(named)
     if len(kinds) > 1:
-        raise refuse(f"rope_parameters and rope_scaling name different types ({', '.join(sorted(kinds))}); keep one")
+        raise refuse(f"rope_parameters and rope_scaling name different types ({', '.join(map(shown, sorted(kinds)))}); keep one")
     given: dict[str, Any] = {key: value for part in both for key, value in part.items()}  # rope_scaling wins, as in transformers
     kind = kinds.pop() if kinds else "default"
     for value in (config.get("partial_rotary_factor"), given.get("partial_rotary_factor")):
@@ -109,7 +113,7 @@ def parse(config: Mapping[str, Any], source: str, max_position_embeddings: int) 
             )
     if kind not in KEYS:
         raise UnsupportedError(
-            f"{source}: rope_scaling of type {kind!r} is not supported (there are {', '.join(KEYS)}); "
+            f"{source}: rope_scaling of type {shown(kind)} is not supported (there are {', '.join(KEYS)}); "
             "remove it to use the native context"
         )
     unknown = set(given) - KEYS[kind] - WITHOUT_EFFECT - {"rope_type", "type", "rope_theta"}
