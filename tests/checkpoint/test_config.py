@@ -107,6 +107,7 @@ def test_a_dense_model_in_four_bits_loads(tmp_path: Path) -> None:
 
 HOSTILE: dict[str, tuple[str, str]] = {
     "theta beyond a float": ('"rope_theta": 1e400', "1e400 is no finite number"),
+    "epsilon beyond float32": ('"rms_norm_eps": 1e308', "rms_norm_eps must be a positive number, it is 1e\\+308"),
     "theta infinite": ('"rope_theta": Infinity', "Infinity is no finite number"),
     "theta not a number": ('"rope_theta": NaN', "NaN is no finite number"),
     "theta an integer beyond a float": (f'"rope_theta": {"9" * 400}', "rope_theta must be a positive number"),

@@ -5,7 +5,7 @@ The formulas are transformers' (modeling_rope_utils.py): linear interpolation, d
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, floor, isfinite, log, pi
+from math import ceil, floor, log, pi
 from typing import Any, Literal
 
 import numpy as np
@@ -163,12 +163,12 @@ def parse(config: Mapping[str, Any], source: str, max_position_embeddings: int) 
     return theta, scaling
 
 
+LARGEST_FLOAT32 = 2**128 - 2**104
+
+
 def is_number(value: Any) -> bool:
-    """A finite number, neither a boolean nor beyond a float."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    except OverflowError:
-        return False
+    """A number that float32 holds, in which runtimes keep it; no boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT32
 
 
 def shown(value: Any) -> str:
