@@ -58,6 +58,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     refused({**files, "d": "../model-1.safetensors"}, "missing")
     refused({**files, "d": 3}, "no weight_map")
     refused(None, "no weight_map")
+    refused({**files, "d": "x" * 70_000}, "no weight_map")
     (tmp_path / "model-1.safetensors").unlink()
     refused(files, "model-1.safetensors: missing")
 

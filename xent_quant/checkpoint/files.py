@@ -35,7 +35,7 @@ def locate(folder: Path) -> dict[str, Location]:
 def _indexed(index: Path) -> dict[str, Location]:
     """The index decides where two shards hold a name."""
     weight_map = read_json(index, unique=True).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) and len(shard) < 256 for shard in weight_map.values()):
         raise CheckpointError(f"{index}: has no weight_map of tensor to file; {DAMAGED}")
     found: dict[str, Location] = {}
     for shard in sorted(set(weight_map.values())):
