@@ -15,7 +15,7 @@ from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.tokenizer import load_tokenizer
 from xent_quant.cli.main import main
 
-STEPS, BATCH, LENGTH = 400, 16, 64
+STEPS, BATCH, LENGTH = 200, 16, 64
 SIZES = {"vocab_size": 4096, "num_hidden_layers": 2, "max_position_embeddings": 1024, "bos_token_id": 2, "eos_token_id": 3}
 TEXTS = Path(str(miniature())).parent / "calibration"
 
