@@ -65,6 +65,10 @@ class Case:
     """What a refusal may name besides the target and its folder."""
 
 
+SETTINGS = ("rope_scaling", "head_dim", "--seqlen")
+"""What an export names of a config.json that is right, but that it cannot express."""
+
+
 @dataclass(frozen=True)
 class Kind:
     build: Callable[[Path], Case]
@@ -146,7 +150,7 @@ def checkpoint_file(name: str, *contents: bytes, only: Sequence[int] = range(5),
         model = _model(root, **config)
         target = model / name
         seeds = [*([target.read_bytes()] if target.is_file() else []), *contents]
-        return Case(target, seeds, [_exports(root, model)[n] for n in only], root / "out", names=(str(model), "rope_scaling"))
+        return Case(target, seeds, [_exports(root, model)[n] for n in only], root / "out", names=(str(model), *SETTINGS))
 
     return build
 

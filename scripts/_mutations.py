@@ -178,7 +178,7 @@ def text_of_tree(random: Random, value: Any) -> str:
     tree = pairs_of(value)
     for _ in range(random.choice((1, 1, 1, 2, 4))):
         tree = mutate_tree(random, tree)
-        if isinstance(tree, Raw):
+        if not isinstance(tree, list | tuple):
             break
     return dumped(tree, random.random() < 0.5)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from xent_quant.errors import ConfigError, UnsupportedError
 
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 Kind = Literal["linear", "dynamic", "yarn"]
 KEYS: dict[str, frozenset[str]] = {
     "default": frozenset(),
@@ -163,12 +164,11 @@ def parse(config: Mapping[str, Any], source: str, max_position_embeddings: int) 
     return theta, scaling
 
 
-LARGEST_FLOAT32 = 2**128 - 2**104
-
-
 def is_number(value: Any) -> bool:
-    """A number that float32 holds, in which runtimes keep it; no boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT32
+    """A number, no boolean, that is one in float32 too, as files and runtimes hold it: neither beyond it nor 0 in it."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or SMALLEST <= abs(value) <= LARGEST
 
 
 def shown(value: Any) -> str:
