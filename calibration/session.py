@@ -81,7 +81,7 @@ class Session:
         self.checkpoint, self.settings = checkpoint, settings
         tokenizer = load_tokenizer(checkpoint.path)
         self.text: CalibrationText = text.load(
-            text.sources(settings.calib, settings.calib_mix, text.is_chinese(tokenizer)),
+            text.sources(settings.calib, settings.calib_mix, text.is_chinese(tokenizer), settings.seed),
             tokenizer,
             tokens=settings.n_tokens,
             length=settings.seqlen,
@@ -109,7 +109,7 @@ class Session:
             *self.text.notes,
             f"{self.text.windows.size:,} tokens are about {rows:,} for each of {model.num_experts} experts, "
             f"{rows / columns:.1f} for each of {columns:,} columns; with {ROWS_PER_COLUMN} and more an expert is calibrated "
-            "better: give more text (--calib, --tokens).",
+            f"better: raise --tokens, or give more text ({text.more_text(self.text.names)}).",
         )
 
     def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:
