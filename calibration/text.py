@@ -45,6 +45,12 @@ HEAVY = 3.0
 CHINESE_SHARE = 0.25
 """A vocabulary with at least this share of tokens with Chinese characters is a Chinese model's."""
 
+ONE_LANGUAGE = 0.02
+"""With fewer than this share of English words, or of Chinese characters, among both, text is said to lack the language."""
+
+LOOKED_AT = 64
+"""Windows, or some more, that tell a text's languages."""
+
 CARDS = ["README.md", "dataset_infos.json", "*/.*", ".*"]
 """Files of a Hub dataset that describe it."""
 
@@ -85,6 +91,19 @@ def is_chinese(tokenizer: "Tokenizer") -> bool:
     vocab = tokenizer.get_vocab(with_added_tokens=False)
     decoded = tokenizer.decode_batch([[index] for index in vocab.values()])
     return sum(bool(re.search("[一-鿿]", token)) for token in decoded) >= CHINESE_SHARE * len(vocab)
+
+
+def one_language(tokenizer: "Tokenizer", windows: NDArray[np.int64], chinese: bool) -> tuple[str, ...]:
+    """What a person should know where text [n, length] is all but only in one language, and the model knows another."""
+    text = "".join(tokenizer.decode_batch(windows[:: len(windows) // LOOKED_AT + 1].tolist()))
+    words = {"zh": len(re.findall("[一-鿿]", text)), "en": len(re.findall("[A-Za-z]+", text))}
+    for language, called in (("zh", "Chinese"), ("en", "English")):
+        if words[language] < ONE_LANGUAGE * sum(words.values()) and (chinese or language == "en"):
+            return (
+                f"the text has next to no {called}: experts that are chosen for {called} see few rows, which costs quality "
+                f"there; add --calib entertainment-{language}",
+            )
+    return ()
 
 
 def parse_mix(mix: str) -> dict[str, float]:

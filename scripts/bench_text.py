@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Prints what calibration text is worth: KL divergence by how much of which text, on text of other origin.
 
-    scripts/bench_text.py --results FILE.jsonl --corpus CORPUS [--text NAME=[CALIB,CALIB…]]… [--tokens 8k 128k]
+    scripts/bench_text.py --results FILE.jsonl --corpus CORPUS [--text NAME=[CALIB,CALIB…][@TOKENS]]… [--tokens 8k 128k]
                           [--types Q4_K_M Q2_K] [--methods rtn imatrix gptq] [--seeds 0 1 2] [--model DIR]
 
 Every --text is a name and what --calib would take, nothing for the bundled text; it is drawn as `xent-quant` draws it, with the
-mix of the model's language, but never more than --tokens. --model (default: the bundled miniature) is judged on
-CORPUS/valid/*.jsonl, 12 windows of 512 tokens of each. Each run is a line of FILE, and the same command goes on with those that
+mix of the model's language, but never more than its own TOKENS or each of --tokens. --model (default: the bundled miniature) is judged on
+CORPUS/valid/*.jsonl, 6 windows of 512 tokens of each. Each run is a line of FILE, and the same command goes on with those that
 FILE lacks; then their table is printed. KL is KL(checkpoint ‖ quantised) in thousandths of a nat per token, over the second half
 of each window, a mean over seeds; ± is its standard error over windows. The ratio is to the table's first line of --methods'
 first at the same type, ± over windows and seeds. Rows per column: tokens that an expert sees on average, by the columns of its
@@ -36,7 +36,7 @@ from xent_quant.methods import METHODS
 from xent_quant.model.streaming import StreamingModel
 from xent_quant.options import CalibrationOptions
 
-JUDGED = 12
+JUDGED = 6
 """Windows of each file that is judged on."""
 
 
@@ -136,14 +136,17 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     options = parser.parse_args()
     named = dict(item.partition("=")[::2] for item in options.text or ["bundled="])
-    texts = {name: [part for part in calib.split(",") if part] for name, calib in named.items()}
-    amounts = [CalibrationOptions(tokens=tokens).n_tokens for tokens in options.tokens]
+    texts, amounts = {}, {}
+    for name, calib in named.items():
+        calib, _, tokens = calib.partition("@")
+        texts[name] = [part for part in calib.split(",") if part]
+        amounts[name] = [CalibrationOptions(tokens=each).n_tokens for each in ([tokens] if tokens else options.tokens)]
     runs = []
     for method in options.methods:
         if method == "rtn":  # takes no text
             runs += [Run("none", 0, kind, method, 0) for kind in options.types]
             continue
-        for text, tokens in ((text, tokens) for text in texts for tokens in amounts):
+        for text, tokens in ((text, tokens) for text in texts for tokens in amounts[text]):
             runs += [Run(text, tokens, kind, method, seed) for kind in options.types for seed in options.seeds]
 
     bench = Bench(options.model, options.corpus, options.seqlen, texts)

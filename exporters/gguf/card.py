@@ -39,14 +39,15 @@ def _group(tensor: PlannedTensor) -> str:
     return ("expert " if tensor.routed else "shared expert " if tensor.shared else "") + tensor.role
 
 
-def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, *, chat: bool) -> str:
-    """What the model card says of one export; `files` are its GGUF files in order."""
+def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, *, chat: bool, text: str = "") -> str:
+    """What the model card says of one export; `files` are its GGUF files in order, `text` what it was calibrated on."""
     first, modelfile = shlex.quote(plain(files[0].name)), shlex.quote(plain(modelfile))
     lines = [
         f"## {markdown(stem)}",
         "",
         f"{human_bytes(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight.",
         "",
+        *([f"Calibrated on {markdown(text)}.", ""] if text else []),
         *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors if tensor.role is not Role.NORM),
         *(f"{note}\n" for note in plan.notes),
         "```",

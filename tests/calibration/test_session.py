@@ -126,6 +126,7 @@ def test_the_file_tells_how_it_was_calibrated(checkpoint, tmp_path: Path) -> Non
     fields = gguf.GGUFReader(done.files[0]).fields
     assert fields["quantize.imatrix.file"].contents() == "xent-quant --method gptq"
     assert fields["quantize.imatrix.dataset"].contents() == "fiction-en"
+    assert "Calibrated on fiction-en." in (tmp_path / "out" / "README.md").read_text()
 
 
 BLOCK_TYPES = [name for name in formats.NAMES if formats.get(name).block_size > 1]
