@@ -5,13 +5,12 @@
                           [--types Q4_K_M Q2_K] [--methods rtn imatrix gptq] [--seeds 0 1 2] [--model DIR]
 
 Every --text is a name and what --calib would take, nothing for the bundled text; it is drawn as `xent-quant` draws it, with the
-mix of the model's language, but never more than its own TOKENS or each of --tokens. --model (default: the bundled miniature) is judged on
-CORPUS/valid/*.jsonl, 6 windows of 512 tokens of each. Each run is a line of FILE, and the same command goes on with those that
-FILE lacks; then their table is printed. KL is KL(checkpoint ‖ quantised) in thousandths of a nat per token, over the second half
-of each window, a mean over seeds; ± is its standard error over windows. The ratio is to the table's first line of --methods'
-first at the same type, ± over windows and seeds. Rows per column: tokens that an expert sees on average, by the columns of its
-widest weight, the number to compare models of other shapes by. Holds the model in float32, and
-its logits a few windows at a time.
+mix of the model's language, but never more than its own TOKENS or each of --tokens. --model (default: the bundled miniature) is
+judged on CORPUS/valid/*.jsonl, 6 windows of 512 tokens of each. Each run is a line of FILE, and the same command goes on with
+those that FILE lacks; then their table is printed. KL is KL(checkpoint ‖ quantised) in thousandths of a nat per token, over the
+second half of each window, a mean over seeds; ± is its standard error over windows. The ratio is to the table's first line at the
+same type, ± over windows and seeds. Rows per column: tokens that an expert sees on average, by the columns of its widest weight,
+the number to compare models of other shapes by. Holds the model in float32, and its logits a few windows at a time.
 """
 
 import argparse
@@ -19,6 +18,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -146,8 +146,8 @@ def main() -> None:
         if method == "rtn":  # takes no text
             runs += [Run("none", 0, kind, method, 0) for kind in options.types]
             continue
-        for text, tokens in ((text, tokens) for text in texts for tokens in amounts[text]):
-            runs += [Run(text, tokens, kind, method, seed) for kind in options.types for seed in options.seeds]
+        for text in texts:
+            runs += [Run(text, *rest) for rest in product(amounts[text], options.types, [method], options.seeds)]
 
     bench = Bench(options.model, options.corpus, options.seqlen, texts)
     lines = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
