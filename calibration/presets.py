@@ -23,7 +23,7 @@ PASSAGE = 8192
 
 @dataclass(frozen=True)
 class Preset:
-    """A data set on the Hub at a commit, and how its rows are read: the `field` of text, rows whose column `where[0]` is
+    """A data set on the Hub at a commit, and how its rows are read: the `field` of text, rows whose column `where[0]` holds
     `where[1]` (None: all), and whether a row is a book of Project Gutenberg, which is cut into passages."""
 
     repository: str
@@ -37,7 +37,7 @@ class Preset:
     @property
     def origin(self) -> str:
         """What a record of a run says of the text."""
-        return f"{self.repository}@{self.commit}"
+        return f"{self.repository}@{self.commit}, {self.licence}"
 
 
 GUTENBERG = ("manu/project_gutenberg", "1bd0ba9dfce67e6e137a8fffd3dab386a690a871")
@@ -94,8 +94,8 @@ def download(suite: str, seed: int) -> Path:
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         raise CalibrationError(
-            f"--calib {PREFIX}{suite}: the Hub has no {file} in {preset.origin} any more; give other text, such as "
-            f"--calib {suite}, the bundled one"
+            f"--calib {PREFIX}{suite}: {preset.repository} has no {file} at {preset.commit} any more; give other text, "
+            f"such as --calib {suite}, the bundled one"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,7 +2,7 @@
 """Prints what calibration text is worth: KL divergence by how much of which text, on text of other origin.
 
     scripts/bench_text.py --results FILE.jsonl --corpus CORPUS [--text NAME=[CALIB,CALIB…][@TOKENS]]… [--tokens 8k 128k]
-                          [--types Q4_K_M Q2_K] [--methods rtn imatrix gptq] [--seeds 0 1 2] [--model DIR]
+                          [--types Q4_K_M Q2_K] [--methods rtn imatrix gptq] [--seeds 0 1 2] [--picks all] [--model DIR]
 
 Every --text is a name and what --calib would take, nothing for the bundled text; it is drawn as `xent-quant` draws it, with the
 mix of the model's language, but never more than its own TOKENS or each of --tokens. --model (default: the bundled miniature) is
@@ -10,7 +10,9 @@ judged on CORPUS/valid/*.jsonl, 6 windows of 512 tokens of each. Each run is a l
 those that FILE lacks; then their table is printed. KL is KL(checkpoint ‖ quantised) in thousandths of a nat per token, over the
 second half of each window, a mean over seeds; ± is its standard error over windows. The ratio is to the table's first line at the
 same type, ± over windows and seeds. Rows per column: tokens that an expert sees on average, by the columns of its widest weight,
-the number to compare models of other shapes by. Holds the model in float32, and its logits a few windows at a time.
+the number to compare models of other shapes by. --picks random and rare draw four times the text and take of every four windows
+one: any, or the one that adds most to the sum over experts of the root of their tokens, which so feeds rare ones. Holds the model
+in float32, and its logits a few windows at a time.
 """
 
 import argparse
@@ -33,8 +35,13 @@ from xent_quant.checkpoint.hub import resolve
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
 from xent_quant.methods import METHODS
+from xent_quant.model.stages import Stage
 from xent_quant.model.streaming import StreamingModel
 from xent_quant.options import CalibrationOptions
+from xent_quant.tensors import Role
+
+POOL = 4
+"""Windows that one is picked of."""
 
 JUDGED = 6
 """Windows of each file that is judged on."""
@@ -49,6 +56,12 @@ class Run:
     type: str
     method: str
     seed: int
+    pick: str = "all"
+
+
+def of(line: dict) -> Run:
+    """What a line of the results is of."""
+    return Run(**{key: line[key] for key in Run.__dataclass_fields__ if key in line})
 
 
 class Reference:
@@ -78,14 +91,36 @@ class Bench:
     def _load(self, found: list[Source], tokens: int, seed: int) -> np.ndarray:
         return load(found, self._tokenizer, tokens=tokens, length=self._length, seed=seed, bos=self._bos).windows
 
+    def _picked(self, windows: torch.Tensor, run: Run) -> torch.Tensor:
+        """One of every POOL windows [n, length], so that the mix of sources stays."""
+        if run.pick == "random":
+            chosen = np.random.default_rng(run.seed).integers(POOL, size=len(windows) // POOL)
+        else:
+            chosen = rarest(self._routed(windows).reshape(len(windows) // POOL, POOL, -1))
+        return windows[np.arange(len(chosen)) * POOL + chosen]
+
+    def _routed(self, windows: torch.Tensor) -> np.ndarray:
+        """[windows, layers · experts] tokens of each window at each expert."""
+        model, found = self.checkpoint.architecture, []
+
+        def observe(stage: Stage) -> None:
+            first = stage.weights[0] if stage.weights else None
+            if first and first.expert == 0 and first.role is Role.GATE:
+                each = stage.run.streams[0].chosen.reshape(len(windows), -1)
+                found.append(torch.nn.functional.one_hot(each.long(), model.num_experts).sum(1))
+
+        StreamingModel(self.checkpoint).run(windows, observe)
+        return torch.cat(found, 1).numpy()
+
     def run(self, run: Run) -> dict[str, object]:
         """The line of results."""
         started = time.perf_counter()
         windows = None
         if run.method != "rtn":
-            windows = torch.from_numpy(
-                self._load(sources(self._texts[run.text], None, self._chinese), run.tokens, run.seed),
-            )
+            found = sources(self._texts[run.text], None, self._chinese)
+            windows = torch.from_numpy(self._load(found, run.tokens * (1 if run.pick == "all" else POOL), run.seed))
+            if run.pick != "all":
+                windows = self._picked(windows[: len(windows) // POOL * POOL], run)
         planned = plan(self.checkpoint.architecture, recipes.recipe(type=run.type, imatrix=True))
         weights = quantised(self.checkpoint, planned.slots(), METHODS[run.method]("normal"), windows=windows)
         seconds = time.perf_counter() - started
@@ -94,18 +129,31 @@ class Bench:
         return {**asdict(run), "used": used, "seconds": round(seconds, 1), "kl": [float(f"{value:.5e}") for value in kl]}
 
 
+def rarest(tokens: np.ndarray) -> np.ndarray:
+    """Which of the windows of each group to take: of tokens [groups, windows, experts], greedily, in two rounds."""
+    chosen = np.zeros(len(tokens), dtype=np.int64)
+    total = np.zeros(tokens.shape[2])
+    for again in (False, True):
+        for group, each in enumerate(tokens):
+            total -= each[chosen[group]] * again
+            chosen[group] = np.sqrt(total + each).sum(1).argmax()
+            total += each[chosen[group]]
+    return chosen
+
+
 def table(lines: list[dict], runs: list[Run], columns: float) -> None:
     """Markdown. `columns`: tokens that give an expert one row for every column."""
-    found = {Run(*(line[key] for key in Run.__dataclass_fields__)): line for line in lines}
+    found = {of(line): line for line in lines}
     types = list(dict.fromkeys(run.type for run in runs))
     print(f"| text | method | tokens | rows per column | {' | '.join(f'{kind}: KL·10³ | ratio' for kind in types)} |")
     print(f"|---|---|---|---|{'---|---|' * len(types)}")
     first: dict[str, np.ndarray] = {}
-    for text, method, tokens in dict.fromkeys((run.text, run.method, run.tokens) for run in runs):
+    for text, method, tokens, pick in dict.fromkeys((run.text, run.method, run.tokens, run.pick) for run in runs):
         cells = []
         used = 0.0
         for kind in types:
-            those = [run for run in runs if (run.text, run.method, run.tokens, run.type) == (text, method, tokens, kind)]
+            wanted = (text, tokens, kind, method, pick)
+            those = [run for run in runs if (run.text, run.tokens, run.type, run.method, run.pick) == wanted]
             kl = np.array([found[run]["kl"] for run in those])  # [seeds, windows]
             used = float(np.mean([found[run]["used"] for run in those]))
             base = first.setdefault(kind, kl)
@@ -120,7 +168,7 @@ def table(lines: list[dict], runs: list[Run], columns: float) -> None:
                 "1" if kl is base else f"{ratio:.3f} ± {np.hypot(over_windows, over_seeds):.3f}",
             ]
         amount = f"{used:,.0f} | {used / columns:.1f}" if used else " | "
-        print(f"| {text} | `{method}` | {amount} | {' | '.join(cells)} |")
+        print(f"| {text}{'' if pick == 'all' else f', {pick} windows'} | `{method}` | {amount} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -133,6 +181,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["Q4_K_M", "Q3_K_M", "Q2_K"])
     parser.add_argument("--methods", nargs="+", default=["imatrix", "gptq"], choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--picks", nargs="+", default=["all"], choices=["all", "random", "rare"])
     parser.add_argument("--seqlen", type=int, default=512)
     options = parser.parse_args()
     named = dict(item.partition("=")[::2] for item in options.text or ["bundled="])
@@ -147,11 +196,11 @@ def main() -> None:
             runs += [Run("none", 0, kind, method, 0) for kind in options.types]
             continue
         for text in texts:
-            runs += [Run(text, *rest) for rest in product(amounts[text], options.types, [method], options.seeds)]
+            runs += [Run(text, *rest) for rest in product(amounts[text], options.types, [method], options.seeds, options.picks)]
 
     bench = Bench(options.model, options.corpus, options.seqlen, texts)
     lines = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
-    done = {Run(*(line[key] for key in Run.__dataclass_fields__)) for line in lines}
+    done = {of(line) for line in lines}
     for run in sorted(runs, key=lambda run: (run.seed, run.tokens)):
         if run in done:
             continue

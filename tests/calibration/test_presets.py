@@ -134,10 +134,10 @@ def test_offline_is_one_line_that_says_what_to_do(cache) -> None:
     [
         (
             "EntryNotFoundError",
-            r"the Hub has no en/c4-validation\.0000\d-of-00008\.json\.gz in allenai/c4@1588.* any more; .*--calib",
+            r"allenai/c4 has no en/c4-validation\.0000\d-of-00008\.json\.gz at 1588.* any more; .*--calib",
         ),
-        ("RepositoryNotFoundError", "the Hub has no en/c4"),
-        ("RevisionNotFoundError", "the Hub has no en/c4"),
+        ("RepositoryNotFoundError", "allenai/c4 has no en/c4"),
+        ("RevisionNotFoundError", "allenai/c4 has no en/c4"),
         ("HfHubHTTPError", r"could not be downloaded \(503 busy\); try again"),
         ("OSError", r"could not be downloaded \(503 busy\); try again"),
     ],
