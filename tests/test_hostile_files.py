@@ -340,6 +340,11 @@ STATISTICS: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
     ),
     "not finite": ({"t.in_sum2": ROWS * np.inf, "t.counts": ROWS[0, :1]}, {}, "t: negative or non-finite"),
     "2^40 chunks": ({"t.in_sum2": ROWS, "t.counts": ROWS[0, :1]}, {"imatrix.chunk_count": 2**40}, "chunk_count is 1099511627776"),
+    "means beyond float32": (
+        {"blk.0.attn_q.weight.in_sum2": ROWS * np.float32(1e30), "blk.0.attn_q.weight.counts": ROWS[0, :1] * np.float32(1e-37)},
+        {},
+        "attn_q.weight: means up to 1e+67, beyond float32",
+    ),
     "none": ({"t.counts": ROWS[0, :1]}, {}, "holds no statistics"),
 }
 
@@ -358,7 +363,7 @@ def test_statistics(model: Path, tmp_path: Path, refused: Callable[..., str], ca
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert reason in refused(file, model, "--imatrix", file, "--output", tmp_path / "out")
+    assert reason in refused(Path(file.name), model, "--imatrix", file, "--output", tmp_path / "out")
 
 
 def test_a_gigabyte_where_a_text_is_expected(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import exp, log, sqrt
+from math import log, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -312,11 +312,12 @@ def _result(text: SuiteTokens, reference: Reference, scores: Scores, agreed: flo
     ratio, kl = measures.perplexity_ratio(scores.nll, reference.nll), measures.window_mean(scores.kl)
     top1 = measures.window_mean(scores.agree)
     nll = measures.token_mean(scores.nll.ravel())
+    perplexity = measures.exponential(nll.value)
     return SuiteResult(
         name=text.name,
         tokens=text.targets.size,
         windows=len(text.windows),
-        perplexity=Estimate(exp(nll.value), exp(nll.value) * nll.error),
+        perplexity=Estimate(perplexity, perplexity * nll.error),
         reference_perplexity=measures.perplexity(reference.nll),
         nll=nll.value,
         bits_per_byte=measures.bits_per_byte(scores.nll, text.n_bytes),
@@ -348,15 +349,16 @@ def _averages(results: Sequence[SuiteResult], bounds: gates.Tier) -> list[SuiteR
 
         d = together(lambda r: Estimate(log(r.ratio.value.value), r.ratio.value.error / r.ratio.value.value))
         nll = together(lambda r: Estimate(r.nll, r.perplexity.error / r.perplexity.value))
-        ratio = Estimate(exp(d.value), exp(d.value) * d.error)
+        value, perplexity = measures.exponential(d.value), measures.exponential(nll.value)
+        ratio = Estimate(value, value * d.error)
         kl, top1 = together(lambda r: r.kl.value), together(lambda r: r.top1.value)
         found.append(
             SuiteResult(
                 name=name,
                 tokens=sum(r.tokens for r in members),
                 windows=sum(r.windows for r in members),
-                perplexity=Estimate(exp(nll.value), exp(nll.value) * nll.error),
-                reference_perplexity=exp(mean(lambda r: log(r.reference_perplexity))),
+                perplexity=Estimate(perplexity, perplexity * nll.error),
+                reference_perplexity=measures.exponential(mean(lambda r: log(r.reference_perplexity))),
                 nll=nll.value,
                 bits_per_byte=mean(lambda r: r.bits_per_byte),
                 reference_bits_per_byte=mean(lambda r: r.reference_bits_per_byte),
