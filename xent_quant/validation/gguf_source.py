@@ -103,6 +103,9 @@ class GGUFSource:
             "attention.head_count_kv": model.num_kv_heads,
             "attention.layer_norm_rms_epsilon": model.rms_norm_eps,
             "rope.freq_base": model.rope_theta,
+            "attention.key_length": model.head_dim,
+            "attention.value_length": model.head_dim,
+            "rope.dimension_count": model.head_dim,
         }
         scaling = model.rope_scaling
         wanted["rope.scaling.factor"] = scaling.factor if scaling else 1.0
@@ -124,6 +127,8 @@ class GGUFSource:
         }
         defaults = {"attention.head_count_kv": model.num_heads, "expert_weights_norm": False, "rope.freq_base": 10000.0}
         defaults |= {"rope.scaling.factor": 1.0, "rope.scaling.attn_factor": 1.0}
+        defaults |= dict.fromkeys(("attention.key_length", "attention.value_length"), model.hidden_size // model.num_heads)
+        defaults["rope.dimension_count"] = data.get(f"{arch}.attention.key_length", model.hidden_size // model.num_heads)
         wanted |= dict.fromkeys(UNSCALED, 1.0)
         defaults |= dict.fromkeys(UNSCALED, 1.0)
         for key, value in wanted.items():

@@ -292,7 +292,7 @@ def _in_runtime(
         for index, (text, reference) in enumerate(zip(texts, known, strict=True)):
             rows = slice(index * per_window, (index + 1) * per_window)
             parts = []
-            for number, block in enumerate(run(model, text.windows, progress)):
+            for number, block in enumerate(run(model, path, text.windows, progress)):
                 targets = text.targets[number]
                 here = slice(number * per_window, (number + 1) * per_window)
                 parts.append(Comparison.of(iter([block]), targets, reference.summary[here]))
