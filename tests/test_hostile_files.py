@@ -328,6 +328,16 @@ def test_a_tokenizer_of_an_onnx_export(exported: Path, refused: Callable[..., st
         file.write_bytes(good)
 
 
+def test_an_onnx_export_of_65535_layers(exported: Path, refused: Callable[..., str]) -> None:
+    file = exported / "config.json"
+    good = file.read_bytes()
+    try:
+        file.write_bytes(json.dumps(json.loads(good) | {"num_hidden_layers": 65535}).encode())
+        assert "layers.2.attention.norm" in refused(exported / "model.onnx", "inspect", exported)
+    finally:
+        file.write_bytes(good)
+
+
 ROWS = np.ones((1, 64), np.float32)
 STATISTICS: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
     "float16": ({"t.in_sum2": ROWS.astype(np.float16), "t.counts": ROWS[0, :1]}, {}, "t.in_sum2: statistics of type F16"),
