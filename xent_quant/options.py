@@ -304,7 +304,7 @@ def _quantised(options: Options) -> str:
     """An option of methods."""
     if options.quantised:
         return ""
-    if options.formats == ("bnb",):
+    if options.formats == ("bnb",) and options.n_bits < 16:
         return (
             "with --format bnb, whose codes follow from the weights alone; drop it, use --method gptq, or --format gguf or onnx"
         )
