@@ -5,7 +5,8 @@ into Σ_j D_j (e U)_j²: column j rounds w_j + Σ_{i<j} e_i U_ij, and nothing ch
 GPTQ (Frantar et al., 2022) without the inverse of H: the LDLQ form, equal to it by theorem 6 of QuIP (Chee et al., 2023).
 
 1. `Rows.feed`: block after block of the type, scales by the weighted search on weights that already make up for all errors
-   before them, then codes with error feedback.
+   before them, then codes with error feedback. (Where scales are made of the whole weight beforehand, as bitsandbytes does,
+   they stay.)
 2. `Rows.sweep`: every block once more, scales and codes, for the errors of all others, before and after it, kept in those
    rows where e H eᵀ falls; then rounds of coordinate descent on single codes, which only lower it.
 3. On held-out inputs, every row keeps the better of this and the weighted search.
@@ -18,6 +19,7 @@ Rows are independent of each other. Floats, and weights without a Hessian or wit
 search.
 """
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -41,6 +43,7 @@ from xent_quant.formats._lanes import (
     store_bytes,
     where_less,
 )
+from xent_quant.formats._prescaled import Prescaled
 from xent_quant.formats._vectors import Vectors
 from xent_quant.formats.base import F32, U8, Effort, Encoding
 from xent_quant.linalg import Curvature, product, row_chunks
@@ -207,22 +210,46 @@ class GPTQ:
             return self._search.quantize(weights, kind, statistics, name=name)
         if not np.isfinite(curvature.hessian).all():
             raise QuantizationError(f"{name}: the Hessian holds NaN or infinities; calibrate again")
-        if statistics.held_out is None or not isinstance(kind, Gridded):
-            wanted = weights if pull is None else weights + curvature.solve(pull)
-            return self._search.quantize(wanted, kind, statistics, name=name)
+        if statistics.held_out is not None and isinstance(kind, Gridded):
+            return self._rounded(weights, None, kind, statistics, curvature, name, pull)
+        wanted = weights if pull is None else weights + curvature.solve(pull)
+        if statistics.held_out is not None and isinstance(kind, Prescaled):
+            scaled = kind.scaled(wanted, name=name)
+            if scaled is not None:
+                packed = self._rounded(weights, scaled.packed, scaled.kind, statistics, curvature, name, pull)
+                return kind.with_codes(wanted, packed, name=name)
+        return self._search.quantize(wanted, kind, statistics, name=name)
+
+    def _rounded(
+        self,
+        weights: F32,
+        scaled: U8 | None,
+        kind: Gridded,
+        statistics: InputStatistics,
+        curvature: Curvature,
+        name: str,
+        pull: F32 | None,
+    ) -> U8:
+        """Packed rows of `kind`; within the scales of rows that are `scaled` already."""
         curvature.prepare(kind.block_size, sweeps=EFFORTS[self._effort][0] > 0)
         _ = statistics.reaching
         work = partial(self._rows, kind=kind, statistics=statistics, curvature=curvature, name=name)
-        parts = row_chunks(len(weights))
-        return np.concatenate(
-            parallel.run([partial(work, weights[part], None if pull is None else pull[part]) for part in parts])
-        )
+        given = (None if part is None else [part[rows] for rows in row_chunks(len(weights))] for part in (weights, scaled, pull))
+        parts = [each or itertools.repeat(None) for each in given]
+        return np.concatenate(parallel.run([partial(work, *row) for row in zip(*parts, strict=False)]))
 
     def _rows(
-        self, weights: F32, pull: F32 | None, kind: Gridded, statistics: InputStatistics, curvature: Curvature, name: str
+        self,
+        weights: F32,
+        scaled: U8 | None,
+        pull: F32 | None,
+        kind: Gridded,
+        statistics: InputStatistics,
+        curvature: Curvature,
+        name: str,
     ) -> U8:
-        searched = self._search.quantize(weights, kind, statistics, name=name)
-        rows = Rows(weights, kind, curvature, statistics.importance, self._effort, name, pull)
+        searched = self._search.quantize(weights, kind, statistics, name=name) if scaled is None else scaled
+        rows = Rows(weights, kind, curvature, statistics.importance, self._effort, name, pull, scaled)
         rows.feed()
         sweeps, *rounds = EFFORTS[self._effort]
         for _ in range(sweeps):
@@ -259,7 +286,9 @@ class Rows:
         effort: Effort,
         name: str,
         pull: F32 | None = None,
+        scaled: U8 | None = None,
     ) -> None:
+        self._scaled = scaled
         self.pull, self.weights, self.kind, self.curvature, self.importance = pull, weights, kind, curvature, importance
         self.effort: Effort = effort
         self.name = name
@@ -307,6 +336,8 @@ class Rows:
             self._descend(start, stop, gradient, rounds)
 
     def _search(self, targets: F32, first: int, last: int) -> U8:
+        if self._scaled is not None:
+            return np.ascontiguousarray(self._scaled[:, self._bytes(first, last)])
         return self.kind.quantize(targets, self.importance[first:last], effort=self.effort, name=self.name)
 
     def _round(self, weights: F32, targets: F32, factor: F32, pivots: F32, packed: U8) -> tuple[U8, F32]:
