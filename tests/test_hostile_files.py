@@ -242,6 +242,15 @@ def test_weights_of_an_export_that_are_not_finite(
     assert f"{name.removesuffix(f'.{part}')}: NaN or infinite weights" in line
 
 
+def test_an_export_that_computes_infinities(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    folder = four_bit(tmp_path / "folder")
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.0.input_layernorm.weight"
+    stored[name] = np.full_like(stored[name], 3e38)
+    save_file(stored, folder / "model.safetensors")
+    assert "layer 0, attention: NaN or infinite activations" in refused(folder, *validation(folder, model))
+
+
 def message(number: int, content: bytes) -> bytes:
     """A field of a protocol buffer."""
     return bytes([number << 3 | 2, len(content)]) + content

@@ -79,7 +79,7 @@ class GGUFSource:
     """
 
     def __init__(self, file: GGUFFile, reference: Architecture) -> None:
-        self.file = file
+        self.file, self.path = file, file.path
         self._llama = reference.family.gguf(reference, reference.intermediate_size)
         # llama.cpp may multiply by an output.weight even where the checkpoint ties it to the embedding.
         tied = reference.tie_word_embeddings and not self._llama.own_head

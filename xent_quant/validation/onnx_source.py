@@ -91,7 +91,7 @@ class OnnxSource:
         import onnx
         from google.protobuf.message import DecodeError
 
-        self.folder = folder
+        self.path = folder
         config = read_json(folder / "config.json")
         config = {**config, "model_type": config.get("source_model_type", config.get("model_type"))}
         self.architecture = Architecture.from_config(config, str(folder / "config.json"))

@@ -53,6 +53,7 @@ class _Checkpoint:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.architecture, self.read = checkpoint, checkpoint.architecture, checkpoint.read
+        self.path = checkpoint.path
 
     def type(self, name: str) -> str:
         return self.checkpoint.infos[name].dtype
@@ -65,7 +66,7 @@ class _Finite:
     """An export's weights, with every value that is read seen to be finite."""
 
     def __init__(self, path: Path, source: TypedSource) -> None:
-        self._path, self._source = path, source
+        self.path, self._source = path, source
         self.architecture, self.type = source.architecture, source.type
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> weights.F32:
@@ -73,7 +74,7 @@ class _Finite:
         with np.errstate(over="ignore", invalid="ignore"):
             values = self._source.read(name, start, stop)
         if not np.isfinite(values).all():
-            raise ValidationError(f"{self._path}: {name}: NaN or infinite weights; export it again")
+            raise ValidationError(f"{self.path}: {name}: NaN or infinite weights; export it again")
         return values
 
     def padding(self, name: str) -> float:
