@@ -8,6 +8,7 @@ import numpy as np
 
 from calibration.correction import Measured
 from exporters.interface import Exporter, Slot, Writer
+from xent_quant.formats._prescaled import Prescaled
 from xent_quant.formats.base import F32, U8, QuantFormat
 from xent_quant.methods.rtn import RoundToNearest
 from xent_quant.tensors import InputStatistics, Role, StatisticsSource, TensorSpec
@@ -67,6 +68,8 @@ class Lane:
                 self._note(slot, use)
             if self.stream and isinstance(slot.encoding, QuantFormat):
                 read = slot.encoding.dequantize(packed)[: len(weights), : weights.shape[1]]
+            elif self.stream and isinstance(slot.encoding, Prescaled):
+                read = slot.encoding.dequantize(packed, (slot.rows, slot.columns))[: len(weights), : weights.shape[1]]
         return read
 
     def _from_file(self, tensor: TensorSpec) -> InputStatistics | None:
