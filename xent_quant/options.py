@@ -114,7 +114,7 @@ class CalibrationOptions(_Choices):
     """Text whose activations are measured."""
 
     calib: tuple[str, ...] = ()
-    """Text or conversations to calibrate on: .txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .epub, packed (.gz, .zst) or not, a folder, a Hub data set, or a preset: entertainment (default), fiction, conversation, webcc, each with -en or -zh too; repeatable."""  # noqa: E501  (--help keeps line ends)
+    """Text or conversations to calibrate on: .txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .epub, packed (.gz, .zst) or not, a folder, a Hub data set, or a preset: entertainment (default), fiction, conversation, webcc, each with -en or -zh too, and with hub: before it from the Hub; repeatable."""  # noqa: E501  (--help keeps line ends)
     calib_mix: str | None = None
     """Weights within presets, such as zh=3,webcc=0. Default: 3 for the model's own language."""
     text_field: str = "text"

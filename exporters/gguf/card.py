@@ -2,11 +2,11 @@
 
 import re
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from exporters.base_model import BaseModel
-from exporters.card import PROMPT, opening, table, tags
+from exporters.card import PROMPT, calibrated, opening, table, tags
 from exporters.gguf.plan import GGUFPlan, PlannedTensor
 from exporters.hub_files import REPETITION_PENALTY
 from exporters.interface import CONTEXT
@@ -39,7 +39,9 @@ def _group(tensor: PlannedTensor) -> str:
     return ("expert " if tensor.routed else "shared expert " if tensor.shared else "") + tensor.role
 
 
-def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, *, chat: bool) -> str:
+def section(
+    plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, provenance: Mapping[str, str | int], *, chat: bool
+) -> str:
     """What the model card says of one export; `files` are its GGUF files in order."""
     first, modelfile = shlex.quote(plain(files[0].name)), shlex.quote(plain(modelfile))
     lines = [
@@ -47,6 +49,7 @@ def section(plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, *,
         "",
         f"{human_bytes(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight.",
         "",
+        *calibrated(provenance),
         *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors if tensor.role is not Role.NORM),
         *(f"{note}\n" for note in plan.notes),
         "```",

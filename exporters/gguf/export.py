@@ -133,7 +133,7 @@ class GGUFExporter:
                 offset += size
             if fresh:
                 files[-1].truncate(offset)
-        return GGUFWriter(self, folder, files, offsets)
+        return GGUFWriter(self, folder, files, offsets, provenance)
 
     def _write_header(
         self, path: Path, tensors: Sequence[PlannedTensor], index: int, provenance: Mapping[str, str | int]
@@ -177,8 +177,10 @@ class GGUFWriter:
         folder: Path,
         files: Sequence[PositionalFile],
         offsets: Mapping[str, tuple[PositionalFile, int]],
+        provenance: Mapping[str, str | int],
     ) -> None:
         self._exporter, self._folder, self._files, self._offsets = exporter, folder, files, offsets
+        self._provenance = provenance
 
     def put(self, slot: GGUFSlot, start: int, packed: U8) -> None:
         """See `Writer.put`."""
@@ -203,7 +205,9 @@ class GGUFWriter:
         modelfile = self._folder / exporter.modelfile.name
         replace_bytes(modelfile, card.modelfile(exporter.files, exporter.stem, chat=exporter.chat).encode())
         moves = [Move(self._folder / path.name, path) for path in exporter.files]
-        section = card.section(exporter.plan, exporter.files, exporter.stem, exporter.modelfile.name, chat=exporter.chat)
+        section = card.section(
+            exporter.plan, exporter.files, exporter.stem, exporter.modelfile.name, self._provenance, chat=exporter.chat
+        )
         joined = partial(card.joined, exporter.base, exporter.plan.architecture, exporter.chat, exporter.stem, section)
         readme = Shared(exporter.output / "README.md", joined)
         return Exported(
