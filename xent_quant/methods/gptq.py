@@ -151,7 +151,7 @@ class GPTQ:
     needs_hessian = True
 
     def __init__(self, effort: Effort = "normal") -> None:
-        self._effort: Effort = effort
+        self.effort: Effort = effort
         self._search = Search(effort)
 
     def quantize(
@@ -166,7 +166,7 @@ class GPTQ:
         if statistics.held_out is None or not isinstance(kind, CodedFormat):
             wanted = weights if pull is None else weights + curvature.solve(pull)
             return self._search.quantize(wanted, kind, statistics, name=name)
-        curvature.prepare(kind.block_size, sweeps=EFFORTS[self._effort][0] > 0)
+        curvature.prepare(kind.block_size, sweeps=EFFORTS[self.effort][0] > 0)
         _ = statistics.reaching
         work = partial(self._rows, kind=kind, statistics=statistics, curvature=curvature, name=name)
         parts = row_chunks(len(weights))
@@ -178,9 +178,9 @@ class GPTQ:
         self, weights: F32, pull: F32 | None, kind: CodedFormat, statistics: InputStatistics, curvature: Curvature, name: str
     ) -> U8:
         searched = self._search.quantize(weights, kind, statistics, name=name)
-        rows = Rows(weights, kind, curvature, statistics.importance, self._effort, name, pull)
+        rows = Rows(weights, kind, curvature, statistics.importance, self.effort, name, pull)
         rows.feed()
-        sweeps, rounds = EFFORTS[self._effort]
+        sweeps, rounds = EFFORTS[self.effort]
         for _ in range(sweeps):
             rows.sweep(rounds)
         errors = rows.errors, weights - kind.dequantize(searched)
