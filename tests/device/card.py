@@ -49,9 +49,9 @@ def _call(function: Any, args: Any, kwargs: Any) -> Any:
             device = next((each for each in (*args[1:], device) if isinstance(each, torch.device | str)), None)
             left = tuple(each for each in args if not isinstance(each, torch.device | str))
         if device is not None:
-            kwargs = {**kwargs, "device": "cpu"}
-            made = function(*tree_map(_plain, left), **kwargs)
-            return _card(made) if torch.device(device).type == DEVICE.type else made
+            rest = {key: value for key, value in kwargs.items() if key != "device"}
+            made = left[0].clone() if name == "to" and len(left) == 1 and not rest else function(*left, **rest)
+            return _card(made) if torch.device(device).type == DEVICE.type else _plain(made)
         apart = [each for each in tensors if not isinstance(each, Card) and each.dim()]
         if cards and apart and name != "copy_":
             raise AssertionError(f"{name}: tensors of shapes {[tuple(each.shape) for each in apart]} are not on {DEVICE}")

@@ -24,7 +24,10 @@ from xent_quant.formats.mxfp4 import MXFP4Format
 from xent_quant.formats.nvfp4 import NVFP4Format
 
 MAX_LANES = 1 << 23
-"""Floats of one intermediate result, at most (32 MiB); about ten are held."""
+"""Floats of one intermediate result, at most (32 MiB), unless a single block of all rows has more."""
+
+HELD = 12
+"""Such results at a time, about."""
 
 
 @dataclass(frozen=True)
