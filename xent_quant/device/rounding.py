@@ -14,8 +14,8 @@ from xent_quant.formats._codes import CodedFormat
 from xent_quant.formats.base import F32, Effort
 from xent_quant.methods.gptq import LAZY, TOGETHER
 
-COPIES = 12
-"""Of the weights that are under way, about: weights, pulls, targets, errors, codes, what is searched for and what comes out."""
+COPIES = 13
+"""Of the weights that are under way, about: they, those read ahead, pulls, targets, errors, codes, and what comes out."""
 HESSIANS = 8
 """Of their size is held, about: sums and means, drift, damped, root, factor, and what is stacked of them."""
 

@@ -27,12 +27,14 @@ ALWAYS_WITHOUT = (Role.EMBEDDING, Role.HEAD)
 
 
 class Given(NamedTuple):
-    """Rows `start`… [rows, columns] of a tensor, a vector as [1, n], and what is known of their inputs."""
+    """Rows `start`… [rows, columns] of a tensor, a vector as [1, n], and what is known of their inputs; `there` are the same rows
+    on the device, where they are there already."""
 
     tensor: TensorSpec
     start: int
     weights: F32
     known: Measured
+    there: "Tensor | None" = None
 
 
 @dataclass
@@ -115,9 +117,9 @@ class Lane:
         from xent_quant.device.method import Job
 
         assert self.device is not None
-        tensor, start, weights, known = given
+        tensor, start, weights, known, there = given
         statistics = known.statistics if self.stream is not None else self._from_file(tensor)
-        there = torch.from_numpy(weights).to(self.device.device)
+        there = torch.from_numpy(weights).to(self.device.device) if there is None else there
         pull = known.correction.pull(start, there) if known.correction else None
         for slot in slots:
             use = statistics if self._wanted(slot) else None
@@ -135,7 +137,7 @@ class Lane:
 
     def _put(self, given: Given, head: bool) -> F32 | None:
         """By the CPU's kernels."""
-        tensor, start, weights, known = given
+        tensor, start, weights, known, _ = given
         statistics = known.statistics if self.stream is not None else self._from_file(tensor)
         pull = known.correction.pull(start, weights) if known.correction else None
         read: F32 | None = None

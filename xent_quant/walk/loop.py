@@ -11,7 +11,7 @@ Without text there are no streams, and only the second line is left.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -28,9 +28,11 @@ from xent_quant.tensors import ATTENTION_ROLES, Role, TensorSpec
 from xent_quant.walk.lanes import Given, Lane
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from calibration.measuring import Measuring
+    from xent_quant.device.upload import Weights
     from xent_quant.model.stages import Stage
     from xent_quant.model.streams import Streams
 
@@ -130,30 +132,45 @@ class Walk:
         for routed, group in groupby(stages, key=lambda stage: stage.expert is not None):
             if routed:
                 experts = [list(chain) for _, chain in groupby(group, key=lambda stage: stage.expert)]
-                if self._on_device:
+                if self._device is not None:
                     step = self._side_by_side or 1
-                    for start in range(0, len(experts), step):
-                        self._stages(index, zip(*experts[start : start + step], strict=True))
+                    parts = [experts[start : start + step] for start in range(0, len(experts), step)]
+                    self._stages(index, [same for part in parts for same in zip(*part, strict=True)])
                     continue
                 parallel.run([partial(self._stages, index, zip(chain)) for chain in experts], self._side_by_side)
             else:
                 self._stages(index, zip(group))
 
     @property
-    def _on_device(self) -> bool:
-        return any(lane.device is not None for lane in self.lanes)
+    def _device(self) -> "torch.device | None":
+        """Where methods compute, the same for all lanes that have one."""
+        return next((lane.device.device for lane in self.lanes if lane.device is not None), None)
+
+    def _with_weights(self, stages: "Iterable[tuple[Stage, ...]]") -> "Iterator[tuple[tuple[Stage, ...], Weights]]":
+        """Stages with the model's weights, as read and as streams take them; for a device the next ones are read ahead."""
+        assert self.streams is not None
+        if self._device is None:
+            for together in stages:
+                read = {tensor.name: self.checkpoint.read(tensor.name) for stage in together for tensor in stage.weights}
+                yield together, {name: (weights, self.streams.tensor(weights)) for name, weights in read.items()}
+            return
+        from xent_quant.device.upload import ahead
+
+        every = list(stages)
+        names = [[tensor.name for stage in together for tensor in stage.weights] for together in every]
+        yield from zip(every, ahead(self.checkpoint.read, self._device, names), strict=True)
 
     def _stages(self, index: int, stages: "Iterable[tuple[Stage, ...]]") -> None:
         """Stages of a layer one after the other, or the same stages of several experts; those of another expert may be under way
         beside them."""
         assert self.streams is not None
-        for together in stages:
+        for together, weights in self._with_weights(stages):
             stage = together[0]
             first = stage.weights[0] if stage.weights else None
             if first:
                 with self._reporting:
                     self._report.phase(f"layer {index + 1} of {self._layers}, {_said(first)}")
-            self._stage(together)
+            self._stage(together, weights)
             if first and first.role is Role.ROUTER:
                 listened = max((number for number in self._measuring if number), default=0)
                 self.journal.coverage = [*self.journal.coverage[:index], self.streams.run.expert_tokens(listened)]
@@ -180,16 +197,14 @@ class Walk:
                     lane.put(tensor, 0, weights, NOTHING, head=head)
         self._report.advance(tensor.n_weights * len(lanes) // len(self.lanes))
 
-    def _stage(self, stages: "tuple[Stage, ...]") -> None:
+    def _stage(self, stages: "tuple[Stage, ...]", exact: "Weights") -> None:
         assert self.streams is not None
         tensors = [tensor for stage in stages for tensor in stage.weights]
-        exact = {tensor.name: self.checkpoint.read(tensor.name) for tensor in tensors}
-        first = {name: self.streams.tensor(weights) for name, weights in exact.items()}
-        weights = [dict(first) for _ in self.streams.run.streams]
+        weights = [{name: tensor for name, (_, tensor) in exact.items()} for _ in self.streams.run.streams]
         for number, lanes in self._by_stream.items():  # what one of them measured is let go before the next one measures
             known = [self._measure(number, stage) if stage.weights else NOTHING for stage in stages]
             given = [
-                Given(tensor, 0, exact[tensor.name], measured if tensor.measured else NOTHING)
+                Given(tensor, 0, exact[tensor.name][0], measured if tensor.measured else NOTHING, exact[tensor.name][1])
                 for stage, measured in zip(stages, known, strict=True)
                 for tensor in stage.weights
             ]
@@ -212,7 +227,7 @@ class Walk:
         if lane.device is not None:
             return lane.put_together(given)
         found: list[F32 | Tensor | None] = []
-        for tensor, _, weights, known in given:
+        for tensor, _, weights, known, _ in given:
             made = []
             step = max(1, self.checkpoint.SLICE // weights.shape[1]) if lane.takes_slices(tensor) else len(weights)
             for start in range(0, len(weights), step):
