@@ -50,7 +50,7 @@ DAMAGES = (
 
 TAG = re.compile(r"<[A-Za-z/!?_:]")
 TAG_NAME = re.compile(r"[^\s/>]*")
-ATTRIBUTE = re.compile(r"""([\w:.-]+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
+ATTRIBUTE = re.compile(r"""(?<![\w:.-])([\w:.-]++)\s*+=\s*(?:"([^"]*)"|'([^']*)')""")
 QUOTE_OR_END = re.compile("[>\"']")
 SPACES = re.compile("[ \t\r\n]+")
 """Without no-break and ideographic spaces, which are meant."""

@@ -172,7 +172,8 @@ class Imatrix(StatisticsSource):
         """Mean x² per input column of one matrix, [n_columns] float32, or None where the file has no such tensor.
 
         A rare expert is made up with the layer's sample, in a file without one with the tensor's average over experts, see
-        `calibration.rare`. None as well for an expert that saw nothing where there is neither.
+        `calibration.rare`. None as well for an expert that saw nothing where there is neither. Raises CalibrationError for means
+        that float32 does not hold.
         """
         entry = self.entries.get(name)
         if entry is None:
@@ -189,4 +190,7 @@ class Imatrix(StatisticsSource):
             missing = missing if sampled else 0.0
         if not rows + missing:
             return None
-        return floored((entry.sums[expert] + missing * average) / (rows + missing))
+        means = (entry.sums[expert] + missing * average) / (rows + missing)
+        if means.max() > np.finfo(np.float32).max:
+            raise CalibrationError(f"{self.source}: {name}: means up to {means.max():g}, beyond float32; calibrate again")
+        return floored(means)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Exports a checkpoint through bitsandbytes and measures it in transformers: perplexity on text, size, memory.
 
-    scripts/bench_bnb.py --corpus DIR [--model DIR] [--kinds nf4 int8 fp4] [--tokens 16384] [--json FILE]
+    scripts/bench_bnb.py --corpus DIR [--model DIR] [--kinds nf4 nf4-gptq int8 fp4] [--tokens 16384] [--json FILE]
     scripts/bench_bnb.py --model DIR            # without text: size, time and peak memory of the exports only
 
 DIR holds one .jsonl file a suite, each line an object with the field `text`. Texts of a suite are joined, cut into
@@ -31,6 +31,7 @@ KINDS = {
     "nf4": ["--bits", "4"],
     "fp4": ["--bits", "4", "--bnb-type", "fp4"],
 }
+KINDS |= {f"{kind}-gptq": [*options, "--method", "gptq"] for kind, options in KINDS.items() if kind != "bf16"}
 
 
 def export(model: Path, kind: str, output: Path) -> None:

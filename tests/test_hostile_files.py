@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -241,6 +242,15 @@ def test_weights_of_an_export_that_are_not_finite(
     assert f"{name.removesuffix(f'.{part}')}: NaN or infinite weights" in line
 
 
+def test_an_export_that_computes_infinities(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    folder = four_bit(tmp_path / "folder")
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.0.input_layernorm.weight"
+    stored[name] = np.full_like(stored[name], 3e38)
+    save_file(stored, folder / "model.safetensors")
+    assert "layer 0, attention: NaN or infinite activations" in refused(folder, *validation(folder, model))
+
+
 def message(number: int, content: bytes) -> bytes:
     """A field of a protocol buffer."""
     return bytes([number << 3 | 2, len(content)]) + content
@@ -325,3 +335,86 @@ def test_a_tokenizer_of_an_onnx_export(exported: Path, refused: Callable[..., st
         refused(file, *validation(exported, exported.parent / "model", "onnxruntime"))
     finally:
         file.write_bytes(good)
+
+
+def test_an_onnx_export_of_65535_layers(exported: Path, refused: Callable[..., str]) -> None:
+    file = exported / "config.json"
+    good = file.read_bytes()
+    try:
+        file.write_bytes(json.dumps(json.loads(good) | {"num_hidden_layers": 65535}).encode())
+        assert "layers.2.attention.norm" in refused(exported / "model.onnx", "inspect", exported)
+    finally:
+        file.write_bytes(good)
+
+
+ROWS = np.ones((1, 64), np.float32)
+STATISTICS: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
+    "float16": ({"t.in_sum2": ROWS.astype(np.float16), "t.counts": ROWS[0, :1]}, {}, "t.in_sum2: statistics of type F16"),
+    "no counts": ({"t.in_sum2": ROWS}, {}, "t: sums without counts"),
+    "two counts": ({"t.in_sum2": ROWS, "t.counts": ROWS[0, :2]}, {}, "t: 1 matrices but 2 counts"),
+    "other columns": (
+        {"t.in_sum2": ROWS, "t.counts": ROWS[0, :1], "t.in_sum2_layer": ROWS[:, :32], "t.layer_counts": ROWS[0, :1]},
+        {},
+        "t.in_sum2_layer: has not the columns",
+    ),
+    "not finite": ({"t.in_sum2": ROWS * np.inf, "t.counts": ROWS[0, :1]}, {}, "t: negative or non-finite"),
+    "2^40 chunks": ({"t.in_sum2": ROWS, "t.counts": ROWS[0, :1]}, {"imatrix.chunk_count": 2**40}, "chunk_count is 1099511627776"),
+    "means beyond float32": (
+        {"blk.0.attn_q.weight.in_sum2": ROWS * np.float32(1e30), "blk.0.attn_q.weight.counts": ROWS[0, :1] * np.float32(1e-37)},
+        {},
+        "attn_q.weight: means up to 1e+67, beyond float32",
+    ),
+    "none": ({"t.counts": ROWS[0, :1]}, {}, "holds no statistics"),
+}
+
+
+@pytest.mark.parametrize("case", STATISTICS)
+def test_statistics(model: Path, tmp_path: Path, refused: Callable[..., str], case: str) -> None:
+    tensors, numbers, reason = STATISTICS[case]
+    file = tmp_path / "imatrix.gguf"
+    writer = gguf.GGUFWriter(file, "")
+    writer.add_string("general.type", "imatrix")
+    for name, number in numbers.items():
+        writer.add_uint64(name, number)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert reason in refused(Path(file.name), model, "--imatrix", file, "--output", tmp_path / "out")
+
+
+def test_a_gigabyte_where_a_text_is_expected(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    suite, template = tmp_path / "own.txt", model / "chat_template.jinja"
+    command = ["validate", model, "--reference", model, "--suite-file", f"own={suite}", "--report", tmp_path / "report"]
+    assert "no such file" in refused(suite, *command)
+    for file in (suite, template):
+        file.touch()
+        os.truncate(file, 1 << 30)
+    assert "larger than 64 MiB" in refused(suite, *command)
+    assert "too large for a chat template" in refused(template, model, "--method", "rtn", "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ({"x": 2}, "added token 'x' has id 2, which '<|startoftext|>' has too"),
+        ({"a": 319}, "added token 'a' has id 319, and elsewhere 261"),
+    ],
+)
+def test_added_tokens_that_contradict_the_tokenizer(
+    model: Path, tmp_path: Path, refused: Callable[..., str], tokens: dict[str, int], reason: str
+) -> None:
+    (model / "added_tokens.json").write_text(json.dumps(tokens))
+    assert reason in refused(model, model, "--method", "rtn", "--output", tmp_path / "out")
+
+
+def test_names_without_end(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = {"weight_map": {"x" * 70_000: "model-00001-of-00001.safetensors"}}
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not done("inspect", model)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"xent-quant: error: {model}/model-00001-of-00001.safetensors: xxx")
+    assert len(line) < 2000

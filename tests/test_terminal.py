@@ -70,6 +70,10 @@ def test_markdown_and_json_and_one_line() -> None:
         assert text.isascii()
         assert json.loads(text) == [value]
     assert terminal.one_line("first\n  second\x1b[1m\r\nthird\n") == r"first second\x1b[1m third"
+    endless = terminal.one_line(f"model.safetensors: {'x' * 70_000} is in no shard; fetch the index again")
+    assert endless.startswith("model.safetensors: xxx")
+    assert endless.endswith("xxx is in no shard; fetch the index again")
+    assert len(endless) == terminal.LONGEST_LINE + 3
     record = logging.LogRecord("xent_quant", logging.WARNING, "", 1, "of %s", (EVIL,), None)
     assert_plain(terminal.Record("%(levelname)s %(message)s").format(record))
 

@@ -83,7 +83,7 @@ class Curvature:
         self.hessian = hessian.copy()
         """H + λ."""
         self.hessian[np.diag_indices_from(hessian)] += np.float32(DAMPING * hessian.diagonal().mean(dtype=np.float64))
-        self._blocks: dict[tuple[int, int], tuple[F32, F32, F32]] = {}
+        self._blocks: dict[tuple[int, int], tuple[F32, F32, F32, F32]] = {}
 
     @cached_property
     def _root(self) -> F32:
@@ -93,6 +93,11 @@ class Curvature:
     def factor(self) -> F32:
         """U, unit upper triangular, with H + λ = U diag(D) Uᵀ."""
         return self._root / self._root.diagonal()
+
+    @property
+    def pivots(self) -> F32:
+        """D of `factor`, [n]."""
+        return np.square(self._root.diagonal())
 
     def solve(self, rows: F32) -> F32:
         """rows (H + λ)⁻¹, [m, n] to the same."""
@@ -109,11 +114,11 @@ class Curvature:
         for first in range(0, len(self.hessian), block) if sweeps else ():
             self.block(first, first + block)
 
-    def block(self, first: int, last: int) -> tuple[F32, F32, F32]:
-        """The Hessian of columns first…last alone, its inverse, and its factor."""
+    def block(self, first: int, last: int) -> tuple[F32, F32, F32, F32]:
+        """The Hessian of columns first…last alone, its inverse, its factor, and its pivots."""
         if (first, last) not in self._blocks:
             hessian = np.ascontiguousarray(self.hessian[first:last, first:last])
             upper = root(hessian)
             found = _solved(_solved(np.eye(last - first, dtype=np.float32), upper.T, upper=False), upper, upper=True)
-            self._blocks[first, last] = hessian, found, upper / upper.diagonal()
+            self._blocks[first, last] = hessian, found, upper / upper.diagonal(), np.square(upper.diagonal())
         return self._blocks[first, last]

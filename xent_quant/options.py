@@ -258,11 +258,13 @@ class Options(OutputOptions, OnnxOptions, TensorOptions, StatisticsOptions, Targ
 
     @property
     def quantised(self) -> tuple[str, ...]:
-        """Formats of which a method chooses codes: bitsandbytes' follow from the weights alone, and floats are only rounded."""
+        """Formats of which a method chooses codes: floats are only rounded, and bitsandbytes' codes follow from the weights alone
+        unless --method gptq is asked for."""
         named = (*self.mixes, *(rule.rpartition("=")[2] for rule in self.tensor_types))
         gguf = not self.mixes or any(name.upper() not in FLOATS for name in named)
         onnx = self.n_bits < 16 or self.active_bits in (4, 8)
-        return tuple(kind for kind in self.formats if (kind == "gguf" and gguf) or (kind == "onnx" and onnx))
+        chosen = {"gguf": gguf, "onnx": onnx, "bnb": self.n_bits < 16 and self.method == "gptq"}
+        return tuple(kind for kind in self.formats if chosen[kind])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -317,8 +319,10 @@ def _quantised(options: Options) -> str:
     """An option of methods."""
     if options.quantised:
         return ""
-    if options.formats == ("bnb",):
-        return "with --format bnb, whose codes follow from the weights alone; drop it, or use --format gguf or onnx"
+    if options.formats == ("bnb",) and options.n_bits < 16:
+        return (
+            "with --format bnb, whose codes follow from the weights alone; drop it, use --method gptq, or --format gguf or onnx"
+        )
     return "where weights are only rounded to floats; drop it, or choose fewer bits"
 
 

@@ -110,7 +110,8 @@ def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods
     from exporters.bitsandbytes.plan import plan
 
     planned = plan(checkpoint.architecture, bits=options.n_bits, bnb_type=options.bnb_type, pad=options.pad)
-    yield BnbExporter(checkpoint, planned, options.folder, name, split_size=options.split_bytes)
+    method = methods.new() if "bnb" in options.quantised else None
+    yield BnbExporter(checkpoint, planned, options.folder, name, method, split_size=options.split_bytes)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from exporters.hub_files import json_bytes
 from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import U8
+from xent_quant.methods.interface import Method
 from xent_quant.storage import Move, Target, replace_bytes, sync
 
 FOLDER = "bnb"
@@ -26,13 +27,20 @@ class BnbExporter:
     Raises CheckpointError where the tokenizer is missing or damaged, ConfigError where bitsandbytes is not installed.
     """
 
-    method = None
-
-    def __init__(self, checkpoint: Checkpoint, plan: BnbPlan, output: Path, name: str, *, split_size: int | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: BnbPlan,
+        output: Path,
+        name: str,
+        method: Method | None = None,
+        *,
+        split_size: int | None = None,
+    ) -> None:
         if plan.bits < 16:
             bitsandbytes_functional()
-        self.plan, self.target = plan, output / FOLDER
-        self.files = folder.files(checkpoint, plan, name)
+        self.plan, self.target, self.method = plan, output / FOLDER, method
+        self.files = folder.files(checkpoint, plan, name, calibrated=method is not None)
         self.parts = shards(plan.tensors, split_size)
         count = len(self.parts)
         self.shards = [

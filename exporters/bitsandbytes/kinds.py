@@ -9,8 +9,9 @@
 Source: bitsandbytes 0.50, `QuantState.as_dict`, `Linear8bitLt._save_to_state_dict`, and transformers' quantizer_bnb_*.py.
 """  # noqa: E501
 
+import json
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 
 from xent_quant import formats
 from xent_quant.errors import ConfigError
+from xent_quant.formats._codes import integers
+from xent_quant.formats._prescaled import Prescaled, Rows, Scaled, block_of
 from xent_quant.formats.base import F32, U8, Effort
 from xent_quant.parallel import one_thread
 
@@ -51,7 +54,7 @@ class Part:
         return prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
-class Whole(ABC):
+class Whole(Prescaled):
     """An encoding (see `xent_quant.formats.base.Encoding`) of a weight as bitsandbytes' layers save it, whole: its row of bytes
     holds the stored parts one after the other."""
 
@@ -68,7 +71,7 @@ class Whole(ABC):
 
     def quantize(self, weights: F32, importance: F32 | None = None, *, effort: Effort = "normal", name: str = "tensor") -> U8:
         """See `Encoding.quantize`. Levels are fixed and scales are maxima: importance and effort have no say."""
-        return np.concatenate([part.reshape(-1) for part in self.encode(name, weights)])[None]
+        return _joined(self.encode(name, weights))
 
     def split(self, packed: U8, parts: Sequence[Part]) -> list[U8]:
         """The parts' bytes out of [1, bytes]."""
@@ -105,6 +108,52 @@ class FourBit(Whole):
         tensors = {"": packed} | {f".{key}": value for key, value in state.as_dict(packed=True).items()}
         return [_bytes(tensors[part.name.removeprefix(name)]) for part in self.parts(name, weights.shape)]
 
+    def scaled(self, weights: F32, *, name: str) -> Scaled | None:
+        """See `Prescaled.scaled`."""
+        if weights.shape[1] % BLOCK:
+            return None
+        parts = self.encode(name, weights)
+        order, levels = _ascending(parts[2].view("<f4"))
+        kind = Rows(BLOCK, levels)
+        return Scaled(kind, kind.pack(_scales(parts).reshape(len(weights), -1), order[_nibbles(parts[0])].reshape(weights.shape)))
+
+    def with_codes(self, weights: F32, packed: U8, *, name: str) -> U8:
+        """See `Prescaled.with_codes`."""
+        parts = self.encode(name, weights)
+        order, levels = _ascending(parts[2].view("<f4"))
+        numbers = np.empty(len(levels), np.uint8)  # of equal levels the first
+        numbers[order[::-1]] = np.arange(len(order), dtype=np.uint8)[::-1]
+        codes = numbers[Rows(BLOCK, levels).codes(packed)].reshape(-1, 2)
+        parts[0] = codes[:, 0] << np.uint8(4) | codes[:, 1]
+        return _joined(parts)
+
+    def dequantize(self, packed: U8, shape: tuple[int, int]) -> F32:
+        """See `Prescaled.dequantize`."""
+        parts = self.split(packed, self.parts("", shape))
+        values = parts[2].view("<f4")[_nibbles(parts[0])].reshape(-1, BLOCK) * _scales(parts)[:, None]
+        kept = formats.get("BF16")
+        return kept.dequantize(kept.quantize(values.reshape(shape)))
+
+
+def _nibbles(packed: U8) -> U8:
+    """Codes of pairs, the first in the high nibble."""
+    return np.stack([packed.reshape(-1) >> np.uint8(4), packed.reshape(-1) & np.uint8(15)], axis=1).reshape(-1)
+
+
+def _ascending(levels: F32) -> tuple[U8, F32]:
+    """The place of each of bitsandbytes' levels among the distinct ones in order, and those."""
+    distinct, order = np.unique(levels, return_inverse=True)
+    return order.astype(np.uint8), distinct.astype(np.float32)
+
+
+def _scales(parts: Sequence[U8]) -> F32:
+    """A block's scale, from the parts of FourBit, as bitsandbytes' dequantize_blockwise has it."""
+    _, absmax, _, nested, levels, state = parts
+    offset = np.float32(json.loads(state.tobytes())["nested_offset"])
+    outer = np.repeat(nested.view("<f4"), NESTED_BLOCK)[: absmax.size]
+    scales: F32 = levels.view("<f4")[absmax.reshape(-1)] * outer + offset
+    return scales
+
 
 class Int8(Whole):
     """LLM.int8(): the weight in float16, one scale a row. Outliers are the activations', found when the model runs."""
@@ -122,6 +171,32 @@ class Int8(Whole):
     def encode(self, name: str, weights: F32) -> list[U8]:
         codes, scales, _ = bitsandbytes_functional().int8_vectorwise_quant(_half(name, weights, "F16"))
         return [_bytes(codes), _bytes(scales), np.zeros(1, np.uint8)]  # weight_format 0: row-major
+
+    def scaled(self, weights: F32, *, name: str) -> Scaled:
+        """See `Prescaled.scaled`."""
+        codes, scales, _ = self.encode(name, weights)
+        kind = Rows(block_of(weights.shape[1], BLOCK), integers(-127, 127))
+        wide: F32 = np.repeat(_row_scales(scales)[:, None], weights.shape[1] // kind.block_size, axis=1)
+        return Scaled(kind, kind.pack(wide, (codes.view(np.int8).astype(np.int16) + 127).astype(np.uint8).reshape(weights.shape)))
+
+    def with_codes(self, weights: F32, packed: U8, *, name: str) -> U8:
+        """See `Prescaled.with_codes`."""
+        _, scales, layout = self.encode(name, weights)
+        kind = Rows(block_of(weights.shape[1], BLOCK), integers(-127, 127))
+        codes = (kind.codes(packed).astype(np.int16) - 127).astype(np.int8)
+        return _joined([codes.view(np.uint8), scales, layout])
+
+    def dequantize(self, packed: U8, shape: tuple[int, int]) -> F32:
+        """See `Prescaled.dequantize`."""
+        codes, scales, _ = self.split(packed, self.parts("weight", shape))
+        values: F32 = codes.view(np.int8).reshape(shape).astype(np.float32) * _row_scales(scales)[:, None]
+        return values
+
+
+def _row_scales(stored: U8) -> F32:
+    """Of SCB, a row's largest weight."""
+    scales: F32 = np.ascontiguousarray(stored).view("<f4").astype(np.float32) / np.float32(127)
+    return scales
 
 
 def bitsandbytes_functional() -> ModuleType:
@@ -145,6 +220,10 @@ def _half(name: str, weights: F32, dtype: Literal["BF16", "F16"]) -> "Tensor":
 
     packed = formats.get(dtype).quantize(weights, name=name)
     return torch.from_numpy(packed).view(torch.bfloat16 if dtype == "BF16" else torch.float16)
+
+
+def _joined(parts: Sequence[U8]) -> U8:
+    return np.concatenate([part.reshape(-1) for part in parts])[None]
 
 
 def _bytes(tensor: "Tensor") -> NDArray[np.uint8]:

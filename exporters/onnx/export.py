@@ -111,7 +111,7 @@ class ONNXWriter:
             positions = np.arange(start, min(start + POSITIONS, model.max_position_embeddings))
             angles = positions[:, None] * found
             for part, values in zip(plan.tables, (np.cos(angles), np.sin(angles)), strict=True):
-                rows = kind.quantize((values * factor).astype(np.float32), name=part.name)
+                rows = kind.quantize((values * factor).astype(np.float32), name=f"rope_scaling, {part.name}")
                 self._data.write_at(rows, part.offset + start * part.row_bytes)
 
     def sync(self) -> None:

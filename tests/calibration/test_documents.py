@@ -5,6 +5,7 @@ import gzip
 import json
 import random
 import sys
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from io import BytesIO, StringIO
@@ -360,6 +361,12 @@ def test_epub_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for hostile in ("<a ", "<!--", "<a b='", "<a a=", "<![CDATA[", "<svg>", "&", "</a ", "<rt>", "<p"):
         path.write_bytes(epub({"a.xhtml": hostile * (300_000 // len(hostile)), "b.xhtml": "<p>end</p>"}))
         read(path)
+    began = time.process_time()
+    for hostile in ("x" * 100_000, "x" + " " * 100_000, " x" * 50_000):
+        assert "spine" in refused(
+            path, epub({}, **{"OEBPS/content.opf": f"<package><manifest><item {hostile}/></manifest></package>"})
+        )
+    assert time.process_time() - began < 5
     assert "DRM" in refused(
         path,
         epub({"a.xhtml": "x"}, **{"META-INF/encryption.xml": '<enc:CipherReference URI="OEBPS/text/a.xhtml"/>'}),

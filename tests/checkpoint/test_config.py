@@ -108,6 +108,7 @@ def test_a_dense_model_in_four_bits_loads(tmp_path: Path) -> None:
 HOSTILE: dict[str, tuple[str, str]] = {
     "theta beyond a float": ('"rope_theta": 1e400', "1e400 is no finite number"),
     "epsilon beyond float32": ('"rms_norm_eps": 1e308', "rms_norm_eps must be a positive number, it is 1e\\+308"),
+    "epsilon that float32 turns to 0": ('"rms_norm_eps": 1e-50', "rms_norm_eps must be a positive number, it is 1e-50"),
     "theta infinite": ('"rope_theta": Infinity', "Infinity is no finite number"),
     "theta not a number": ('"rope_theta": NaN', "NaN is no finite number"),
     "theta an integer beyond a float": (f'"rope_theta": {"9" * 400}', "rope_theta must be a positive number"),
@@ -142,6 +143,14 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "two scalings": (
         '"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "dynamic", "factor": 2}',
         "name different types",
+    ),
+    "yarn from a context beyond 32 bits": (
+        '"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 4294967296}',
+        "must be an integer from 1 to 2147483647, it is 4294967296",
+    ),
+    "yarn's scales beyond float32": (
+        '"rope_scaling": {"type": "yarn", "factor": 1e30, "mscale": 1e38, "mscale_all_dim": 1e-30}',
+        r"mscale and mscale_all_dim make an attention_factor of 6\.9",
     ),
     "yarn on nothing": ('"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2}', "not defined for rope_theta 1"),
 }

@@ -1,5 +1,7 @@
 """GPTQ against the paper's loop, its invariants, and what it is for: less output error on inputs that it has not seen."""
 
+import itertools
+
 import numba
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from tests.reference import gptq as reference
 from xent_quant import formats
-from xent_quant.formats._codes import CodedFormat
+from xent_quant.formats._eights import ShiftedFormat
 from xent_quant.formats.base import QuantFormat
 from xent_quant.formats.int_group import IntGroup
 from xent_quant.methods import METHODS, gptq
@@ -20,7 +22,8 @@ COLUMNS = 512
 MIXING = RANDOM.standard_normal((COLUMNS, COLUMNS)) * np.geomspace(1, 0.02, COLUMNS)[:, None]
 INPUTS = (RANDOM.standard_normal((3000, COLUMNS)) @ MIXING).astype(np.float32)
 WEIGHTS = (RANDOM.standard_normal((24, COLUMNS)) * 0.02).astype(np.float32)
-FAMILIES = ["Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K"]
+CODEBOOKS = ["IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"]
+FAMILIES = ["Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K", *CODEBOOKS]
 
 
 def statistics(columns: int = COLUMNS) -> InputStatistics:
@@ -28,13 +31,13 @@ def statistics(columns: int = COLUMNS) -> InputStatistics:
     return InputStatistics(np.square(seen).mean(0), seen.T @ seen / len(seen), len(seen), unseen)
 
 
-def kind_of(name: str) -> CodedFormat:
+def kind_of(name: str) -> gptq.Gridded:
     kind = formats.get(name)
-    assert isinstance(kind, CodedFormat)
+    assert isinstance(kind, gptq.Gridded)
     return kind
 
 
-def fed(kind: CodedFormat, columns: int = COLUMNS, count: int = len(WEIGHTS)) -> Rows:
+def fed(kind: gptq.Gridded, columns: int = COLUMNS, count: int = len(WEIGHTS)) -> Rows:
     known = statistics(columns)
     assert known.hessian is not None
     weights = np.ascontiguousarray(WEIGHTS[:count, :columns])
@@ -63,6 +66,46 @@ def test_codes_are_those_of_the_papers_loop(kind) -> None:
     rows = fed(kind, 256)
     wanted = reference.gptq(rows.weights, rows.curvature.hessian, *wide_grid(rows))
     assert np.array_equal(kind.codes(rows.packed), wanted)
+
+
+def every_sign(points: np.ndarray) -> np.ndarray:
+    """[n, size] magnitudes with all combinations of signs."""
+    size = points.shape[1]
+    signs = np.array(list(itertools.product((1, -1), repeat=size)))
+    return (points[:, None, :] * signs).reshape(-1, size)
+
+
+@pytest.mark.parametrize("name", ["IQ3_S", "IQ2_S", "IQ1_S"])
+def test_points_are_those_of_block_elimination(name: str) -> None:
+    kind = kind_of(name)
+    rows = fed(kind, 256, 2)
+    found = kind.load(rows.packed.reshape(-1, kind.block_bytes))
+    shape, size = rows.weights.shape, kind.points.shape[1]
+    scale = np.repeat(kind.scale(found).reshape(len(rows.weights), -1), kind.group_size, 1)
+    if isinstance(kind, ShiftedFormat):
+        points, shift = kind.points, np.repeat(np.where(found.minus, -kind.delta, kind.delta), 8 * kind.run, 1).reshape(shape)
+    else:
+        points, shift = every_sign(kind.points), np.zeros(shape)
+    wanted = reference.vectors(rows.weights, rows.curvature.hessian, scale, size, points, shift)
+    np.testing.assert_allclose(rows.weights - rows.errors, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_bytes_say_what_was_chosen(name: str) -> None:
+    kind = kind_of(name)
+    rows = fed(kind, 256, 16)
+    vectors = kind.vectors(rows.packed)
+    assert np.array_equal(vectors.packed(), rows.packed)
+    first = slice(0, vectors.size)
+    choice = vectors.choose(0, -rows.weights[:, first], np.ones(vectors.size, np.float32))
+    some = np.arange(16) % 2 == 0
+    if name == "IQ1_M" or not isinstance(kind, ShiftedFormat):  # IQ1_S has one sign of delta for four vectors
+        vectors.keep(0, choice, some)
+        values, before = kind.dequantize(vectors.packed()), kind.dequantize(rows.packed)
+        np.testing.assert_array_equal(values[some, first], choice.values[some])
+        np.testing.assert_array_equal(values[~some], before[~some])
+        np.testing.assert_array_equal(values[:, vectors.size :], before[:, vectors.size :])
+        assert not np.array_equal(values, before)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "IQ4_NL"])
@@ -128,12 +171,13 @@ def test_rows_that_the_search_serves_better_keep_it() -> None:
     assert (errors[0] <= errors[1]).all()
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "IQ4_XS"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ3_XXS", "IQ1_M"])
 def test_slices_threads_and_padding_change_no_byte(name: str) -> None:
     kind, known, method = kind_of(name), statistics(480).padded(512), GPTQ()
     weights = np.pad(WEIGHTS[:, :480], ((0, 0), (0, 32)))
     whole = method.quantize(weights, kind, known, name="w")
-    assert not kind.dequantize(whole)[:, 480:].any()
+    if kind.has_zero:
+        assert not kind.dequantize(whole)[:, 480:].any()
     threads = numba.get_num_threads(), torch.get_num_threads()
     try:
         numba.set_num_threads(1)

@@ -103,12 +103,12 @@ def test_a_rare_expert_shows_what_it_would_see_of_other_tokens(checkpoint) -> No
 def test_overflowing_activations_are_refused(checkpoint) -> None:
     class Loud:
         def __init__(self, inner: Checkpoint) -> None:
-            self.inner, self.architecture = inner, inner.architecture
+            self.inner, self.architecture, self.path = inner, inner.architecture, inner.path
 
         def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
             return self.inner.read(name, start, stop) * (np.float32(1e38) if "experts.2.up" in name else 1)
 
-    with pytest.raises(CalibrationError, match="expert 2"):
+    with pytest.raises(CalibrationError, match="model: layer 0, expert 2"):
         StreamingModel(Loud(Checkpoint.open(checkpoint()))).hidden_states(torch.tensor([IDS * 4]))
 
 

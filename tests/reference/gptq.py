@@ -36,3 +36,22 @@ def descend(
                 losses.append(error @ hessian @ error)
             codes[row, j] = int(np.argmin(losses))
     return codes
+
+
+def vectors(
+    weights: np.ndarray, hessian: np.ndarray, scale: np.ndarray, size: int, points: np.ndarray, shift: np.ndarray
+) -> np.ndarray:
+    """The same of `size` weights at a time, by block elimination: the weights, each vector the nearest of all `points` [n, size]
+    (times scale [rows, columns], after adding shift [rows, columns]) by the diagonal of the Schur complement that is its cost."""
+    rows, columns = weights.shape
+    left, chosen = weights.astype(np.float64), np.zeros(weights.shape)
+    for start in range(0, columns, size):
+        own, rest = slice(start, start + size), slice(start + size, columns)
+        after = np.linalg.inv(hessian[rest, rest].astype(np.float64)) @ hessian[rest, own]  # what those after can make up for
+        cost = (hessian[own, own] - hessian[own, rest] @ after).diagonal()
+        for row in range(rows):
+            values = (points + shift[row, own]) * scale[row, own]
+            best = int(np.argmin(((left[row, own] - values) ** 2) @ cost))
+            chosen[row, own] = values[best]
+            left[row, rest] += (left[row, own] - values[best]) @ after.T
+    return chosen

@@ -132,6 +132,13 @@ def test_standard_errors_by_hand() -> None:
     assert measures.window_mean(values[:1]).error == math.inf
 
 
+def test_a_model_that_is_damaged_has_a_perplexity() -> None:
+    hopeless = np.full((2, 3), 1e4)
+    assert measures.perplexity(hopeless) == math.exp(700)
+    ratio = measures.perplexity_ratio(hopeless, np.ones((2, 3)))
+    assert (ratio.value, ratio.error) == (math.exp(700), 0)
+
+
 def test_paired_error_of_a_ratio_covers_the_truth() -> None:
     """Repeated draws of 12 windows: the ratio is the truth within two standard errors about 19 times in 20, and the pairing
     makes the error far smaller than that of either perplexity."""

@@ -21,7 +21,8 @@ from tests.reference.forward import forward
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ValidationError, XentQuantError
 from xent_quant.model.streaming import StreamingModel
-from xent_quant.validation import gates, measures, reference, suites
+from xent_quant.progress import Silent
+from xent_quant.validation import gates, measures, reference, scoring, suites
 from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
 from xent_quant.validation.html import SENTENCES, page
 from xent_quant.validation.llama_cpp import LlamaCpp
@@ -368,6 +369,14 @@ def _truncated(file: Path, mini: Checkpoint, tmp_path: Path) -> Report:
     return run(short, mini, tmp_path)
 
 
+def _longer_values(file: Path, mini: Checkpoint, tmp_path: Path) -> Report:
+    """llama.cpp would end the process with such a key."""
+    key, raw = b"attention.value_length", bytearray(file.read_bytes())
+    raw[raw.index(key) + len(key) + 4] += 1
+    (tmp_path / "long.gguf").write_bytes(raw)
+    return run(tmp_path / "long.gguf", mini, tmp_path)
+
+
 def _not_gguf(file: Path, mini: Checkpoint, tmp_path: Path) -> Report:
     (tmp_path / "text.gguf").write_text("hello" * 1000)
     return run(tmp_path / "text.gguf", mini, tmp_path)
@@ -391,6 +400,7 @@ def _wrong_runtime(file: Path, mini: Checkpoint, tmp_path: Path) -> Report:
     [
         (_other_model, "the reference needs"),
         (_truncated, "short.gguf: .*truncated"),
+        (_longer_values, r"long\.gguf: bailingmoe\.attention\.value_length is 65, the reference needs 64"),
         (_not_gguf, "not a GGUF file"),
         (_no_data_file, "model.onnx.data: missing"),
         (_short_text, "suite brief: .* fewer than one window"),
@@ -401,6 +411,20 @@ def test_what_cannot_be_compared_is_refused(export: Export, mini: Checkpoint, tm
     with pytest.raises(XentQuantError, match=words) as caught:
         attempt(export("Q8_0"), mini, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    class Broken:
+        name, version, vocab_size = "a runtime", "1", 3
+
+        def tokenize(self, text: str) -> list[int]:
+            return []
+
+        def logits(self, ids: list[int], first: int = 0) -> np.ndarray:
+            return np.full((len(ids) - first, 3), np.nan, np.float32)
+
+    with pytest.raises(ValidationError, match=r"m\.gguf: a runtime computes NaN or infinite logits with it \(window 0\)"):
+        next(scoring.run(Broken(), tmp_path / "m.gguf", np.zeros((1, 8), np.int64), Silent()))
 
 
 def test_another_tokenizer_is_refused(export: Export, mini: Checkpoint, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from xent_quant.errors import ConfigError, UnsupportedError
 
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+LONGEST = 2**31 - 1
+"""Context, in tokens."""
 Kind = Literal["linear", "dynamic", "yarn"]
 KEYS: dict[str, frozenset[str]] = {
     "default": frozenset(),
@@ -138,8 +140,10 @@ def parse(config: Mapping[str, Any], source: str, max_position_embeddings: int) 
         return theta, RopeScaling("dynamic", number("factor", None, 1.0), max_position_embeddings)
     original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
     original = max_position_embeddings if original is None else original
-    if isinstance(original, bool) or not isinstance(original, int) or original < 1:
-        raise refuse(f"rope_scaling: original_max_position_embeddings must be an integer, it is {shown(original)}")
+    if isinstance(original, bool) or not isinstance(original, int) or not 1 <= original <= LONGEST:
+        raise refuse(
+            f"rope_scaling: original_max_position_embeddings must be an integer from 1 to {LONGEST}, it is {shown(original)}"
+        )
     factor = number("factor", max_position_embeddings / original, 1.0)
     truncate = given.get("truncate")
     if truncate not in (None, True, False):
@@ -152,11 +156,14 @@ def parse(config: Mapping[str, Any], source: str, max_position_embeddings: int) 
     default = (
         attention(number("mscale", None)) / attention(number("mscale_all_dim", None)) if mscale and all_dim else attention(1)
     )
+    attention_factor = number("attention_factor", None) if given.get("attention_factor") is not None else default
+    if not is_number(attention_factor):
+        raise refuse(f"rope_scaling: mscale and mscale_all_dim make an attention_factor of {attention_factor:g}")
     scaling = RopeScaling(
         "yarn",
         factor,
         original,
-        attention_factor=number("attention_factor", default),
+        attention_factor=attention_factor,
         beta_fast=number("beta_fast", None) if given.get("beta_fast") else 32.0,
         beta_slow=number("beta_slow", None) if given.get("beta_slow") else 1.0,
         truncate=truncate is not False,

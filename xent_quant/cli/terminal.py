@@ -22,6 +22,9 @@ ERRORS = "xent_quant.spelled"
 SPELLED = {"→": "->", "…": "...", "×": "x", "·": "*", "—": "-", "±": "+-", "≤": "<=", "≥": ">=", "✓": "ok", "‖": "||", "−": "-"}
 """Characters that the command prints itself, for such streams."""
 
+LONGEST_LINE = 1600
+"""Of a message, in characters."""
+
 GONE = (errno.EPIPE, errno.EIO, *((errno.EINVAL,) if os.name == "nt" else ()))
 """What writing to a pipe whose reader has ended, or a terminal that was closed, gives."""
 
@@ -109,8 +112,10 @@ class Record(logging.Formatter):
 
 
 def one_line(message: str) -> str:
-    """A message, of a library perhaps, without the ends of its lines."""
-    return plain(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+    """A message, of a library perhaps, without the ends of its lines, and without its middle where a name in it has no end: who
+    failed stands at its beginning, the remedy at its end."""
+    line = plain(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
 
 
 def say(message: str) -> None:

@@ -16,6 +16,7 @@ from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.errors import QuantizationError
 from xent_quant.formats._chunks import LIMIT, NOT_FINITE, TOO_LARGE
 from xent_quant.formats._codes import Found, SearchedFormat
+from xent_quant.formats._prescaled import Prescaled
 from xent_quant.formats.base import F32, U8, Effort, Encoding, QuantFormat, weighting
 from xent_quant.linalg import row_chunks
 from xent_quant.methods.gptq import EFFORTS, GPTQ
@@ -120,9 +121,13 @@ class OnDevice:
         known = job.statistics.on_cpu() if isinstance(job.statistics, DeviceStatistics) else job.statistics
         pull = None if job.pull is None else job.pull.cpu().numpy()
         packed = self._method.quantize(job.weights.cpu().numpy(), kind, known, name=job.name, pull=pull)
-        if not isinstance(kind, QuantFormat):
+        if isinstance(kind, QuantFormat):
+            read = kind.dequantize(packed)
+        elif isinstance(kind, Prescaled):
+            read = kind.dequantize(packed, (job.weights.shape[0], job.weights.shape[1]))
+        else:
             return Made(packed, job.weights)
-        return Made(packed, torch.from_numpy(kind.dequantize(packed)).to(self.device))
+        return Made(packed, torch.from_numpy(read).to(self.device))
 
     def _weighting(self, group: Sequence[Sequence[Job]], step: int) -> Tensor:
         """[stack, columns] float32, of each `step` columns alone."""
@@ -161,7 +166,7 @@ class OnDevice:
         codes = encode(kind, weights, plain)
         rows = Rows(weights, kind, curvature, self._weighting(group, kind.block_size), self._effort, pull)
         rows.feed()
-        sweeps, rounds = EFFORTS[self._effort]
+        sweeps, rounds, _ = EFFORTS[self._effort]
         for _ in range(sweeps):
             rows.sweep(rounds)
         inputs = _inputs([each.held_out for each in known if isinstance(each, DeviceStatistics) and each.held_out is not None])

@@ -24,6 +24,7 @@ from xent_quant.formats._chunks import TOO_LARGE, in_chunks
 from xent_quant.formats._codes import Efforts
 from xent_quant.formats._lanes import WIDTH, absolute, half, larger, load, rint, smaller, spread, store, store_bytes, where_less
 from xent_quant.formats._search import HUGE, LARGEST, ONE, TINY, TWO, ZERO, empty, fill
+from xent_quant.formats._vectors import Choice, Flags, Vectors, chosen, inverted
 from xent_quant.formats.base import F32, U8, Effort, QuantFormat
 
 U16 = NDArray[np.uint16]
@@ -203,14 +204,59 @@ class CodebookFormat(QuantFormat):
         codebook(magnitudes, importance, candidates, rounds, self.group_size, self.unit, self.points, numbers, inner, outer)
         return numbers, inner, outer
 
+    def scale(self, points: Points) -> F32:
+        """Of every group, [n, groups]."""
+        return points.d * self.unit * (2 * points.s.astype(np.float32) + 1)
+
+    def vectors(self, packed: U8) -> Vectors:
+        """Packed rows [rows, row_bytes], to choose anew within their scales."""
+        return SignedVectors(self, packed)
+
     def dequantize_rows(self, packed: U8) -> F32:
         found = self.load(packed.reshape(-1, self.block_bytes))
-        scale = found.d * self.unit * (2 * found.s.astype(np.float32) + 1)
+        scale = self.scale(found)
         points = self.points[found.numbers].reshape(len(scale), -1, self.group_size)
         points *= scale[:, :, None]
         values: F32 = points.reshape(len(packed), -1)
         np.negative(values, out=values, where=np.unpackbits(found.signs, bitorder="little").reshape(values.shape) > 0)
         return values
+
+
+class SignedVectors(Vectors):
+    """Of a CodebookFormat."""
+
+    def __init__(self, kind: CodebookFormat, packed: U8) -> None:
+        self._kind, self._packed = kind, packed
+        self._found = kind.load(packed.reshape(-1, kind.block_bytes))
+        dim = kind.points.shape[1]
+        self.size = 8 if kind.even_signs else dim
+        self._scale = kind.scale(self._found).reshape(len(packed), -1)
+        self._numbers = self._found.numbers.astype(np.uint16).reshape(len(packed), -1, self.size // dim)
+        signs = np.unpackbits(self._found.signs, axis=1, bitorder="little")
+        self._negative = (signs > 0).reshape(len(packed), -1, self.size)
+
+    def choose(self, vector: int, targets: F32, weights: F32) -> Choice:
+        """See `Vectors.choose`."""
+        scale = np.ascontiguousarray(self._scale[:, vector * self.size // self._kind.group_size, None])
+        negative, magnitudes = targets < 0, np.abs(targets) * inverted(scale)
+        if self._kind.even_signs:
+            _make_even(negative, magnitudes, weights)
+        numbers, _ = chosen(magnitudes, weights, self._kind.points)
+        values = self._kind.points[numbers].reshape(targets.shape) * scale
+        return Choice(np.where(negative, -values, values), numbers, negative)
+
+    def keep(self, vector: int, choice: Choice, rows: Flags) -> None:
+        """See `Vectors.keep`."""
+        self._numbers[rows, vector] = choice.numbers[rows]
+        self._negative[rows, vector] = choice.flags[rows]
+
+    def packed(self) -> U8:
+        """See `Vectors.packed`."""
+        packed = self._packed.copy()
+        blocks = packed.reshape(-1, self._kind.block_bytes)
+        signs = np.packbits(self._negative.reshape(len(blocks), -1), axis=1, bitorder="little")
+        self._kind.store(blocks, self._found._replace(numbers=self._numbers.reshape(len(blocks), -1), signs=signs))
+        return packed
 
 
 def _make_even(negative: NDArray[np.bool_], magnitudes: F32, importance: F32) -> None:

@@ -31,6 +31,7 @@ from xent_quant.formats._codebook import CodebookFormat
 from xent_quant.formats._codes import Efforts
 from xent_quant.formats._lanes import WIDTH, absolute, half, larger, load, rint, smaller, spread, store, store_bytes, where_less
 from xent_quant.formats._search import HUGE, LARGEST, ONE, TINY, TWO, ZERO, empty, fill
+from xent_quant.formats._vectors import Choice, Flags, Vectors, chosen, inverted
 from xent_quant.formats.base import F32, U8, Effort, QuantFormat
 
 HALF = np.float32(0.5)
@@ -399,10 +400,63 @@ class ShiftedFormat(QuantFormat):
 
         return in_chunks(weights, packed, work)
 
+    def scale(self, points: ShiftedPoints) -> F32:
+        """Of every group, [n, groups]."""
+        return points.d * (2 * points.s.astype(np.float32) + 1)
+
+    def vectors(self, packed: U8) -> Vectors:
+        """As of CodebookFormat."""
+        return ShiftedVectors(self, packed)
+
     def dequantize_rows(self, packed: U8) -> F32:
         found = self.load(packed.reshape(-1, self.block_bytes))
-        scale = found.d * (2 * found.s.astype(np.float32) + 1)
+        scale = self.scale(found)
         levels = self.points[found.numbers].reshape(len(scale), 32 // self.run, -1)
         levels += np.where(found.minus > 0, -self.delta, self.delta)[:, :, None]
         values: F32 = levels.reshape(len(scale), -1, self.group_size) * scale[:, :, None]
         return values.reshape(len(packed), -1)
+
+
+class ShiftedVectors(Vectors):
+    """Of a ShiftedFormat. A sign of delta that is one vector's own is chosen with it."""
+
+    size = 8
+
+    def __init__(self, kind: ShiftedFormat, packed: U8) -> None:
+        self._kind, self._packed = kind, packed
+        self._found = kind.load(packed.reshape(-1, kind.block_bytes))
+        self._scale = kind.scale(self._found).reshape(len(packed), -1)
+        self._numbers = self._found.numbers.astype(np.uint16).reshape(len(packed), -1)
+        self._minus = (self._found.minus > 0).reshape(len(packed), -1)
+
+    def choose(self, vector: int, targets: F32, weights: F32) -> Choice:
+        """See `Vectors.choose`."""
+        kind, run = self._kind, vector // self._kind.run
+        scale = np.ascontiguousarray(self._scale[:, vector * 8 // kind.group_size, None])
+        levels = targets * inverted(scale)
+        minus = self._minus[:, run, None]
+        if kind.run == 1:
+            found = [chosen(levels - shift, weights, kind.points) for shift in (kind.delta, -kind.delta)]
+            losses = [
+                loss[:, 0] + ((levels - shift) ** 2 * weights).sum(axis=1)
+                for (_, loss), shift in zip(found, (kind.delta, -kind.delta), strict=True)
+            ]
+            minus = (losses[1] < losses[0])[:, None]
+            numbers = np.where(minus, found[1][0], found[0][0])
+        else:
+            numbers, _ = chosen(levels - np.where(minus, -kind.delta, kind.delta), weights, kind.points)
+        values = (kind.points[numbers[:, 0]] + np.where(minus, -kind.delta, kind.delta)) * scale
+        return Choice(values, numbers, minus)
+
+    def keep(self, vector: int, choice: Choice, rows: Flags) -> None:
+        """See `Vectors.keep`."""
+        self._numbers[rows, vector] = choice.numbers[rows, 0]
+        self._minus[rows, vector // self._kind.run] = choice.flags[rows, 0]
+
+    def packed(self) -> U8:
+        """See `Vectors.packed`."""
+        packed = self._packed.copy()
+        blocks = packed.reshape(-1, self._kind.block_bytes)
+        minus = self._minus.reshape(len(blocks), -1).astype(np.uint8)
+        self._kind.store(blocks, self._found._replace(numbers=self._numbers.reshape(len(blocks), -1), minus=minus))
+        return packed

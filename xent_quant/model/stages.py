@@ -14,6 +14,7 @@ its own, what an export made of the model's (a *quantised stream*). Norms and ro
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +38,11 @@ class WeightSource(Protocol):
 
     @property
     def architecture(self) -> Architecture: ...
+
+    @property
+    def path(self) -> Path:
+        """The file or folder, for messages."""
+        ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows start:stop of a checkpoint tensor as float32."""
@@ -181,9 +187,9 @@ class Pass:
         return torch.arange(start, stop, device=self.device)
 
     def check_finite(self, rows: Tensor, where: str) -> None:
-        """Raise CalibrationError naming the place where the model's own activations are NaN or infinite."""
+        """Raise CalibrationError naming the model and the place where its own activations are NaN or infinite."""
         if not torch.isfinite(rows).all():
-            raise CalibrationError(f"{where}: NaN or infinite activations; the checkpoint is damaged")
+            raise CalibrationError(f"{self.source.path}: {where}: NaN or infinite activations; the weights are damaged")
 
 
 class _AttentionIn(Stage):

@@ -44,7 +44,7 @@ class BnbSource:
     """
 
     def __init__(self, folder: Path, reference: Architecture) -> None:
-        self.folder, self.architecture = folder, reference
+        self.path, self.architecture = folder, reference
         own = Architecture.from_config(read_json(folder / "config.json"), str(folder / "config.json"))
         if own.intermediate_size < reference.intermediate_size or replace(
             own, intermediate_size=reference.intermediate_size, tie_word_embeddings=reference.tie_word_embeddings
@@ -63,7 +63,7 @@ class BnbSource:
                 raise self._missing(name)
 
     def _missing(self, name: str) -> ValidationError:
-        return ValidationError(f"{self.folder}: {name} is missing; export it again")
+        return ValidationError(f"{self.path}: {name} is missing; export it again")
 
     def _kind(self, name: str, shape: tuple[int, ...]) -> str:
         """How a weight is stored; all that is stored for it is there, and of the right types and sizes."""
@@ -75,7 +75,7 @@ class BnbSource:
         if info.dtype != "I8":
             return info.dtype
         if len(shape) != 2:
-            raise ValidationError(f"{self.folder}: {name}: INT8 where a matrix is no such layer's; export it again")
+            raise ValidationError(f"{self.path}: {name}: INT8 where a matrix is no such layer's; export it again")
         self._checked(f"{name.removesuffix('weight')}SCB", ("F32",), shape[:1])
         return "INT8"
 

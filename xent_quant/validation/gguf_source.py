@@ -79,7 +79,7 @@ class GGUFSource:
     """
 
     def __init__(self, file: GGUFFile, reference: Architecture) -> None:
-        self.file = file
+        self.file, self.path = file, file.path
         self._llama = reference.family.gguf(reference, reference.intermediate_size)
         # llama.cpp may multiply by an output.weight even where the checkpoint ties it to the embedding.
         tied = reference.tie_word_embeddings and not self._llama.own_head
@@ -103,6 +103,9 @@ class GGUFSource:
             "attention.head_count_kv": model.num_kv_heads,
             "attention.layer_norm_rms_epsilon": model.rms_norm_eps,
             "rope.freq_base": model.rope_theta,
+            "attention.key_length": model.head_dim,
+            "attention.value_length": model.head_dim,
+            "rope.dimension_count": model.head_dim,
         }
         scaling = model.rope_scaling
         wanted["rope.scaling.factor"] = scaling.factor if scaling else 1.0
@@ -124,6 +127,8 @@ class GGUFSource:
         }
         defaults = {"attention.head_count_kv": model.num_heads, "expert_weights_norm": False, "rope.freq_base": 10000.0}
         defaults |= {"rope.scaling.factor": 1.0, "rope.scaling.attn_factor": 1.0}
+        defaults |= dict.fromkeys(("attention.key_length", "attention.value_length"), model.hidden_size // model.num_heads)
+        defaults["rope.dimension_count"] = data.get(f"{arch}.attention.key_length", model.hidden_size // model.num_heads)
         wanted |= dict.fromkeys(UNSCALED, 1.0)
         defaults |= dict.fromkeys(UNSCALED, 1.0)
         for key, value in wanted.items():

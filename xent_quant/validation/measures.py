@@ -59,9 +59,14 @@ def nll(log_q: F64, targets: I64) -> F64:
     return -log_q[np.arange(len(targets)), targets]
 
 
+def exponential(value: float) -> float:
+    """exp, of 700 beyond 700: a damaged model's perplexity is a number, too."""
+    return exp(min(value, 700.0))
+
+
 def perplexity(nlls: F64) -> float:
     """exp of the mean negative log-likelihood per token."""
-    return exp(float(nlls.mean()))
+    return exponential(float(nlls.mean()))
 
 
 def bits_per_byte(nlls: F64, n_bytes: int) -> float:
@@ -203,5 +208,5 @@ def perplexity_ratio(nlls: F64, reference: F64) -> Estimate:
     exp of the mean difference d; by the delta method its error is the ratio times the error of d over windows.
     """
     difference = window_mean(nlls - reference)
-    ratio = exp(difference.value)
+    ratio = exponential(difference.value)
     return Estimate(ratio, ratio * difference.error)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.headers import read_json
 from xent_quant.errors import ValidationError
-from xent_quant.tensors import ATTENTION_ROLES, Role
+from xent_quant.tensors import ATTENTION_ROLES, Role, TensorSpec
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -91,11 +91,11 @@ class OnnxSource:
         import onnx
         from google.protobuf.message import DecodeError
 
-        self.folder = folder
+        self.path = folder
         config = read_json(folder / "config.json")
         config = {**config, "model_type": config.get("source_model_type", config.get("model_type"))}
         self.architecture = Architecture.from_config(config, str(folder / "config.json"))
-        self._specs = self.architecture.tensors()
+        self._specs: dict[str, TensorSpec] = {}
         self._file = folder / "model.onnx"
         self._data = folder / DATA_FILE
         if not self._file.is_file() or self._file.stat().st_size > LARGEST_GRAPH:
@@ -119,7 +119,8 @@ class OnnxSource:
             for name in node.input:
                 if name in self._tensors:
                     self._attributes[name] = integers
-        for spec in self.architecture.each_tensor():
+        for spec in self.architecture.each_tensor():  # a config may name millions: the first that is missing ends it
+            self._specs[spec.name] = spec
             self._check(self._place(spec.name), spec.name)
 
     def _refuse(self, name: str, what: str) -> ValidationError:

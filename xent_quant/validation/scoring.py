@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -47,13 +48,15 @@ class CrossCheck:
     tokens: int
 
 
-def run(runtime: Runtime, windows: I64, progress: Progress) -> Iterator[F32]:
-    """Logits of the scored positions, window by window. Raises ValidationError where they are NaN."""
+def run(runtime: Runtime, export: Path, windows: I64, progress: Progress) -> Iterator[F32]:
+    """Logits of the scored positions, window by window. Raises ValidationError, naming the export, where they are not finite."""
     positions, _ = measures.scored(windows.shape[1])
     for index, window in enumerate(windows):
         block = runtime.logits(window.tolist(), positions.start)[: positions.stop - positions.start]
         if not np.isfinite(block).all():
-            raise ValidationError(f"{runtime.name} computes NaN or infinite logits (window {index}); the export is broken")
+            raise ValidationError(
+                f"{export}: {runtime.name} computes NaN or infinite logits with it (window {index}); export it again"
+            )
         yield block
         progress.advance(len(block))
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import exp, log, sqrt
+from math import log, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ class _Checkpoint:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.architecture, self.read = checkpoint, checkpoint.architecture, checkpoint.read
+        self.path = checkpoint.path
 
     def type(self, name: str) -> str:
         return self.checkpoint.infos[name].dtype
@@ -65,7 +66,7 @@ class _Finite:
     """An export's weights, with every value that is read seen to be finite."""
 
     def __init__(self, path: Path, source: TypedSource) -> None:
-        self._path, self._source = path, source
+        self.path, self._source = path, source
         self.architecture, self.type = source.architecture, source.type
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> weights.F32:
@@ -73,7 +74,7 @@ class _Finite:
         with np.errstate(over="ignore", invalid="ignore"):
             values = self._source.read(name, start, stop)
         if not np.isfinite(values).all():
-            raise ValidationError(f"{self._path}: {name}: NaN or infinite weights; export it again")
+            raise ValidationError(f"{self.path}: {name}: NaN or infinite weights; export it again")
         return values
 
     def padding(self, name: str) -> float:
@@ -292,7 +293,7 @@ def _in_runtime(
         for index, (text, reference) in enumerate(zip(texts, known, strict=True)):
             rows = slice(index * per_window, (index + 1) * per_window)
             parts = []
-            for number, block in enumerate(run(model, text.windows, progress)):
+            for number, block in enumerate(run(model, path, text.windows, progress)):
                 targets = text.targets[number]
                 here = slice(number * per_window, (number + 1) * per_window)
                 parts.append(Comparison.of(iter([block]), targets, reference.summary[here]))
@@ -312,11 +313,12 @@ def _result(text: SuiteTokens, reference: Reference, scores: Scores, agreed: flo
     ratio, kl = measures.perplexity_ratio(scores.nll, reference.nll), measures.window_mean(scores.kl)
     top1 = measures.window_mean(scores.agree)
     nll = measures.token_mean(scores.nll.ravel())
+    perplexity = measures.exponential(nll.value)
     return SuiteResult(
         name=text.name,
         tokens=text.targets.size,
         windows=len(text.windows),
-        perplexity=Estimate(exp(nll.value), exp(nll.value) * nll.error),
+        perplexity=Estimate(perplexity, perplexity * nll.error),
         reference_perplexity=measures.perplexity(reference.nll),
         nll=nll.value,
         bits_per_byte=measures.bits_per_byte(scores.nll, text.n_bytes),
@@ -348,15 +350,16 @@ def _averages(results: Sequence[SuiteResult], bounds: gates.Tier) -> list[SuiteR
 
         d = together(lambda r: Estimate(log(r.ratio.value.value), r.ratio.value.error / r.ratio.value.value))
         nll = together(lambda r: Estimate(r.nll, r.perplexity.error / r.perplexity.value))
-        ratio = Estimate(exp(d.value), exp(d.value) * d.error)
+        value, perplexity = measures.exponential(d.value), measures.exponential(nll.value)
+        ratio = Estimate(value, value * d.error)
         kl, top1 = together(lambda r: r.kl.value), together(lambda r: r.top1.value)
         found.append(
             SuiteResult(
                 name=name,
                 tokens=sum(r.tokens for r in members),
                 windows=sum(r.windows for r in members),
-                perplexity=Estimate(exp(nll.value), exp(nll.value) * nll.error),
-                reference_perplexity=exp(mean(lambda r: log(r.reference_perplexity))),
+                perplexity=Estimate(perplexity, perplexity * nll.error),
+                reference_perplexity=measures.exponential(mean(lambda r: log(r.reference_perplexity))),
                 nll=nll.value,
                 bits_per_byte=mean(lambda r: r.bits_per_byte),
                 reference_bits_per_byte=mean(lambda r: r.reference_bits_per_byte),

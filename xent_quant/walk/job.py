@@ -12,6 +12,7 @@ from exporters.interface import Exported, Exporter, unmeasured_notes
 from xent_quant import journal as journals
 from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.formats._prescaled import Prescaled
 from xent_quant.formats.base import QuantFormat
 from xent_quant.journal import Journal, software
 from xent_quant.progress import Progress, Silent
@@ -145,7 +146,7 @@ def _left_to_cpu(exporters: Sequence[Exporter]) -> list[str]:
         if exporter.method
         for slots in exporter.slots.values()
         for slot in slots
-        if isinstance(slot.encoding, QuantFormat) and slot.encoding.block_size > 1
+        if (isinstance(slot.encoding, QuantFormat) and slot.encoding.block_size > 1) or isinstance(slot.encoding, Prescaled)
     }
     return sorted(encoding.name for encoding in encodings if not OnDevice.here(encoding))
 

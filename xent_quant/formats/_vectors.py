@@ -1,0 +1,102 @@
+"""Packed rows whose weights are chosen several at a time: what error feedback (GPTQ) rounds onto where codes are shared.
+
+Scales stay as the search left them. For the weights of one vector, all rows' at once, the point of least Σw(x − p)² is looked for
+among all points, x being what the weights should be.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xent_quant.compilation import jit
+from xent_quant.formats._lanes import WIDTH, load, smaller, spread, store, where_less
+from xent_quant.formats._search import HUGE, TWO, ZERO, empty, fill
+from xent_quant.formats.base import F32, U8
+
+U16 = NDArray[np.uint16]
+Flags = NDArray[np.bool_]
+
+
+@jit
+def nearest(values, w, points, numbers, losses):  # type: ignore[no-untyped-def]
+    """Fill numbers [rows, vectors] u16 with the points g of least Σw(g − x)², of equal ones the first, and losses [rows, vectors]
+    with Σw(g² − 2xg); x are `values` [rows, vectors · dim], `w` [vectors · dim], `points` [n, dim], dim 4 or 8."""
+    dim = points.shape[1]
+    vectors = values.shape[1] // dim
+    x = np.empty(values.shape[1] * WIDTH, np.float32)
+    found, least = np.empty(vectors * WIDTH, np.float32), np.empty(vectors * WIDTH, np.float32)
+    cost = np.empty((vectors, len(points)), np.float32)
+    for v in range(vectors):
+        for p in range(len(points)):
+            total = ZERO
+            for j in range(dim):
+                total += w[v * dim + j] * points[p, j] * points[p, j]
+            cost[v, p] = total
+    for first in range(0, values.shape[0], WIDTH):
+        fill(values, first, 0, values.shape[1], x)
+        for v in range(vectors):
+            start = v * dim
+            a0, a1 = load(x, start) * (TWO * w[start]), load(x, start + 1) * (TWO * w[start + 1])
+            a2, a3 = load(x, start + 2) * (TWO * w[start + 2]), load(x, start + 3) * (TWO * w[start + 3])
+            number, best = spread(ZERO), spread(HUGE)
+            if dim == 4:
+                for p in range(len(points)):
+                    score = cost[v, p] - a0 * points[p, 0] - a1 * points[p, 1] - a2 * points[p, 2] - a3 * points[p, 3]
+                    number = where_less(score, best, np.float32(p), number)
+                    best = smaller(score, best)
+            else:
+                a4, a5 = load(x, start + 4) * (TWO * w[start + 4]), load(x, start + 5) * (TWO * w[start + 5])
+                a6, a7 = load(x, start + 6) * (TWO * w[start + 6]), load(x, start + 7) * (TWO * w[start + 7])
+                for p in range(len(points)):
+                    score = cost[v, p] - a0 * points[p, 0] - a1 * points[p, 1] - a2 * points[p, 2] - a3 * points[p, 3]
+                    score = score - a4 * points[p, 4] - a5 * points[p, 5] - a6 * points[p, 6] - a7 * points[p, 7]
+                    number = where_less(score, best, np.float32(p), number)
+                    best = smaller(score, best)
+            store(found, v, number)
+            store(least, v, best)
+        empty(found, first, 0, vectors, numbers)
+        empty(least, first, 0, vectors, losses)
+
+
+class Choice(NamedTuple):
+    """For one vector of all rows: the weights [rows, size] float32 that it gives, and what the bytes hold of it."""
+
+    values: F32
+    numbers: U16
+    """[rows, points]."""
+    flags: Flags
+    """Signs [rows, size], or whether delta is subtracted [rows, 1]."""
+
+
+class Vectors(ABC):
+    """See the module. `size` weights make a vector."""
+
+    size: int
+
+    @abstractmethod
+    def choose(self, vector: int, targets: F32, weights: F32) -> Choice:
+        """The points nearest to targets [rows, size] by `weights` [size]; nothing is changed."""
+
+    @abstractmethod
+    def keep(self, vector: int, choice: Choice, rows: Flags) -> None:
+        """Take over a choice in those rows."""
+
+    @abstractmethod
+    def packed(self) -> U8:
+        """Bytes with what was kept."""
+
+
+def chosen(values: F32, weights: F32, points: F32) -> tuple[U16, F32]:
+    """`nearest` for values [rows, vectors · dim]: point numbers and losses, [rows, vectors]."""
+    shape = (len(values), values.shape[1] // points.shape[1])
+    numbers, losses = np.empty(shape, np.uint16), np.empty(shape, np.float32)
+    nearest(np.ascontiguousarray(values), np.ascontiguousarray(weights), points, numbers, losses)
+    return numbers, losses
+
+
+def inverted(scale: F32) -> F32:
+    """1 / scale, 0 where it is 0."""
+    inverse: F32 = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+    return inverse
