@@ -13,8 +13,10 @@ from tests.walk.conftest import CONFIG, export, tree
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.device import choice
-from xent_quant.errors import ConfigError
+from xent_quant.device.method import OnDevice
+from xent_quant.errors import ConfigError, ExportError
 from xent_quant.model.streaming import StreamingModel
+from xent_quant.progress import Silent
 from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
 from xent_quant.walk import resources
 
@@ -55,6 +57,37 @@ def divergence(checkpoint: Checkpoint, file: Path, windows: torch.Tensor) -> flo
         said.append(running.logits(running.hidden_states(windows)).double().log_softmax(-1))
     exact, ours = said
     return float((exact.exp() * (exact - ours)).sum(-1).mean())
+
+
+def test_a_device_without_memory_is_told_and_the_run_goes_on(model: Path, text: Any, tmp_path: Path, monkeypatch) -> None:
+    options = {"type": "Q4_0", "method": "imatrix", "device": "torch-cpu", **FAST, **text}
+    quantize, calls = OnDevice.quantize_together, []
+
+    def scarce(self: OnDevice, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 10:  # in the second layer
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return quantize(self, *arguments)
+
+    monkeypatch.setattr(OnDevice, "quantize_together", scarce)
+    with pytest.raises(ExportError, match=r"--device cpu: its memory ran out; .* --vram less"):
+        export(model, tmp_path / "out", **options)
+    assert export(model, tmp_path / "out", **options).resumed
+    export(model, tmp_path / "whole", **options)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_what_the_cpu_chooses_for_a_device_is_said(model: Path, text: Any, tmp_path: Path) -> None:
+    """bitsandbytes by GPTQ, with what was measured on the device; the command says so."""
+    options = {"formats": ["bnb"], **FAST, **text}
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    export(model, tmp_path / "device", device="torch-cpu", method="gptq", progress=Notes(), **options)
+    assert any("chosen by the CPU's kernels" in note and "nf4" in note.lower() for note in notes)
 
 
 @pytest.mark.slow

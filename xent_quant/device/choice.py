@@ -1,10 +1,12 @@
 """Which device computes, and how much of its memory is free."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 
-from xent_quant.errors import ConfigError
+from xent_quant.errors import ConfigError, ExportError
 
 KINDS = ("cuda", "xpu", "mps")
 """In the order in which `auto` looks for them."""
@@ -59,3 +61,13 @@ def limit(device: torch.device, nbytes: int) -> None:
     if device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
+
+
+@contextmanager
+def memory_of(device: torch.device) -> Iterator[None]:
+    """Raise ExportError where the device has no memory left for the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = "close what else uses it, or give --vram less than it took, so that less is worked on together"
+        raise ExportError(f"--device {device}: its memory ran out; {remedy}, and the same command goes on") from error

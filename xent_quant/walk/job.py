@@ -1,7 +1,7 @@
 """A whole quantisation: from planned exporters to published files, in a private folder that a later run can go on in."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,8 @@ def run(
         if resumed:
             report.note(f"Going on with an interrupted run: {resumed} of {model.num_layers} layers are done.")
         files.enter_context(kept(work, journal))
+        if device is not None:
+            files.enter_context(_memory_of(device))
         opened = files.enter_context(ExitStack())
         lanes = []
         for number, exporter in enumerate(exporters):
@@ -125,6 +127,12 @@ def run(
         coverage = Coverage(model.num_layers, model.num_experts, fewest_rows(model.intermediate_size, any(hessian)))
         coverage.tokens = journal.coverage
     return Done(tuple(exported), coverage, resumed, journal.seconds)
+
+
+def _memory_of(device: "torch.device") -> AbstractContextManager[None]:
+    from xent_quant.device.choice import memory_of
+
+    return memory_of(device)
 
 
 def _on(device: "torch.device | None", exporter: Exporter) -> "OnDevice | None":
