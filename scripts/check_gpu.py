@@ -84,7 +84,7 @@ def inputs(rows: int, columns: int, seed: int) -> np.ndarray:
 
 
 def parity(device: torch.device, small: bool) -> dict[str, dict[str, float]]:
-    """Of every type by the search and by GPTQ."""
+    """Of every type by the search and by GPTQ: the share of rows with the kernels' bytes, and the error over theirs."""
     rows, columns = (16, 256) if small else (128, 1024)
     weights = (np.random.default_rng(1).standard_normal((rows, columns)) * 0.02).astype(np.float32)
     seen = inputs(5 * columns, columns, 2)
@@ -103,17 +103,17 @@ def parity(device: torch.device, small: bool) -> dict[str, dict[str, float]]:
             method = METHODS[name]("normal")
             theirs = method.quantize(weights, kind, known, name="parity")
             ours = OnDevice(method, device).quantize(weights, kind, known, name="parity")
-            said[f"{name}: rows with the same bytes"] = float((theirs == ours).all(1).mean())
+            said[f"{name}: same rows"] = float((theirs == ours).all(1).mean())
             errors = [
                 float(((error @ known.curvature.hessian) * error).sum())
                 for error in (weights - kind.dequantize(packed).astype(np.float64) for packed in (ours, theirs))
             ]
-            said[f"{name}: error over the kernels'"] = errors[0] / errors[1]
+            said[f"{name}: error ratio"] = errors[0] / errors[1]
         clock, method = Clock(device), OnDevice(METHODS["imatrix"]("normal"), device)
         method.quantize_together([Job("warm", many)], kind)
         with clock.phase("search"):
             method.quantize_together([Job("search", many)], kind)
-        found[kind.name] = {**said, "searched M weights/s": many.numel() / clock.spent["search"] / 1e6}
+        found[kind.name] = {**said, "M weights/s searched": many.numel() / clock.spent["search"] / 1e6}
     return found
 
 
@@ -249,14 +249,14 @@ def onnx(device: torch.device, dtype: str) -> dict[str, Any]:
             folders[kind] = made.exports[0]
         reference = OnnxModel(folders["fp32"])
         ids = reference.tokenize("The night is long, and the rain sings in the thin wind. " * 12)[:128]
-        model = OnnxModel(folders[dtype], providers=(wanted, "CPUExecutionProvider"))
+        model = OnnxModel(folders[dtype], providers=dict.fromkeys((wanted, "CPUExecutionProvider")))
         used = model.session.get_providers()[0]
         found: dict[str, Any] = {"provider": used, **_agreement(model.logits(ids), reference.logits(ids))}
         begun = time.perf_counter()
         model.logits(ids)
         found["prompt tokens/s"] = len(ids) / (time.perf_counter() - begun)
         begun = time.perf_counter()
-        made_tokens = generate(folders[dtype], ids, 32)
+        made_tokens = generate(folders[dtype], ids, 32, "cuda" if device.type == "cuda" else None)
         found["genai tokens/s"] = len(made_tokens) / (time.perf_counter() - begun)
         return found
 
@@ -284,8 +284,14 @@ def shown(value: Any) -> str:
 
 
 def show(title: str, found: dict[str, Any]) -> None:
-    """Rows of figures, or of rows."""
+    """Rows of figures; rows of as many figures each as a table."""
     print(f"\n{title}", flush=True)
+    if all(isinstance(value, dict) for value in found.values()) and len(found) > 2:
+        heads = list(dict.fromkeys(key for value in found.values() for key in value))
+        print(" " * 18 + "".join(f"{head:>24}" for head in heads))
+        for name, value in found.items():
+            print(f"  {name:16}" + "".join(f"{shown(value[head]):>24}" for head in heads), flush=True)
+        return
     for name, value in found.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {shown(each)}" for key, each in value.items())

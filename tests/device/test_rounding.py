@@ -99,10 +99,12 @@ def test_descent_of_the_same_numbers_gives_the_same_bits(monkeypatch, kind: Code
     assert np.array_equal(ours.errors[0].T.numpy(), theirs.errors)
 
 
-def losses(kind: CodedFormat, packed: np.ndarray, statistics: InputStatistics) -> np.ndarray:
+def losses(
+    kind: CodedFormat, packed: np.ndarray, statistics: InputStatistics, weights: np.ndarray = WEIGHTS, pull: np.ndarray = PULL
+) -> np.ndarray:
     """Error of the wanted weights, by row."""
     assert statistics.curvature is not None
-    wanted = WEIGHTS + statistics.curvature.solve(PULL).astype(np.float64)
+    wanted = weights + statistics.curvature.solve(pull).astype(np.float64)
     errors = wanted - kind.dequantize(packed)
     return ((errors @ statistics.curvature.hessian) * errors).sum(1)
 
@@ -120,8 +122,35 @@ def test_whole_weights_are_as_good_as_the_kernels(kind: CodedFormat, effort) -> 
     same = (theirs == ours).all(1)
     assert same.mean() > 0.75, f"{same.mean():.3f} of the rows have the same bytes"
     before, after = losses(kind, theirs, statistics), losses(kind, ours, statistics)
-    np.testing.assert_array_equal(before[same], after[same])
+    np.testing.assert_allclose(after[same], before[same], rtol=1e-9)
     assert abs(after.sum() / before.sum() - 1) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [2560, 1792])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q4_0", "IQ4_XS", "Q3_K"])
+def test_the_real_widths_differ_from_the_kernels_as_these_from_themselves(name: str, columns: int) -> None:
+    """Columns of A4.2B's gate and up, and of its down projections with their padding. In so many, a candidate that is nearly as good
+    as another is met in most rows of the types with minima: what the kernels make of a pull that is 10⁻⁶ larger says how much that
+    changes."""
+    kind, random, rows = formats.get(name), np.random.default_rng(7), 48
+    inputs = random.standard_normal((2 * columns, columns)).astype(np.float32) * np.geomspace(1, 0.05, columns, dtype=np.float32)
+    inputs += 0.5 * np.roll(inputs, 1, 1) + random.standard_normal((len(inputs), 1)).astype(np.float32) * 0.1
+    seen, apart = inputs[512:], inputs[:512]
+    statistics = InputStatistics(np.square(seen).mean(0), seen.T @ seen / np.float32(len(seen)), len(seen), apart)
+    weights, pull = (random.standard_normal((rows, columns)).astype(np.float32) * np.float32(scale) for scale in (0.02, 1e-3))
+    method = GPTQ()
+    theirs, moved = (
+        method.quantize(weights, kind, statistics, name="w", pull=pull * np.float32(factor)) for factor in (1, 1 + 1e-6)
+    )
+    ours = OnDevice(method, CPU).quantize(weights, kind, statistics, name="w", pull=pull)
+    exact, yardstick, found = (losses(kind, packed, statistics, weights, pull) for packed in (theirs, moved, ours))
+    same = (theirs == ours).all(1)
+    np.testing.assert_allclose(found[same], exact[same], rtol=1e-9)
+    assert same.mean() > (theirs == moved).all(1).mean() - 0.1
+    scatter = (yardstick / exact).std()
+    assert (found / exact).std() < 2 * scatter + 1e-3
+    assert abs((found / exact).mean() - 1) < 4 * scatter / rows**0.5 + 1e-5
 
 
 def test_a_stack_is_as_good_as_its_weights_alone() -> None:
