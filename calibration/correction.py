@@ -68,5 +68,11 @@ class Measured:
     statistics: "InputStatistics | DeviceStatistics | None"
     correction: Correction[Any] | None
 
+    @property
+    def in_memory(self) -> InputStatistics | None:
+        """The statistics, wherever they are."""
+        known = self.statistics
+        return known if known is None or isinstance(known, InputStatistics) else known.on_cpu()
+
 
 NOTHING = Measured(None, None)

@@ -34,12 +34,18 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are read: the field of text, the chat template, characters of a document, and where notes go."""
+    """How documents are read: the field of text, the chat template, characters of a document, and where notes go.
+
+    Of a Parquet file only the rows whose column `where[0]` holds `where[1]` are read, if given; of rows of .json, .jsonl and
+    .parquet those of which `wanted`, asked once for each, says so.
+    """
 
     text_field: str = TEXT_FIELD
     chat: ChatTemplate | None = None
     longest: int = LONGEST
     notes: Notes = field(default_factory=Notes)
+    where: tuple[str, str] | None = None
+    wanted: Callable[[], bool] = lambda: True
 
 
 def documents(
@@ -57,7 +63,7 @@ def documents(
     """
     reading = Reading(text_field, chat, longest, notes or Notes())
     for file in _files(path, reading.notes) if path.is_dir() else [path]:
-        yield from _of_file(file, reading)
+        yield from of_file(file, reading)
 
 
 def have_fields(path: Path) -> bool:
@@ -66,7 +72,8 @@ def have_fields(path: Path) -> bool:
     return any(READERS.get(kind(file)) not in (_plain, _epub) for file in files)
 
 
-def _of_file(path: Path, reading: Reading) -> Iterator[str]:
+def of_file(path: Path, reading: Reading) -> Iterator[str]:
+    """The texts of one file, see `documents`."""
     reader = READERS.get(kind(path))
     if reader is None:
         raise CalibrationError(
@@ -240,7 +247,8 @@ def _json(path: Path, reading: Reading) -> Iterator[str]:
         stream = JsonStream(pieces, path, reading.longest)
         try:
             for row, where in json_rows(stream, (reading.text_field, *CHATS), path):
-                yield from rows.of_object(row, where)
+                if reading.wanted():
+                    yield from rows.of_object(row, where)
         except TooLongError:
             raise CalibrationError(
                 f"{path}, line {stream.line()}: a row of more than {ROW:,} characters; give shorter ones"
@@ -311,11 +319,18 @@ def _parquet(path: Path, reading: Reading) -> Iterator[str]:
             kind_ = file.schema_arrow.field(name).type
             if not _may_hold_text(kind_):
                 raise CalibrationError(f"{path}: column {name!r} holds {kind_}, not text; name a column of text by --text-field")
+            chooser, choice = reading.where or (name, None)
+            if chooser not in names:
+                raise CalibrationError(
+                    f"{path}: has no column {chooser!r} to choose rows by (there are {', '.join(names[:SHOWN])})"
+                )
             # Few rows at a time: a row may be a book.
-            for batch in file.iter_batches(batch_size=64, columns=[name]):
-                for value in batch.column(0):
+            for batch in file.iter_batches(batch_size=64, columns=[name, chooser]):
+                chosen = batch.column(chooser)
+                for index, value in enumerate(batch.column(name)):
                     number += 1
-                    yield from rows.of_value(value.as_py(), name, f", row {number}")
+                    if (choice is None or chosen[index].as_py() == choice) and reading.wanted():
+                        yield from rows.of_value(value.as_py(), name, f", row {number}")
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError, ValueError, OverflowError) as error:
             raise CalibrationError(f"{path}: not a readable Parquet file ({one_line(error)}); download it again") from error
     rows.finish()

@@ -89,8 +89,9 @@ class Session:
             raise ConfigError(f"--seqlen {settings.seqlen}: the model's context is {longest}")
         self.checkpoint, self.settings = checkpoint, settings
         tokenizer = load_tokenizer(checkpoint.path)
+        chinese = text.is_chinese(tokenizer)
         self.text: CalibrationText = text.load(
-            text.sources(settings.calib, settings.calib_mix, text.is_chinese(tokenizer)),
+            text.sources(settings.calib, settings.calib_mix, chinese, settings.seed),
             tokenizer,
             tokens=settings.n_tokens,
             length=settings.seqlen,
@@ -105,22 +106,23 @@ class Session:
         # What a quantised stream lacks of the exact one is less than bfloat16 rounds off, at eight bits a weight.
         self.dtype = torch.float32
         self.length = settings.seqlen
+        self._languages = text.one_language(tokenizer, self.text.windows, chinese)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of the text before it is run."""
-        model = self.checkpoint.architecture
+        model, said = self.checkpoint.architecture, (*self.text.notes, *self._languages)
         if not model.num_experts:
-            return self.text.notes
+            return said
         columns = max(model.hidden_size, model.intermediate_size)
         rows = self.text.windows.size * model.experts_per_token // model.num_experts
         if rows >= ROWS_PER_COLUMN * columns:
-            return self.text.notes
+            return said
         return (
-            *self.text.notes,
+            *said,
             f"{self.text.windows.size:,} tokens are about {rows:,} for each of {model.num_experts} experts, "
             f"{rows / columns:.1f} for each of {columns:,} columns; with {ROWS_PER_COLUMN} and more an expert is calibrated "
-            "better: give more text (--calib, --tokens).",
+            f"better: raise --tokens, or give more text ({text.more_text(self.text.names)}).",
         )
 
     def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:

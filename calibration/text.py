@@ -1,13 +1,13 @@
 """Calibration text: from what a person names to windows of token ids.
 
-A source is a file or folder that `calibration.documents` reads, a dataset on the Hub, or a preset of the bundled suites. Every
-source gives its share of the tokens; where one runs out, the others fill up.
+A source is a file or folder that `calibration.documents` reads, a dataset on the Hub, or a preset: of the bundled suites, or of
+`calibration.presets` on the Hub. Every source gives its share of the tokens; where one runs out, the others fill up.
 """
 
 import logging
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from calibration.chat import ChatTemplate
 from calibration.documents import SUFFIXES, TEXT_FIELD, documents, have_fields
 from calibration.notes import Notes
+from calibration.presets import HUB, PREFIX, download, passages
 from xent_quant.errors import CalibrationError
 from xent_quant.plain import plain
 
@@ -44,6 +45,12 @@ HEAVY = 3.0
 CHINESE_SHARE = 0.25
 """A vocabulary with at least this share of tokens with Chinese characters is a Chinese model's."""
 
+ONE_LANGUAGE = 0.02
+"""With fewer than this share of English words, or of Chinese characters, among both, text is said to lack the language."""
+
+LOOKED_AT = 64
+"""Windows, or some more, that tell a text's languages."""
+
 CARDS = ["README.md", "dataset_infos.json", "*/.*", ".*"]
 """Files of a Hub dataset that describe it."""
 
@@ -53,11 +60,14 @@ CHARACTERS_PER_TOKEN = 16
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from, and its weight among the sources."""
+    """Where documents come from, and its weight among the sources; the suite of a preset on the Hub, and for what comes from
+    there its `origin` for the record."""
 
     name: str
     path: Path
     weight: float = 1.0
+    preset: str | None = None
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,19 @@ def is_chinese(tokenizer: "Tokenizer") -> bool:
     return sum(bool(re.search("[一-鿿]", token)) for token in decoded) >= CHINESE_SHARE * len(vocab)
 
 
+def one_language(tokenizer: "Tokenizer", windows: NDArray[np.int64], chinese: bool) -> tuple[str, ...]:
+    """What a person should know where text [n, length] is all but only in one language, and the model knows another."""
+    text = "".join(tokenizer.decode_batch(windows[:: len(windows) // LOOKED_AT + 1].tolist()))
+    words = {"zh": len(re.findall("[一-鿿]", text)), "en": len(re.findall("[A-Za-z]+", text))}
+    for language, called in (("zh", "Chinese"), ("en", "English")):
+        if words[language] < ONE_LANGUAGE * sum(words.values()) and (chinese or language == "en"):
+            return (
+                f"the text has next to no {called}: experts that are chosen for {called} see few rows, which costs quality "
+                f"there; add --calib entertainment-{language}",
+            )
+    return ()
+
+
 def parse_mix(mix: str) -> dict[str, float]:
     """ "zh=3,en=1" or "fiction-zh=2,webcc=0" to weights. Raises CalibrationError."""
     known = {*LANGUAGES, *DOMAINS, *SUITES}
@@ -95,23 +118,28 @@ def parse_mix(mix: str) -> dict[str, float]:
     return weights
 
 
-def sources(calib: Sequence[str], mix: str | None, chinese: bool) -> list[Source]:
-    """The sources of `--calib`; nothing named is the preset entertainment. Raises CalibrationError naming what is not there.
+def sources(calib: Sequence[str], mix: str | None, chinese: bool, seed: int = 0) -> list[Source]:
+    """The sources of `--calib`; nothing named is the preset entertainment. Of presets on the Hub `seed` chooses the files, which
+    are downloaded. Raises CalibrationError naming what is not there.
 
     A suite weighs what `mix` says of it, its domain and its language, multiplied; without a mix HEAVY in the model's own
     language, 1 in the other.
     """
     weights = parse_mix(mix) if mix else {("zh" if chinese else "en"): HEAVY}
-    mixed = {key for item in calib or ("entertainment",) for suite in PRESETS.get(item, ()) for key in (suite, *suite.split("-"))}
+    named = [(item, PRESETS.get(item.removeprefix(PREFIX), ())) for item in calib or ("entertainment",)]
+    mixed = {key for _, suites in named for suite in suites for key in (suite, *suite.split("-"))}
     if mix and (idle := weights.keys() - mixed):
         raise CalibrationError(f"--calib-mix {min(idle)}: has no effect, since it is in no preset of --calib; drop it")
     found: list[Source] = []
-    for item in calib or ("entertainment",):
-        if item in PRESETS:
-            for suite in PRESETS[item]:
-                weight = np.prod([weights.get(key, 1.0) for key in (suite, *suite.split("-"))])
-                if weight:
-                    found.append(Source(suite, suite_path(suite), float(weight)))
+    for item, suites in named:
+        for suite in suites:
+            weight = float(np.prod([weights.get(key, 1.0) for key in (suite, *suite.split("-"))]))
+            if weight and item.startswith(PREFIX):
+                path = download(suite, seed)
+                found.append(Source(PREFIX + suite, path, weight, suite, f"{HUB[suite].origin}, {path.name}"))
+            elif weight:
+                found.append(Source(suite, suite_path(suite), weight))
+        if suites:
             continue
         path = Path(item)
         try:
@@ -119,7 +147,11 @@ def sources(calib: Sequence[str], mix: str | None, chinese: bool) -> list[Source
             there = path.exists()
         except (OSError, ValueError, RuntimeError):  # text itself, too long for a name; nobody's home
             there = False
-        found += [Source(item, path if there else _dataset(item))]
+        if there:
+            found.append(Source(item, path))
+        else:
+            path = _dataset(item)
+            found.append(Source(item, path, origin=path.name))  # the snapshot's folder has the commit's name
     if not found:
         raise CalibrationError("--calib-mix: every weight is 0; leave one")
     return found
@@ -129,7 +161,8 @@ def _dataset(item: str) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", item):
         presets = ", ".join(PRESETS)
         raise CalibrationError(
-            f"--calib {item[:200]!r}: no such file or folder, not a Hub dataset id, and no preset; there are {presets}"
+            f"--calib {item[:200]!r}: no such file or folder, not a Hub dataset id, and no preset; there are {presets}, "
+            f"and with {PREFIX} before it each from the Hub"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -162,7 +195,7 @@ def load(
     `seed` decides, `bos` before each that does not begin with it. Conversations go through `chat`. Raises CalibrationError where
     the text does not fill one window.
     """
-    if text_field != TEXT_FIELD and not any(have_fields(source.path) for source in found):
+    if text_field != TEXT_FIELD and not any(have_fields(source.path) for source in found if not source.preset):
         raise CalibrationError(f"--text-field {text_field}: has no effect, since the text is in no file with fields; drop it")
     notes = Notes()
     streams: list[list[int]] = []
@@ -170,12 +203,10 @@ def load(
     for index, source in enumerate(found):
         # Sources may fill up for others, so each is read as far as it could be asked for.
         room = (tokens + spare) * CHARACTERS_PER_TOKEN
-        texts: list[str] = []
-        for text in documents(source.path, text_field, chat=chat, longest=room, notes=notes):
-            texts.append(text[:room])
-            room -= len(text)
-            if room <= 0:
-                break
+        if source.preset:
+            texts = passages(source.preset, source.path, seed, room, chat, notes)
+        else:
+            texts = _first(documents(source.path, text_field, chat=chat, longest=room, notes=notes), room)
         random.Random(f"{seed} {index}").shuffle(texts)
         stream: list[int] = []
         for text in texts:
@@ -197,19 +228,36 @@ def load(
             f"--calib {', '.join(source.name for source in found)}: {min(there, tokens)} tokens do not fill one window of "
             f"{length}; {remedy}, or lower --seqlen"
         )
-    told = (*notes.lines(), *_shortage(there, tokens))
+    told = (*notes.lines(), *_shortage(there, tokens, found))
     for note in told:
         log.info(note)
-    return CalibrationText(chosen, rest, tuple(plain(source.name) for source in found), told)
+    names = tuple(plain(f"{source.name} ({source.origin})" if source.origin else source.name) for source in found)
+    return CalibrationText(chosen, rest, names, told)
 
 
-def _shortage(there: int, wanted: int) -> list[str]:
+def _first(texts: Iterator[str], room: int) -> list[str]:
+    """As many as begin within `room` characters."""
+    found: list[str] = []
+    while room > 0 and (text := next(texts, None)) is not None:
+        found.append(text[:room])
+        room -= len(text)
+    return found
+
+
+def _shortage(there: int, wanted: int, found: Sequence[Source]) -> list[str]:
     if there >= wanted:
         return []
+    more = more_text(source.name for source in found)
     return [
         f"--tokens asks for {wanted:,}, the text has {there:,}: experts that are rarely chosen see fewer rows than their weights "
-        "have columns, which costs quality; more text (--calib, repeatable) would bring them closer"
+        f"have columns, which costs quality; more text ({more}) would bring them closer"
     ]
+
+
+def more_text(names: Iterable[str]) -> str:
+    """How a person gets more text than the sources called so."""
+    from_hub = any(name.startswith(PREFIX) for name in names)
+    return "--calib, repeatable" + ("" if from_hub else f"; {PREFIX}entertainment draws some from the Hub")
 
 
 def _shares(available: Sequence[int], weights: Sequence[float], tokens: int) -> list[int]:

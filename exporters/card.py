@@ -1,6 +1,6 @@
 """What every model card says: the Hub's header, what the model is, its sizes, and that it only continues text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from exporters.base_model import BaseModel
 from xent_quant.checkpoint.architecture import Architecture
@@ -28,6 +28,12 @@ def opening(base: BaseModel, library: str, tags: Sequence[str], title: str, sent
         "It has a chat template." if chat else "A base model: it continues text, there is no chat template.",
         "",
     ]
+
+
+def calibrated(provenance: Mapping[str, str | int]) -> list[str]:
+    """Lines on the text of the statistics, where `provenance` (see `Exporter.open`) names any."""
+    text = provenance.get("quantize.imatrix.dataset")
+    return [f"Calibrated on {markdown(text)}.", ""] if text else []
 
 
 def table(tensors: Iterable[tuple[str, str, int]]) -> list[str]:

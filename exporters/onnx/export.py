@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from exporters.card import calibrated
 from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
 from exporters.onnx import card, config
 from exporters.onnx.graph import DATA_FILE, build
@@ -73,7 +74,7 @@ class ONNXExporter:
             data.truncate(self.plan.data_bytes)
         else:
             data = PositionalFile.open(staged / DATA_FILE)
-        writer = ONNXWriter(self, staged, data)
+        writer = ONNXWriter(self, staged, data, provenance)
         if fresh:
             writer.write_tables()
         return writer
@@ -82,8 +83,8 @@ class ONNXExporter:
 class ONNXWriter:
     """See `Writer`."""
 
-    def __init__(self, exporter: ONNXExporter, staged: Path, data: PositionalFile) -> None:
-        self._exporter, self._staged, self._data = exporter, staged, data
+    def __init__(self, exporter: ONNXExporter, staged: Path, data: PositionalFile, provenance: Mapping[str, str | int]) -> None:
+        self._exporter, self._staged, self._data, self._provenance = exporter, staged, data, provenance
 
     def put(self, slot: ONNXSlot, start: int, packed: U8) -> None:
         """See `Writer.put`."""
@@ -123,6 +124,7 @@ class ONNXWriter:
         """See `Writer.finish`."""
         exporter = self._exporter
         files = {"model.onnx": build(exporter.plan).SerializeToString(deterministic=True), **exporter.files}
+        files["README.md"] += "\n".join(["", *calibrated(self._provenance)]).encode()
         for name, content in files.items():
             replace_bytes(self._staged / name, content)
         names = ("model.onnx", DATA_FILE, *exporter.files)

@@ -5,6 +5,7 @@ whole matrices, differs in the last bits, so that of two candidates whose errors
 in which that happens goes a way of its own from there on, as good as the other.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -100,13 +101,13 @@ def test_descent_of_the_same_numbers_gives_the_same_bits(monkeypatch, kind: Code
 
 
 def losses(
-    kind: CodedFormat, packed: np.ndarray, statistics: InputStatistics, weights: np.ndarray = WEIGHTS, pull: np.ndarray = PULL
-) -> np.ndarray:
-    """Error of the wanted weights, by row."""
+    kind: CodedFormat, found: Sequence[np.ndarray], statistics: InputStatistics, weights: np.ndarray, pull: np.ndarray
+) -> list[np.ndarray]:
+    """Errors of the wanted weights, by row, of each of the packed rows."""
     assert statistics.curvature is not None
     wanted = weights + statistics.curvature.solve(pull).astype(np.float64)
-    errors = wanted - kind.dequantize(packed)
-    return ((errors @ statistics.curvature.hessian) * errors).sum(1)
+    errors = [wanted - kind.dequantize(packed) for packed in found]
+    return [((each @ statistics.curvature.hessian) * each).sum(1) for each in errors]
 
 
 @pytest.mark.parametrize("effort", ["normal", pytest.param("high", marks=pytest.mark.slow)])
@@ -121,7 +122,7 @@ def test_whole_weights_are_as_good_as_the_kernels(kind: CodedFormat, effort) -> 
     ours = OnDevice(method, CPU).quantize(WEIGHTS, kind, statistics, name="w", pull=PULL)
     same = (theirs == ours).all(1)
     assert same.mean() > 0.75, f"{same.mean():.3f} of the rows have the same bytes"
-    before, after = losses(kind, theirs, statistics), losses(kind, ours, statistics)
+    before, after = losses(kind, (theirs, ours), statistics, WEIGHTS, PULL)
     np.testing.assert_allclose(after[same], before[same], rtol=1e-9)
     assert abs(after.sum() / before.sum() - 1) < 0.01
 
@@ -130,9 +131,9 @@ def test_whole_weights_are_as_good_as_the_kernels(kind: CodedFormat, effort) -> 
 @pytest.mark.parametrize("columns", [2560, 1792])
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q4_0", "IQ4_XS", "Q3_K"])
 def test_the_real_widths_differ_from_the_kernels_as_these_from_themselves(name: str, columns: int) -> None:
-    """Columns of A4.2B's gate and up, and of its down projections with their padding. In so many, a candidate that is nearly as good
-    as another is met in most rows of the types with minima: what the kernels make of a pull that is 10⁻⁶ larger says how much that
-    changes."""
+    """Columns of A4.2B's gate and up, and of its down projections with their padding. In so many, a candidate that is nearly as
+    good as another is met in most rows of the types with minima: what the kernels make of a pull that is 10⁻⁶ larger says how
+    much that changes."""
     kind, random, rows = formats.get(name), np.random.default_rng(7), 48
     inputs = random.standard_normal((2 * columns, columns)).astype(np.float32) * np.geomspace(1, 0.05, columns, dtype=np.float32)
     inputs += 0.5 * np.roll(inputs, 1, 1) + random.standard_normal((len(inputs), 1)).astype(np.float32) * 0.1
@@ -144,7 +145,7 @@ def test_the_real_widths_differ_from_the_kernels_as_these_from_themselves(name: 
         method.quantize(weights, kind, statistics, name="w", pull=pull * np.float32(factor)) for factor in (1, 1 + 1e-6)
     )
     ours = OnDevice(method, CPU).quantize(weights, kind, statistics, name="w", pull=pull)
-    exact, yardstick, found = (losses(kind, packed, statistics, weights, pull) for packed in (theirs, moved, ours))
+    exact, yardstick, found = losses(kind, (theirs, moved, ours), statistics, weights, pull)
     same = (theirs == ours).all(1)
     np.testing.assert_allclose(found[same], exact[same], rtol=1e-9)
     assert same.mean() > (theirs == moved).all(1).mean() - 0.1
