@@ -110,6 +110,10 @@ class TargetOptions(_Choices):
         object.__setattr__(self, "formats", tuple(dict.fromkeys(self.formats)))
 
 
+DEVICES = r"auto|cpu|torch-cpu|mps|(cuda|xpu)(:\d{1,2})?"
+"""Names of --device; torch-cpu is the devices' code on the CPU, for tests."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(_Choices):
     """Text whose activations are measured."""
@@ -150,8 +154,10 @@ class SensitivityOptions(TextOptions):
 class CalibrationOptions(TextOptions):
     """Text to calibrate on, and where."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs for calibration. auto: CUDA if any."""
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] | str = "auto"
+    """Where the model runs for calibration and codes are chosen; cuda:1 is the second card. auto: CUDA or XPU if any."""
+    vram: int | str | None = None
+    """Memory of that device to stay within, such as 8G; refused at once where that cannot be. Default: what is free."""
     memory: int | str | None = None
     """RAM to stay within, such as 6G; refused at once where that cannot be. Default: what is needed, see --dry-run."""
 
@@ -160,9 +166,18 @@ class CalibrationOptions(TextOptions):
         """`memory` in bytes: 6G is 6 · 1024³."""
         return None if self.memory is None else _quantity("memory", self.memory, 1024, "a size; write for example 6G")
 
+    @property
+    def vram_bytes(self) -> int | None:
+        """`vram` in bytes: 8G is 8 · 1024³."""
+        return None if self.vram is None else _quantity("vram", self.vram, 1024, "a size; write for example 8G")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.memory_bytes
+        if not re.fullmatch(DEVICES, self.device):
+            raise ConfigError(f"--device {self.device[:40]}: choose auto, cpu, cuda, cuda:1, xpu or mps")
+        if self.vram_bytes is not None and self.device == "cpu":
+            raise ConfigError(f"--vram {self.vram}: has no effect with --device cpu; drop it, or use --memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,7 +456,9 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "sensitivity": (_plan,),
     "bnb_type": (_only("bnb"), _four_bits),
     "effort": (_effort,),
-    **dict.fromkeys(("calib", "calib_mix", "text_field", "tokens", "seqlen", "seed", "device"), (_quantised, _statistics, _text)),
+    **dict.fromkeys(
+        ("calib", "calib_mix", "text_field", "tokens", "seqlen", "seed", "device", "vram"), (_quantised, _statistics, _text)
+    ),
     "imatrix": (_quantised, _statistics, _no_hessian),
     "method": (_method,),
     "type": (_only("gguf", instead="give --bits instead"), _planned("type")),

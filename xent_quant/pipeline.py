@@ -127,12 +127,17 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
     hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
     followers, tokens = sum(hessian) if session else 0, session.text.windows.size if session else 0
     room = resources.room(architecture, followers, session is not None, wanted.memory_bytes)
+    there = session.methods_on if session else None
+    on_device = None
+    if session and there is not None:
+        on_device = resources.device_room(architecture, followers, session.length, there, wanted.vram_bytes)
     taken = resources.Resources(
         memory=resources.memory(architecture, followers, session is not None, room),
         disk=resources.disk(architecture, tokens, followers) if session else 0,
         result=sum(exporter.nbytes for exporter in exporters),
         tokens=tokens,
-        seconds=resources.seconds(architecture, exporters, tokens, hessian),
+        seconds=None if on_device else resources.seconds(architecture, exporters, tokens, hessian),
+        vram=resources.vram(architecture, followers, session.length, on_device) if session and on_device else None,
     )
     return taken, session.notes if session else ()
 
@@ -210,6 +215,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
         force=wanted.force,
         restart=wanted.restart,
         memory=wanted.memory_bytes,
+        vram=wanted.vram_bytes,
         progress=progress,
     )
     coverage = done.coverage
@@ -259,7 +265,13 @@ def calibrate(
     for note in session.notes:
         (progress or Silent()).note(note)
     matrix, coverage = collect(
-        session, file, force=force, restart=restart, progress=progress or Silent(), memory=wanted.memory_bytes
+        session,
+        file,
+        force=force,
+        restart=restart,
+        progress=progress or Silent(),
+        memory=wanted.memory_bytes,
+        vram=wanted.vram_bytes,
     )
     seconds = time.perf_counter() - started
     notes = (*checkpoint.notes, *session.notes, *coverage.notes())

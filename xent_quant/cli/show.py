@@ -152,7 +152,8 @@ def resources(taken: "Resources", notes: Sequence[str]) -> None:
     for line in notes:
         out.print(line)
     work = f", {human_bytes(taken.disk)} for work until it is done" if taken.disk else ""
-    out.print(f"RAM: about {human_bytes(taken.memory)}. Disk: {human_bytes(taken.result)}{work}.")
+    vram = f" VRAM for the work: about {human_bytes(taken.vram)}." if taken.vram else ""
+    out.print(f"RAM: about {human_bytes(taken.memory)}.{vram} Disk: {human_bytes(taken.result)}{work}.")
     if taken.seconds is not None:
         text = f" with {taken.tokens:,} tokens of text" if taken.tokens else ""
         out.print(f"Time on this machine{text}: about {human_seconds(taken.seconds)}.")

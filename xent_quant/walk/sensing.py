@@ -169,7 +169,7 @@ class Sensing:
         exact = {spec.name: self.checkpoint.read(spec.name) for spec in measured.weights}
         tensors = {name: torch.from_numpy(weights) for name, weights in exact.items()}
         weights = [dict(tensors) for _ in self.places]
-        known = self._measuring.measure(measured).statistics if measured.weights else None
+        known = self._measuring.measure(measured).in_memory if measured.weights else None
         for spec in measured.weights:
             if not spec.measured:
                 continue
@@ -212,7 +212,7 @@ class Sensing:
         """By place the KL divergence at the reference, mean over the scored tokens of `judged`."""
         model, run = self.checkpoint.architecture, self.rounded
         head = run.head()
-        known = self._measuring.measure(self.exact.head()).statistics
+        known = self._measuring.measure(self.exact.head()).in_memory
         plain, rounded = StreamingModel(self.checkpoint), StreamingModel(_RoundedHead(self, known))
         for _, rows in self.checkpoint.slices(model.head.name):
             self._add_errors(HEAD, model.head, rows, known, 1.0)
