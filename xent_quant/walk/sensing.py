@@ -225,9 +225,9 @@ class Sensing:
         for start in range(0, len(hidden[0]), LOGIT_ROWS):
             part = slice(start, start + LOGIT_ROWS)
             reference = plain.logits(hidden[0][part]).double().log_softmax(-1)
-            sides = [(name, plain, rows) for name, rows in zip(self.places[1:], hidden[1:], strict=True)]
-            for name, source, rows in (*sides, (HEAD, rounded, hidden[0])):
-                logits = source.logits(rows[part]).double().log_softmax(-1)
+            sides = [(name, plain, inputs) for name, inputs in zip(self.places[1:], hidden[1:], strict=True)]
+            for name, source, inputs in (*sides, (HEAD, rounded, hidden[0])):
+                logits = source.logits(inputs[part]).double().log_softmax(-1)
                 total[name] += float((reference.exp() * (reference - logits)).sum())
         return {name: lost / len(hidden[0]) for name, lost in total.items()}
 
@@ -236,7 +236,7 @@ class _RoundedHead:
     """The checkpoint with a rounded head."""
 
     def __init__(self, sensing: Sensing, known: InputStatistics | None) -> None:
-        self.architecture = sensing.checkpoint.architecture
+        self.architecture, self.path = sensing.checkpoint.architecture, sensing.checkpoint.path
         self._sensing, self._known = sensing, known
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> F32:
