@@ -140,6 +140,8 @@ class GGUFExporter:
         """See `Exporter.open`."""
         if provenance:
             provenance = {"quantize.imatrix.file": f"xent-quant --method {self.method.name}", **provenance}
+        if self.plan.expected:  # names of many texts must not take the file beyond what it was planned for
+            provenance = {key: _cut(value) if isinstance(value, str) else value for key, value in provenance.items()}
         files: list[PositionalFile] = []
         offsets: dict[str, tuple[PositionalFile, int]] = {}
         for index, (target, part) in enumerate(zip(self.files, self.parts, strict=True)):
@@ -251,6 +253,12 @@ def rotary_rows(rows: NDArray[np.int64], head_dim: int) -> NDArray[np.int64]:
     part, index = np.divmod(within, head_dim // 2)
     moved: NDArray[np.int64] = head * head_dim + 2 * index + part
     return moved
+
+
+def _cut(text: str) -> str:
+    """A text of at most a third of PROVENANCE_BYTES."""
+    raw = text.encode()
+    return text if len(raw) <= PROVENANCE_BYTES // 3 else f"{raw[: PROVENANCE_BYTES // 3 - 4].decode('utf-8', 'ignore')} …"
 
 
 def _aligned(nbytes: int) -> int:
