@@ -123,6 +123,7 @@ def test_exports_of_one_walk_are_those_of_a_walk_each(checkpoint, tmp_path: Path
     together = made("both", "gguf", "onnx")
     assert len(together) == 2
     assert together == made("one", "gguf") | made("two", "onnx")
+    assert (tmp_path / "two" / "onnx" / "README.md").read_text().endswith("\n\nCalibrated on fiction-en.\n")
 
 
 def test_the_file_tells_how_it_was_calibrated(checkpoint, tmp_path: Path) -> None:
