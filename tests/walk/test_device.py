@@ -24,6 +24,13 @@ FAST = {"effort": "fast", "threads": 1}
 
 
 @pytest.fixture
+def smaller(tmp_path: Path) -> Path:
+    """One layer of three experts."""
+    config = {**CONFIG, "num_hidden_layers": 1, "num_experts": 3, "moe_top_k": 1, "num_shared_experts": 1}
+    return write_checkpoint(tmp_path / "Model", config, random_weights(config))
+
+
+@pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--device cuda` means the GPU that is none, which has 6 GiB."""
     monkeypatch.setattr(choice, "_count", lambda kind: int(kind == "cuda"))
@@ -31,21 +38,19 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "limit", lambda device, nbytes: None)
 
 
-def test_a_search_on_the_exact_stream_writes_the_kernels_files(model: Path, text: Any, tmp_path: Path) -> None:
+def test_a_search_on_the_exact_stream_writes_the_kernels_files(smaller: Path, text: Any, tmp_path: Path) -> None:
     options = {"type": ["Q4_0", "IQ4_NL"], "formats": ["gguf", "onnx"], "method": "imatrix", **FAST, **text}
-    export(model, tmp_path / "kernels", device="cpu", **options)
-    export(model, tmp_path / "device", device="torch-cpu", **options)
+    export(smaller, tmp_path / "kernels", device="cpu", **options)
+    export(smaller, tmp_path / "device", device="torch-cpu", **options)
     assert tree(tmp_path / "device") == tree(tmp_path / "kernels")
 
 
-def test_nothing_of_a_whole_run_is_on_another_device(text: Any, tmp_path: Path, gpu: None) -> None:
+def test_nothing_of_a_whole_run_is_on_another_device(smaller: Path, text: Any, tmp_path: Path, gpu: None) -> None:
     """By GPTQ, with a tensor that the device leaves to the CPU; what it computes is the CPU's."""
-    config = {**CONFIG, "num_hidden_layers": 1, "num_experts": 3, "moe_top_k": 1, "num_shared_experts": 1}
-    model = write_checkpoint(tmp_path / "Model", config, random_weights(config))
     options = {"type": "Q4_0", "tensor_types": ["attn_q=F16"], **FAST, **text, "tokens": 40}
     for device, context in (("cuda", card()), ("torch-cpu", nullcontext())):
         with context:
-            export(model, tmp_path / device, device=device, **options)
+            export(smaller, tmp_path / device, device=device, **options)
     assert tree(tmp_path / "cuda") == tree(tmp_path / "torch-cpu")
 
 
@@ -77,7 +82,7 @@ def test_a_device_without_memory_is_told_and_the_run_goes_on(model: Path, text: 
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-def test_what_the_cpu_chooses_for_a_device_is_said(model: Path, text: Any, tmp_path: Path) -> None:
+def test_what_the_cpu_chooses_for_a_device_is_said(smaller: Path, text: Any, tmp_path: Path) -> None:
     """bitsandbytes by GPTQ, with what was measured on the device; the command says so."""
     options = {"formats": ["bnb"], **FAST, **text}
     notes: list[str] = []
@@ -86,7 +91,7 @@ def test_what_the_cpu_chooses_for_a_device_is_said(model: Path, text: Any, tmp_p
         def note(self, message: str) -> None:
             notes.append(message)
 
-    export(model, tmp_path / "device", device="torch-cpu", method="gptq", progress=Notes(), **options)
+    export(smaller, tmp_path / "device", device="torch-cpu", method="gptq", progress=Notes(), **options)
     assert any("chosen by the CPU's kernels" in note and "nf4" in note.lower() for note in notes)
 
 
