@@ -9,31 +9,40 @@ by Wiener's filter. After QEP (Arai and Ichikawa, 2025), which has no R and no h
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, Protocol
 
-import numpy as np
-
-from xent_quant.linalg import F32, Curvature, product
+from xent_quant.linalg import Matrix, dot, product
 from xent_quant.tensors import InputStatistics
+
+if TYPE_CHECKING:
+    from xent_quant.device.statistics import DeviceStatistics
+
+
+class Solver(Protocol[Matrix]):
+    """A factorised Hessian."""
+
+    def solve(self, rows: Matrix) -> Matrix:
+        """rows (H + λ)⁻¹."""
 
 
 @dataclass(frozen=True)
-class Correction:
+class Correction(Generic[Matrix]):
     """`curvature` of H, `drift` D [in, in] and `residuals` R [out, in] or None as above. Of rows that none of them has seen:
-    `inputs` x and `drifts` x̂ − x [n, in], `residual` r [n, out] or None. All float32."""
+    `inputs` x and `drifts` x̂ − x [n, in], `residual` r [n, out] or None. All float32, in memory or on one device."""
 
-    curvature: Curvature
-    drift: F32
-    residuals: F32 | None
-    inputs: F32
-    drifts: F32
-    residual: F32 | None
+    curvature: Solver[Matrix]
+    drift: Matrix
+    residuals: Matrix | None
+    inputs: Matrix
+    drifts: Matrix
+    residual: Matrix | None
 
     @cached_property
-    def _reaching(self) -> F32:
+    def _reaching(self) -> Matrix:
         """x (H + λ)⁻¹: with it the outputs of a change of weights are known before the change is."""
         return self.curvature.solve(self.inputs)
 
-    def pull(self, start: int, weights: F32) -> F32:
+    def pull(self, start: int, weights: Matrix) -> Matrix:
         """For rows `start`… [rows, in] float32 of the weight, P of the same shape: W + P (H + λ)⁻¹ should be quantised.
 
         Goes as far towards the solution, P = W D + R, as is best on the held-out rows, between not at all and all the way: a
@@ -46,9 +55,8 @@ class Correction:
             wanted += self.residuals[rows]
             wish += self.residual[:, rows]
         reach = product(self._reaching, wanted.T)
-        energy = float(np.square(reach, dtype=np.float64).sum())
-        share = float(np.clip(np.multiply(wish, reach, dtype=np.float64).sum() / energy, 0, 1)) if energy else 0.0
-        wanted *= np.float32(share)
+        energy = dot(reach, reach)
+        wanted *= min(max(dot(wish, reach) / energy, 0.0), 1.0) if energy else 0.0
         return wanted
 
 
@@ -57,8 +65,14 @@ class Measured:
     """What the rows in front of a stage's weights say: how codes are chosen and, behind quantised weights, how the weights are
     moved before. None where no row is known."""
 
-    statistics: InputStatistics | None
-    correction: Correction | None
+    statistics: "InputStatistics | DeviceStatistics | None"
+    correction: Correction[Any] | None
+
+    @property
+    def in_memory(self) -> InputStatistics | None:
+        """The statistics, wherever they are."""
+        known = self.statistics
+        return known if known is None or isinstance(known, InputStatistics) else known.on_cpu()
 
 
 NOTHING = Measured(None, None)

@@ -23,7 +23,11 @@ class Measuring:
     square of the gate that scales its output. Holds the statistics of a layer's shared rows and of one stage.
     """
 
-    def __init__(self, stream: int, windows: Tensor, *, hessian: bool, gated: bool = False) -> None:
+    def __init__(
+        self, stream: int, windows: Tensor, *, hessian: bool, gated: bool = False, device: torch.device | None = None
+    ) -> None:
+        """`device`: see `Moments`."""
+        self._device = device
         self.stream, self._hessian, self._gated = stream, hessian, gated
         self._length = windows.shape[1]
         count = len(windows)
@@ -34,7 +38,7 @@ class Measuring:
     def measure(self, stage: Stage) -> Measured:
         """Look at all rows of a stage. Raises CalibrationError where they are NaN or infinite."""
         first = stage.weights[0]
-        moments = Moments(first.shape[-1], self._hessian)
+        moments = Moments(first.shape[-1], self._hessian, self._device)
         for batch in stage.batches(self.stream):
             moments.add(batch, self._held_out[batch.tokens // self._length], self._gated)
         if not torch.isfinite(moments.squares).all():
@@ -53,7 +57,7 @@ class Measuring:
         rows = sample(stage, self.stream, moments.rows + sum(len(rows) for rows in moments.held_out), fewest)
         if rows is None:
             return None
-        made = Moments(moments.columns, self._hessian)
+        made = Moments(moments.columns, self._hessian, self._device)
         number = torch.arange(len(rows), device=rows.device)
         made.add(Batch(rows, number), number % 16 == 15 if self._hessian else None)
         return made
@@ -95,6 +99,6 @@ def _sums(batches: Iterable[Batch]) -> tuple[Tensor, ...]:
         parts = [inputs.square().sum(0), torch.tensor(len(inputs))]
         if batch.gates is not None:
             parts += [(inputs * batch.gates[:, None].float()).square().sum(0), batch.gates.square().sum()]
-        wide = [part.double().cpu() for part in parts]
+        wide = [part.cpu().double() for part in parts]
         found = [own.add_(more) for own, more in zip(found, wide, strict=True)] if found else wide
     return tuple(found)

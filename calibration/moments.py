@@ -4,18 +4,21 @@ Rows of `HELD_OUT` windows are kept apart: methods that fit the rows closely are
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from calibration.correction import Correction
 from calibration.rare import fewest_rows, floored, missing_rows
+from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.model.stages import Batch
 from xent_quant.tensors import InputStatistics
 
 STRIPE = 256
 """Rows of Σ x xᵀ that are computed at a time, from their first column on: its lower half is the upper one mirrored."""
+
+CPU = torch.device("cpu")
 
 HELD_OUT_ROWS = 1024
 """Rows kept for judging, at most."""
@@ -28,10 +31,13 @@ class Moments:
 
     Where the rows come with what they should have been, also Σ w (exact − x) xᵀ (`drift` [in, in]) and, where the output goes
     to the residual stream, Σ w r xᵀ of what that lacks (`residuals` [out, in]), both float32.
+
+    What is made of them is for methods that compute on `device`; None: for the CPU's kernels.
     """
 
     columns: int
     hessian: bool
+    device: torch.device | None = None
     rows: int = 0
     weight: float = 0.0
     squares: Tensor = field(init=False)
@@ -59,14 +65,14 @@ class Moments:
             room = max(0, HELD_OUT_ROWS - sum(len(kept) for kept in self.held_out))
             for rows, kept in ((wide, self.held_out), (drift, self.held_out_drift), (residual, self.held_out_residual)):
                 if rows is not None:
-                    kept.append(rows[held_out][:room].float().cpu())
+                    kept.append(rows[held_out][:room].float().to(self.device or CPU))
             wide, weight = wide[~held_out], weight[~held_out]
             drift, residual = (None if rows is None else rows[~held_out] for rows in (drift, residual))
         if not len(wide):
             return
         self.rows += len(wide)
-        self.weight += float(weight.double().square().sum())
-        self.squares += wide.square().sum(0).double().cpu()
+        self.weight += float(weight.cpu().double().square().sum())
+        self.squares += wide.square().sum(0).cpu().double()
         if not self.hessian:
             return
         if self.products is None:
@@ -86,7 +92,7 @@ class Moments:
         own = self.rows / self.weight / total if self.weight else 0.0
         return own, missing / layer.rows / total if layer is not None and missing else 0.0
 
-    def statistics(self, layer: "Moments | None" = None) -> InputStatistics | None:
+    def statistics(self, layer: "Moments | None" = None) -> InputStatistics | DeviceStatistics | None:
         """Means over the rows, made up to `fewest_rows` with the mean of `layer`; None where neither has any row.
 
         See `calibration.rare`; the diagonal of the Hessian keeps the floor too.
@@ -98,32 +104,40 @@ class Moments:
         if theirs and layer is not None:
             squares += layer.squares * theirs
         importance = floored(squares.numpy())
-        hessian = None
-        if self.hessian:
-            mean = torch.zeros(self.columns, self.columns)
-            if self.products is not None:
-                mean += self.products.cpu() * own
-            if theirs and layer is not None and layer.products is not None:
-                mean += layer.products.cpu() * theirs
-            hessian = (mean.triu_() + mean.triu(1).T).numpy()
-            np.fill_diagonal(hessian, floored(hessian.diagonal()))
-        held_out = self.held_out or (layer.held_out if theirs and layer is not None else [])
-        return InputStatistics(importance, hessian, self.rows, torch.cat(held_out).numpy() if held_out else None)
+        if not self.hessian:
+            return InputStatistics(importance, None, self.rows)
+        there = self.device or CPU
+        mean = torch.zeros(self.columns, self.columns, device=there)
+        if self.products is not None:
+            mean += self.products.to(there) * own
+        if theirs and layer is not None and layer.products is not None:
+            mean += layer.products.to(there) * theirs
+        hessian = mean.triu_() + mean.triu(1).T
+        hessian.diagonal().copy_(torch.from_numpy(floored(hessian.diagonal().cpu().numpy())))
+        rows = self.held_out or (layer.held_out if theirs and layer is not None else [])
+        held_out = torch.cat(rows) if rows else None
+        if self.device is not None:
+            return DeviceStatistics(importance, hessian, self.rows, held_out)
+        return InputStatistics(importance, hessian.numpy(), self.rows, None if held_out is None else held_out.numpy())
 
-    def correction(self, statistics: InputStatistics, layer: "Moments | None" = None) -> Correction | None:
+    def correction(
+        self, statistics: InputStatistics | DeviceStatistics, layer: "Moments | None" = None
+    ) -> Correction[Any] | None:
         """For weights whose inputs have these `statistics`, drift and residuals made up alike: with the layer's drift where
         that is known, else with none. None where nothing drifted, is held out, or has any energy."""
         own, theirs = self._shares(layer)
-        known = [(self, own), (layer, theirs)]
-        drifts = [moments.drift.cpu() * share for moments, share in known if share and moments and moments.drift is not None]
+        known, there = [(self, own), (layer, theirs)], self.device or CPU
+        drifts = [moments.drift.to(there) * share for moments, share in known if share and moments and moments.drift is not None]
         apart = next((moments for moments, share in known if share and moments and moments.held_out_drift), None)
         if not drifts or apart is None or statistics.curvature is None:
             return None
-        residual = torch.cat(self.held_out_residual).numpy() if self.held_out_residual else None
-        residuals = None if self.residuals is None or residual is None else (self.residuals.cpu() * own).numpy()
-        inputs, drifted = torch.cat(apart.held_out).numpy(), torch.cat(apart.held_out_drift).numpy()
-        drift = sum(drifts[1:], drifts[0]).numpy()
-        return Correction(statistics.curvature, drift, residuals, inputs, drifted, residual)
+        residual = torch.cat(self.held_out_residual) if self.held_out_residual else None
+        residuals = None if self.residuals is None or residual is None else self.residuals.to(there) * own
+        drift = sum(drifts[1:], drifts[0])
+        parts = (drift, residuals, torch.cat(apart.held_out), torch.cat(apart.held_out_drift), residual)
+        if isinstance(statistics, DeviceStatistics):
+            return Correction(statistics.curvature, *parts)
+        return Correction(statistics.curvature, *(None if part is None else part.numpy() for part in parts))
 
 
 def _added(total: Tensor | None, more: Tensor) -> Tensor:

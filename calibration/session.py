@@ -17,6 +17,7 @@ from calibration.text import CalibrationText
 from xent_quant.checkpoint.llama_names import llama_name
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
+from xent_quant.device.choice import ON_CPU, choose
 from xent_quant.errors import ConfigError
 from xent_quant.model.stages import Stage
 from xent_quant.model.streaming import StreamingModel
@@ -45,6 +46,14 @@ class Text(Protocol):
     @property
     def identity(self) -> Mapping[str, str]: ...
 
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+
+    @property
+    def methods_on(self) -> torch.device | None:
+        """The device where methods compute, and the windows are; None: by the CPU's kernels."""
+
     def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:
         """[n, length] int64 on the device that the model runs on; enough, if there are, for `fewest` tokens at every expert.
         Hidden states that it takes to know lie in `folder`, new and removed again, where one is given."""
@@ -58,8 +67,8 @@ class Windows:
 
     dtype = torch.float32
 
-    def __init__(self, windows: Tensor) -> None:
-        self._windows = windows
+    def __init__(self, windows: Tensor, methods_on: torch.device | None = None) -> None:
+        self._windows, self.length, self.methods_on = windows, windows.shape[1], methods_on
         self.identity = {"text": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
 
     def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:
@@ -92,10 +101,12 @@ class Session:
             spare=SPARE * settings.n_tokens if checkpoint.architecture.num_experts else 0,
             chat=ChatTemplate(checkpoint.path),
         )
+        self.methods_on = choose(settings.device)
+        self.device = self.methods_on or torch.device("cpu")
+        # What a quantised stream lacks of the exact one is less than bfloat16 rounds off, at eight bits a weight.
+        self.dtype = torch.float32
+        self.length = settings.seqlen
         self._languages = text.one_language(tokenizer, self.text.windows, chinese)
-        self.device = torch.device(_device(settings.device))
-        # bfloat16 is as fast as float32 or slower on CPUs without matrix units for it, and half as fine.
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -152,7 +163,13 @@ class Session:
         digest = hashlib.sha256(str(self.text.windows.shape).encode())
         for part in (self.text.windows, self.text.spare):
             digest.update(part.astype("<i8").tobytes())
-        return {"text (--calib, --tokens, --seqlen, --seed)": digest.hexdigest(), "--device": self.device.type}
+        return {"text (--calib, --tokens, --seqlen, --seed)": digest.hexdigest(), "--device": self._computed_by}
+
+    @property
+    def _computed_by(self) -> str:
+        if self.methods_on is None:
+            return "cpu"
+        return ON_CPU if self.device.type == "cpu" else self.device.type
 
     def keys(self) -> dict[str, str | int]:
         """What a GGUF file says of the statistics that it was made with."""
@@ -162,10 +179,3 @@ class Session:
             "quantize.imatrix.entries_count": len(measured),
             "quantize.imatrix.chunks_count": len(self.text.windows),
         }
-
-
-def _device(name: str) -> str:
-    cuda = torch.cuda.is_available()
-    if name == "cuda" and not cuda:
-        raise ConfigError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
-    return ("cuda" if cuda else "cpu") if name == "auto" else name

@@ -58,16 +58,38 @@ class TypeRow:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """Another file of the same model: bytes of the file, and the KL divergence (nats per token) that is expected of it."""
+
+    name: str
+    nbytes: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is expected of a file that was planned for a budget: `kl` as of `Alternative`, `nbytes` of the file, at most; `source`
+    says what the expectation stands on, `beside` is what else there would be, largest first."""
+
+    kl: float
+    nbytes: int
+    source: str
+    beside: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True)
 class PlanSummary:
     """What an export in `format` will write, tensor by tensor, before any weight is read. Bytes are of tensor data.
 
-    `vram_bytes` is what the model takes on a GPU whole with CONTEXT tokens, about; `notes` are for the person.
+    `vram_bytes` is what the model takes on a GPU whole with CONTEXT tokens, about; `notes` are for the person; `expected`
+    is there where the types were planned for a budget.
     """
 
     format: str
     tensors: tuple[TensorRow, ...]
     vram_bytes: int
     notes: tuple[str, ...]
+    expected: Expected | None = None
 
     @property
     def n_weights(self) -> int:
@@ -96,6 +118,7 @@ class PlanSummary:
             "vram_bytes": self.vram_bytes,
             "vram_context": CONTEXT,
             "notes": list(self.notes),
+            "expected": asdict(self.expected) if self.expected else None,
         }
 
 
@@ -108,9 +131,9 @@ def type_totals(tensors: Sequence[tuple[str, int, int]]) -> list[TypeRow]:
     return sorted(rows.values(), key=lambda row: -row.nbytes)
 
 
-def kv_cache_bytes(model: Architecture, context: int, item: int = 2) -> int:
+def kv_cache_bytes(model: Architecture, context: int, item: float = 2) -> int:
     """Keys and values of `context` tokens, in numbers of `item` bytes."""
-    return 2 * item * context * model.num_layers * model.num_kv_heads * model.head_dim
+    return int(2 * item * context * model.num_layers * model.num_kv_heads * model.head_dim)
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,28 @@ from typing import TYPE_CHECKING, Any
 from xent_quant.model.import_hook import register_with_transformers
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "calibrate", "describe", "plan", "quantize", "register_with_transformers", "resources", "validate"]
+__all__ = [
+    "__version__",
+    "calibrate",
+    "describe",
+    "plan",
+    "quantize",
+    "register_with_transformers",
+    "resources",
+    "sensitivity",
+    "validate",
+]
 
 if TYPE_CHECKING:
     from xent_quant.inspection import describe
-    from xent_quant.pipeline import calibrate, plan, quantize, resources, validate
+    from xent_quant.pipeline import calibrate, plan, quantize, resources, sensitivity, validate
 
 
 register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("calibrate", "describe", "plan", "quantize", "resources", "validate"):
+    if name in ("calibrate", "describe", "plan", "quantize", "resources", "sensitivity", "validate"):
         from importlib import import_module
 
         return getattr(import_module("xent_quant.inspection" if name == "describe" else "xent_quant.pipeline"), name)

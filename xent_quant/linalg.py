@@ -1,14 +1,20 @@
 """Matrix products and factorisations whose bits do not depend on the number of threads. Imports torch when called."""
 
 from functools import cached_property, partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant import parallel
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+Matrix = TypeVar("Matrix", F32, "Tensor")
+"""Float32 in memory, or on any device."""
 
 DAMPING = 0.01
 """Added to a Hessian's diagonal before it is factorised, as a share of the diagonal's mean."""
@@ -22,13 +28,22 @@ def row_chunks(rows: int) -> list[slice]:
     return [slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS)]
 
 
-def product(a: F32, b: F32) -> F32:
+def product(a: Matrix, b: Matrix) -> Matrix:
     """a @ b, [n, k] and [k, m] to [n, m]; parts of larger arrays are not copied."""
     import torch
 
     parallel.check()
+    if isinstance(a, torch.Tensor):
+        return torch.mm(a, b)
     result: F32 = torch.mm(torch.from_numpy(a), torch.from_numpy(b)).numpy()
     return result
+
+
+def dot(a: Matrix, b: Matrix) -> float:
+    """Σ a · b over all elements of two matrices of one shape. In float64, which not every device has: there within columns."""
+    if isinstance(a, np.ndarray):
+        return float(np.multiply(a, b, dtype=np.float64).sum())
+    return float((a * b).sum(0).cpu().double().sum())
 
 
 def root(hessian: F32) -> F32:

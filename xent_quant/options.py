@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from inspect import Parameter, signature
+from math import inf
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
@@ -109,8 +110,12 @@ class TargetOptions(_Choices):
         object.__setattr__(self, "formats", tuple(dict.fromkeys(self.formats)))
 
 
+DEVICES = r"auto|cpu|torch-cpu|mps|(cuda|xpu)(:\d{1,2})?"
+"""Names of --device; torch-cpu is the devices' code on the CPU, for tests."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class CalibrationOptions(_Choices):
+class TextOptions(_Choices):
     """Text whose activations are measured."""
 
     calib: tuple[str, ...] = ()
@@ -125,26 +130,54 @@ class CalibrationOptions(_Choices):
     """Tokens of a calibration window."""
     seed: int = 0
     """Decides which of the documents are taken."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs for calibration. auto: CUDA if any."""
-    memory: int | str | None = None
-    """RAM to stay within, such as 6G; refused at once where that cannot be. Default: what is needed, see --dry-run."""
 
     @property
     def n_tokens(self) -> int:
         """`tokens` as a number: 128k is 128,000."""
         return _quantity("tokens", self.tokens, 1000, "a number of tokens; write for example 500k")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_tokens and self.seqlen < 2:
+            raise ConfigError(f"--seqlen {self.seqlen}: must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityOptions(TextOptions):
+    """Text that a model's sensitivity is measured on."""
+
+    tokens: int | str = "16k"
+    """Tokens to measure on, such as 64k."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions(TextOptions):
+    """Text to calibrate on, and where."""
+
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] | str = "auto"
+    """Where the model runs for calibration and codes are chosen; cuda:1 is the second card. auto: CUDA or XPU if any."""
+    vram: int | str | None = None
+    """Memory of that device to stay within, such as 8G; refused at once where that cannot be. Default: what is free."""
+    memory: int | str | None = None
+    """RAM to stay within, such as 6G; refused at once where that cannot be. Default: what is needed, see --dry-run."""
+
     @property
     def memory_bytes(self) -> int | None:
         """`memory` in bytes: 6G is 6 · 1024³."""
         return None if self.memory is None else _quantity("memory", self.memory, 1024, "a size; write for example 6G")
 
+    @property
+    def vram_bytes(self) -> int | None:
+        """`vram` in bytes: 8G is 8 · 1024³."""
+        return None if self.vram is None else _quantity("vram", self.vram, 1024, "a size; write for example 8G")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.memory_bytes
-        if self.n_tokens and self.seqlen < 2:
-            raise ConfigError(f"--seqlen {self.seqlen}: must be at least 2")
+        if not re.fullmatch(DEVICES, self.device):
+            raise ConfigError(f"--device {self.device[:40]}: choose auto, cpu, cuda, cuda:1, xpu or mps")
+        if self.vram_bytes is not None and self.device == "cpu":
+            raise ConfigError(f"--vram {self.vram}: has no effect with --device cpu; drop it, or use --memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +198,47 @@ class TensorOptions(_Choices):
     """A type or mix by its llama.cpp name (Q4_K_M), instead of --bits; repeatable: all from one pass."""
     tensor_types: tuple[str, ...] = ()
     """REGEX=TYPE on GGUF tensor names; repeatable, first match wins."""
+    size: int | str | None = None
+    """Instead of --bits: the best file of at most this size, such as 12GiB, planned tensor by tensor."""
+    max_kl: float | None = None
+    """Instead of --bits: the smallest file whose expected KL divergence is at most so many nats per token, such as 0.01."""
+    fit: int | str | None = None
+    """Instead of --bits: the best file that runs on a GPU with so much memory, such as 16GiB, KV cache and buffers included."""
+    context: int | None = None
+    """Tokens of context that must fit beside it (--fit). Default: 8192, or the model's where that is less."""
+    kv: Literal["f16", "q8_0"] = "f16"
+    """Type of the KV cache (--fit)."""
+    sensitivity: Path | None = None
+    """What a plan stands on: a file that `xent-quant sensitivity` wrote. Default: this model's own where it was measured here, else what was measured on the bundled miniature."""  # noqa: E501  (--help keeps line ends)
     pad: Literal["auto", "never"] = "auto"
     """Zero-pad the expert width where that saves bytes; the function stays the same."""
+
+    @property
+    def size_bytes(self) -> int | None:
+        """`size` in bytes: 12GiB is 12 · 1024³."""
+        return None if self.size is None else _quantity("size", self.size, 1024, "a size; write for example 12GiB")
+
+    @property
+    def fit_bytes(self) -> int | None:
+        """`fit` in bytes."""
+        return None if self.fit is None else _quantity("fit", self.fit, 1024, "a size; write for example 16GiB")
+
+    @property
+    def planned(self) -> str:
+        """What a plan is called in files' names, by what bounds it; nothing where types follow a recipe."""
+        if self.size is not None:
+            return "".join(str(self.size).split())
+        if self.fit is not None:
+            return f"fit{''.join(str(self.fit).split())}"
+        return "" if self.max_kl is None else f"KL{self.max_kl:g}"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.size_bytes, self.fit_bytes
+        if self.context is not None and self.context < 1:
+            raise ConfigError(f"--context {self.context}: must be at least 1")
+        if self.max_kl is not None and not 0 < self.max_kl < inf:
+            raise ConfigError(f"--max-kl {self.max_kl:g}: must be above 0, such as 0.01")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +406,25 @@ def _bits(options: Options) -> str:
     return "beside --type; drop one of them" if options.type and (named or options.formats == ("gguf",)) else ""
 
 
+def _planned(field: str) -> Need:
+    """An option that chooses types, where a plan does."""
+
+    def need(options: Options) -> str:
+        by = "size" if options.size is not None else "fit" if options.fit is not None else "max-kl"
+        return f"beside --{by}, which chooses the types; drop one of them" if options.planned and field != by else ""
+
+    return need
+
+
+def _plan(options: Options) -> str:
+    """What plans stand on."""
+    return "" if options.planned else "without --size, --fit or --max-kl; add one of them"
+
+
+def _fit(options: Options) -> str:
+    return "" if options.fit is not None else "without --fit"
+
+
 def _effort(options: Options) -> str:
     if options.effort == "fast":  # so it is without a search too
         return ""
@@ -356,14 +447,22 @@ def _blocks(options: Options) -> str:
 
 
 NEEDS: dict[str, tuple[Need, ...]] = {
-    "bits": (_bits,),
+    "bits": (_planned("bits"), _bits),
+    "size": (_only("gguf", instead="give --bits instead"),),
+    "fit": (_only("gguf", instead="give --bits instead"), _planned("fit")),
+    "max_kl": (_only("gguf", instead="give --bits instead"), _planned("max-kl")),
+    "context": (_fit,),
+    "kv": (_fit,),
+    "sensitivity": (_plan,),
     "bnb_type": (_only("bnb"), _four_bits),
     "effort": (_effort,),
-    **dict.fromkeys(("calib", "calib_mix", "text_field", "tokens", "seqlen", "seed", "device"), (_quantised, _statistics, _text)),
+    **dict.fromkeys(
+        ("calib", "calib_mix", "text_field", "tokens", "seqlen", "seed", "device", "vram"), (_quantised, _statistics, _text)
+    ),
     "imatrix": (_quantised, _statistics, _no_hessian),
     "method": (_method,),
-    "type": (_only("gguf", instead="give --bits instead"),),
-    "tensor_types": (_only("gguf"),),
+    "type": (_only("gguf", instead="give --bits instead"), _planned("type")),
+    "tensor_types": (_only("gguf"), _planned("tensor-type")),
     "pad": (_only("gguf", "bnb"),),
     "onnx_dtype": (_only("onnx"),),
     **dict.fromkeys(("block_size", "accuracy_level", "symmetric"), (_only("onnx"), _blocks)),

@@ -3,12 +3,12 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xent_quant.errors import ConfigError, ExportError, ValidationError
-from xent_quant.options import CalibrationOptions, Options, ValidationOptions, takes
+from xent_quant.options import CalibrationOptions, Options, SensitivityOptions, ValidationOptions, takes
 from xent_quant.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from calibration.session import Session
     from exporters.interface import Exporter, PlanSummary
     from xent_quant.checkpoint.reader import Checkpoint
+    from xent_quant.sensitivities import Sensitivity
     from xent_quant.validation.report import Report
     from xent_quant.walk.resources import Resources
 
@@ -80,6 +81,24 @@ class CalibrateResult:
         }
 
 
+@dataclass(frozen=True)
+class SensitivityResult:
+    """What was measured, and the file that keeps it."""
+
+    file: Path
+    sensitivity: "Sensitivity"
+    tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "file": str(self.file),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "losses": {place: dict(losses) for place, losses in self.sensitivity.losses.items()},
+        }
+
+
 def _open(model: str | Path | None) -> "Checkpoint":
     from xent_quant.checkpoint import hub
     from xent_quant.checkpoint.reader import Checkpoint
@@ -108,12 +127,17 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
     hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
     followers, tokens = sum(hessian) if session else 0, session.text.windows.size if session else 0
     room = resources.room(architecture, followers, session is not None, wanted.memory_bytes)
+    there = session.methods_on if session else None
+    on_device = None
+    if session and there is not None:
+        on_device = resources.device_room(architecture, followers, session.length, there, wanted.vram_bytes)
     taken = resources.Resources(
         memory=resources.memory(architecture, followers, session is not None, room),
         disk=resources.disk(architecture, tokens, followers) if session else 0,
         result=sum(exporter.nbytes for exporter in exporters),
         tokens=tokens,
-        seconds=resources.seconds(architecture, exporters, tokens, hessian),
+        seconds=None if on_device else resources.seconds(architecture, exporters, tokens, hessian),
+        vram=resources.vram(architecture, followers, session.length, on_device) if session and on_device else None,
     )
     return taken, session.notes if session else ()
 
@@ -191,6 +215,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
         force=wanted.force,
         restart=wanted.restart,
         memory=wanted.memory_bytes,
+        vram=wanted.vram_bytes,
         progress=progress,
     )
     coverage = done.coverage
@@ -240,11 +265,53 @@ def calibrate(
     for note in session.notes:
         (progress or Silent()).note(note)
     matrix, coverage = collect(
-        session, file, force=force, restart=restart, progress=progress or Silent(), memory=wanted.memory_bytes
+        session,
+        file,
+        force=force,
+        restart=restart,
+        progress=progress or Silent(),
+        memory=wanted.memory_bytes,
+        vram=wanted.vram_bytes,
     )
     seconds = time.perf_counter() - started
     notes = (*checkpoint.notes, *session.notes, *coverage.notes())
     return CalibrateResult(file, matrix.chunk_count * matrix.chunk_size, seconds, coverage, notes)
+
+
+@takes(SensitivityOptions)
+def sensitivity(
+    model: str | Path | None = None,
+    *,
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> SensitivityResult:
+    """Measure what a checkpoint loses by each quant type in each of its places, for plans (`size`, `max_kl` of `quantize`), and
+    keep it in the file `output`; by default where they look for it, under ~/.cache/xent-quant.
+
+    `options` are the fields of `xent_quant.options.SensitivityOptions`. Holds one expert, or one layer's attention, at a time;
+    hidden states lie beside the file until it is done. Raises the errors of `xent_quant.errors`.
+    """
+    started = time.perf_counter()
+    wanted = SensitivityOptions(**options)
+    checkpoint = _open(model)
+    from calibration.session import Session
+    from xent_quant import sensitivities
+    from xent_quant.walk.sensing import measure
+
+    if output is None:
+        file = sensitivities.kept(checkpoint)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        force = True  # its own, measured anew
+    else:
+        file = Path(output)
+        if file.is_dir():
+            raise ExportError(f"{file}: is a folder; name the file to write, such as {file / 'sensitivity.json'}")
+    settings = {field.name: getattr(wanted, field.name) for field in fields(SensitivityOptions)}
+    session = Session(checkpoint, CalibrationOptions(**settings, device="cpu"))
+    found = measure(session, file, force=force, progress=progress)
+    return SensitivityResult(file, found, session.text.windows.size, time.perf_counter() - started)
 
 
 def require_runtimes(formats: Sequence[str], bits: int) -> None:

@@ -6,8 +6,8 @@ know under that name. Routers and norms stay F32.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from xent_quant import formats
@@ -273,12 +273,14 @@ LAST_RESORT = "F16"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named mix, and overrides that come first: (compiled pattern of GGUF tensor names, type)."""
+    """A named mix, and overrides that come first: (compiled pattern of GGUF tensor names, type). `types` are those that a plan
+    chose, by the name of the tensor; no rule of the mix is asked then."""
 
     name: str
     mix: Mix
     overrides: tuple[tuple[re.Pattern[str], str], ...] = ()
     imatrix: bool = False
+    types: Mapping[str, str] = field(default_factory=dict)
 
     def type_of(self, name: str, role: Role, layer: int, model: Architecture) -> str:
         """The type asked for, before any fallback for the row length, of a tensor that the file calls `name`. `layer` is ignored
@@ -288,6 +290,8 @@ class Recipe:
         for pattern, kind in self.overrides:
             if pattern.search(name):
                 return kind
+        if self.types:
+            return self.types[name]
         mix = self.mix
         if role is Role.HEAD:
             return mix.head
@@ -350,6 +354,14 @@ def recipe(*, bits: int = 4, type: str | None = None, tensor_types: Sequence[str
         except re.error as error:
             raise ConfigError(f"--tensor-type {item!r}: not a regular expression: {error}") from error
     return Recipe(name, mix, tuple(overrides), imatrix)
+
+
+def planned_recipe(name: str, types: Mapping[str, str]) -> Recipe:
+    """The recipe of a plan: every tensor's type by its name in the file. llama.cpp's file type is that of the mix whose base most
+    tensors have."""
+    most = max(sorted(set(types.values())), key=list(types.values()).count)
+    number = next(mix.number for mix in MIXES.values() if mix.base == most)
+    return Recipe(name, Mix(number, most), types=types)
 
 
 def has_no_fallback(kind: str) -> bool:

@@ -11,6 +11,7 @@ from xent_quant.options import OnnxOptions, Options
 from xent_quant.plain import plain
 
 if TYPE_CHECKING:
+    from exporters.gguf.plan import GGUFPlan
     from exporters.interface import Exporter
     from xent_quant.checkpoint.reader import Checkpoint
     from xent_quant.methods.interface import Method
@@ -70,19 +71,17 @@ def _refuse_the_model_itself(model: Path, output: Path, exporters: "list[Exporte
 
 
 def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
+    from exporters.gguf import budget
     from exporters.gguf.export import GGUFExporter
     from exporters.gguf.plan import plan
+    from exporters.interface import CONTEXT
+    from xent_quant import sensitivities
     from xent_quant.recipes import recipe
 
-    done: set[str] = set()
-    for kind in options.mixes or (None,):
-        chosen = recipe(bits=options.n_bits, type=kind, tensor_types=options.tensor_types, imatrix=methods.use_statistics)
-        if chosen.name in done:
-            continue
-        done.add(chosen.name)
-        yield GGUFExporter(
+    def exporter(chosen: "GGUFPlan | Callable[[int], GGUFPlan]") -> GGUFExporter:
+        return GGUFExporter(
             checkpoint,
-            plan(checkpoint.architecture, chosen, pad=options.pad),
+            chosen,
             options.folder,
             name,
             methods.new(),
@@ -90,6 +89,27 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
             split_size=options.split_bytes,
             allow_tokenizer_mismatch=options.allow_tokenizer_mismatch,
         )
+
+    if options.planned:
+        model, known = checkpoint.architecture, sensitivities.of(checkpoint, options.sensitivity)
+        goal = budget.Goal(
+            name=options.planned,
+            size=options.size_bytes,
+            max_kl=options.max_kl,
+            fit=options.fit_bytes,
+            context=options.context or min(CONTEXT, model.max_position_embeddings),
+            kv=options.kv,
+        )
+        gptq = methods.new().needs_hessian
+        yield exporter(lambda header: budget.planned(model, known, goal, header=header, gptq=gptq, pad=options.pad))
+        return
+    done: set[str] = set()
+    for kind in options.mixes or (None,):
+        chosen = recipe(bits=options.n_bits, type=kind, tensor_types=options.tensor_types, imatrix=methods.use_statistics)
+        if chosen.name in done:
+            continue
+        done.add(chosen.name)
+        yield exporter(plan(checkpoint.architecture, chosen, pad=options.pad))
 
 
 def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":

@@ -9,7 +9,6 @@ from exporters.base_model import BaseModel
 from exporters.card import PROMPT, calibrated, opening, table, tags
 from exporters.gguf.plan import GGUFPlan, PlannedTensor
 from exporters.hub_files import REPETITION_PENALTY
-from exporters.interface import CONTEXT
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ExportError
 from xent_quant.plain import markdown, plain
@@ -24,9 +23,9 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 
 
 def experts_on_cpu(plan: GGUFPlan, vram: int) -> int | None:
-    """Least --n-cpu-moe (the first layers, whose experts stay in RAM) with which the model and CONTEXT tokens fit into
+    """Least --n-cpu-moe (the first layers, whose experts stay in RAM) with which the model and its context fit into
     `vram` bytes; None where they do not with all of them there."""
-    needed = plan.vram_bytes(CONTEXT)
+    needed = plan.vram_bytes()
     for layer in range(plan.architecture.num_layers + 1):
         if needed <= vram:
             return layer
@@ -54,7 +53,8 @@ def section(
         *(f"{note}\n" for note in plan.notes),
         "```",
         f"llama-completion -m {first} {'' if chat else '-no-cnv '}--repeat-penalty {REPETITION_PENALTY} "
-        f'-c {CONTEXT} -p "{PROMPT}"',
+        f'-c {plan.context} -p "{PROMPT}"',
+        server(plan, first),
         "```",
         "",
     ]
@@ -72,7 +72,7 @@ def section(
     if plan.architecture.num_experts:
         lines += [
             f"On a GPU add `-ngl 99` and, where it does not fit, leave the experts of some layers in RAM. "
-            f"With {CONTEXT:,} tokens of context ({human_bytes(plan.vram_bytes(CONTEXT))} in all, estimated):",
+            f"With {plan.context:,} tokens of context ({human_bytes(plan.vram_bytes())} in all, estimated):",
             "",
             "| VRAM | option |",
             "|---|---|",
@@ -109,7 +109,13 @@ def joined(
     return "\n".join([*head, *parts]).encode()
 
 
-def modelfile(files: Sequence[Path], stem: str, *, chat: bool) -> str:
+def server(plan: GGUFPlan, file: str) -> str:
+    """The command that serves a `file`, quoted for a shell, as it was planned: all of it on a GPU where there is one."""
+    cache = "" if plan.kv == "f16" else f" -fa on -ctk {plan.kv} -ctv {plan.kv}"
+    return f"llama-server -m {file} -ngl 99 -c {plan.context} -np 1{cache}"
+
+
+def modelfile(plan: GGUFPlan, files: Sequence[Path], stem: str, *, chat: bool) -> str:
     """ollama's recipe: the base model's generation defaults, and raw completion unless there is a `chat` template, which ollama
     takes from the file. It wants one file, so shards must be merged into `stem`.gguf first."""
     parts = f"{shlex.quote(plain(files[0].name))} {shlex.quote(stem)}.gguf"
@@ -120,7 +126,7 @@ def modelfile(files: Sequence[Path], stem: str, *, chat: bool) -> str:
             f"FROM ./{stem}.gguf",
             *([] if chat else ['TEMPLATE "{{ .Prompt }}"']),
             f"PARAMETER repeat_penalty {REPETITION_PENALTY}",
-            f"PARAMETER num_ctx {CONTEXT}",
+            f"PARAMETER num_ctx {plan.context}",
             "",
         ]
     )

@@ -1,6 +1,7 @@
 """Writes a planned GGUF: header first, then every tensor's rows at their offsets, in any order. Holds nothing."""
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from exporters.base_model import BaseModel
 from exporters.gguf import card, metadata, tokenizer, tokenizer_check
 from exporters.gguf.plan import GGUFPlan, GGUFSlot, PlannedTensor
-from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
+from exporters.gguf.plan import plan as plan_tensors
+from exporters.interface import Exported, PlanSummary, TensorRow
 from xent_quant import formats
 from xent_quant.checkpoint.chat_template import chat_template
 from xent_quant.checkpoint.reader import Checkpoint
@@ -21,10 +23,15 @@ from xent_quant.errors import ExportError
 from xent_quant.formats.base import U8
 from xent_quant.methods.interface import Method
 from xent_quant.plain import file_name
+from xent_quant.recipes import recipe
 from xent_quant.storage import Move, PositionalFile, Shared, Target, replace_bytes
 
 ALIGNMENT = int(gguf.GGUF_DEFAULT_ALIGNMENT)
 MAX_SHARDS = 65535  # split.count is a u16
+SPLIT_BYTES = 1024
+"""Bound on what a shard's header has besides its tensors' entries."""
+PROVENANCE_BYTES = 4096
+"""Room for what the file says of the statistics that it was made with."""
 
 
 def shards(tensors: Sequence[PlannedTensor], split_size: int | None, header_bytes: int = 0) -> list[list[PlannedTensor]]:
@@ -38,7 +45,7 @@ def shards(tensors: Sequence[PlannedTensor], split_size: int | None, header_byte
         nbytes = _aligned(tensor.nbytes) + _info_bytes(tensor)
         if split_size and result[-1] and size + nbytes > split_size:
             result.append([])
-            size = 1024  # the split keys
+            size = SPLIT_BYTES
         result[-1].append(tensor)
         size += nbytes
     if len(result) > MAX_SHARDS:
@@ -50,13 +57,14 @@ class GGUFExporter:
     """`output/name-TYPE.gguf`, or `output/stem.gguf` where a stem is given (or its shards of at most `split_size` bytes), its
     Modelfile, and a section of the folder's README.md.
 
-    Raises what reading the tokenizer raises.
+    `plan` may be what makes one when told how many bytes the file has besides tensor data. Raises what reading the tokenizer and
+    planning raise.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        plan: GGUFPlan,
+        plan: GGUFPlan | Callable[[int], GGUFPlan],
         output: Path,
         name: str,
         method: Method,
@@ -65,13 +73,15 @@ class GGUFExporter:
         split_size: int | None = None,
         allow_tokenizer_mismatch: bool = False,
     ) -> None:
-        self.checkpoint, self.plan, self.output, self.name, self.method = checkpoint, plan, output, name, method
+        self.checkpoint, self.output, self.name, self.method = checkpoint, output, name, method
         strict = not allow_tokenizer_mismatch
         self.tokenizer = tokenizer.load(checkpoint.path, checkpoint.architecture, strict=strict)
         self.tokenizer_notes = tokenizer_check.verify(checkpoint.path, self.tokenizer, strict=strict)
         self.base = BaseModel.of(checkpoint.path)
         self.chat = chat_template(checkpoint.path) is not None
         self.header_bytes = 65536 + self.tokenizer.nbytes
+        self.plan = plan if isinstance(plan, GGUFPlan) else plan(self._overhead(split_size))
+        plan = self.plan
         self.parts = shards(plan.tensors, split_size, self.header_bytes)
         self.stem = stem or f"{name}-{plan.recipe.name}"
         count = len(self.parts)
@@ -82,10 +92,22 @@ class GGUFExporter:
         ]
         self.modelfile = output / f"{on_disk}.Modelfile"
 
+    def _overhead(self, split_size: int | None) -> int:
+        """Bytes of the files besides tensor data, at most and nearly: a header of these tensors is made, whose length does not
+        depend on their types."""
+        self.plan = any_types = plan_tensors(self.checkpoint.architecture, recipe(type="F32"), pad="never")
+        self.parts = [list(any_types.tensors)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "header"
+            self._write_header(path, self.parts[0], 0, {})
+            header = path.stat().st_size
+        shards = -(-any_types.nbytes // split_size) if split_size else 1
+        return header + PROVENANCE_BYTES + (shards - 1) * (SPLIT_BYTES + ALIGNMENT)
+
     @property
     def summary(self) -> PlanSummary:
         rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in self.plan.tensors)
-        return PlanSummary("gguf", rows, self.plan.vram_bytes(CONTEXT), self.plan.notes)
+        return PlanSummary("gguf", rows, self.plan.vram_bytes(), self.plan.notes, self.plan.expected)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -118,6 +140,8 @@ class GGUFExporter:
         """See `Exporter.open`."""
         if provenance:
             provenance = {"quantize.imatrix.file": f"xent-quant --method {self.method.name}", **provenance}
+        if self.plan.expected:  # names of many texts must not take the file beyond what it was planned for
+            provenance = {key: _cut(value) if isinstance(value, str) else value for key, value in provenance.items()}
         files: list[PositionalFile] = []
         offsets: dict[str, tuple[PositionalFile, int]] = {}
         for index, (target, part) in enumerate(zip(self.files, self.parts, strict=True)):
@@ -203,7 +227,7 @@ class GGUFWriter:
         """See `Writer.finish`."""
         exporter = self._exporter
         modelfile = self._folder / exporter.modelfile.name
-        replace_bytes(modelfile, card.modelfile(exporter.files, exporter.stem, chat=exporter.chat).encode())
+        replace_bytes(modelfile, card.modelfile(exporter.plan, exporter.files, exporter.stem, chat=exporter.chat).encode())
         moves = [Move(self._folder / path.name, path) for path in exporter.files]
         section = card.section(
             exporter.plan, exporter.files, exporter.stem, exporter.modelfile.name, self._provenance, chat=exporter.chat
@@ -229,6 +253,12 @@ def rotary_rows(rows: NDArray[np.int64], head_dim: int) -> NDArray[np.int64]:
     part, index = np.divmod(within, head_dim // 2)
     moved: NDArray[np.int64] = head * head_dim + 2 * index + part
     return moved
+
+
+def _cut(text: str) -> str:
+    """A text of at most a third of PROVENANCE_BYTES."""
+    raw = text.encode()
+    return text if len(raw) <= PROVENANCE_BYTES // 3 else f"{raw[: PROVENANCE_BYTES // 3 - 4].decode('utf-8', 'ignore')} …"
 
 
 def _aligned(nbytes: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from exporters.interface import Slot, kv_cache_bytes
+from exporters.interface import CONTEXT, Expected, Slot, kv_cache_bytes
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.families.interface import GGUF
@@ -21,6 +21,9 @@ BATCH = 512
 
 RUNTIME_BYTES = 300_000_000
 """What a GPU's driver context and llama.cpp's alignment take, about."""
+
+KV_ITEM = {"f16": 2.0, "q8_0": 34 / 32}
+"""Bytes of a number in the KV cache, by llama.cpp's name of the cache's type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,8 @@ class GGUFSlot(Slot):
 
 @dataclass(frozen=True)
 class GGUFPlan:
-    """All tensors in file order. `expert_width` is the width written, `llama` what llama.cpp calls the model."""
+    """All tensors in file order. `expert_width` is the width written, `llama` what llama.cpp calls the model; `expected` as of
+    `PlanSummary`. `context` tokens and a KV cache of type `kv` are what it is meant to run with."""
 
     llama: GGUF
     architecture: Architecture
@@ -98,6 +102,9 @@ class GGUFPlan:
     expert_width: int
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...]
+    expected: Expected | None = None
+    context: int = CONTEXT
+    kv: str = "f16"
 
     @property
     def arch(self) -> str:
@@ -123,18 +130,29 @@ class GGUFPlan:
         """Bits in the file per weight of the checkpoint: padding counts as cost, not as weights."""
         return 8 * self.nbytes / sum(tensor.source_weights for tensor in self.tensors)
 
-    def vram_bytes(self, context: int) -> int:
-        """What the model takes when it is on a GPU whole, with `context` tokens: an estimate.
-
-        Weights without the embedding, which stays in RAM; the KV cache in float16; llama.cpp's compute buffer for BATCH tokens in
-        float32, BATCH · 4 · (vocab + 8 · hidden + experts per token · (3 · width + hidden)), with flash attention; and
-        RUNTIME_BYTES.
-        """
-        model = self.architecture
+    def vram_bytes(self, context: int | None = None) -> int:
+        """What the model takes when it is on a GPU whole, with `context` tokens or its own: weights without the embedding, which
+        stays in RAM, and what `beside_weights` says."""
         weights = sum(tensor.nbytes for tensor in self.tensors if tensor.role is not Role.EMBEDDING)
-        active = max(model.experts_per_token, 1) * (3 * self.expert_width + model.hidden_size)
-        compute = BATCH * 4 * (model.vocab_size + 8 * model.hidden_size + active)
-        return weights + kv_cache_bytes(model, context) + compute + RUNTIME_BYTES
+        tokens = self.context if context is None else context
+        return weights + beside_weights(self.architecture, self.expert_width, tokens, self.kv)
+
+
+def compute_bytes(model: Architecture, width: int, context: int) -> int:
+    """llama.cpp's compute buffer for BATCH tokens of `context`, with flash attention and experts of `width`: the mask in float16,
+    and in float32 what is there at once in the stage that needs most: logits, or the experts' outputs before and after their
+    gates, or attention. Read off what stock llama.cpp reports, for it follows from how its allocator reuses memory."""
+    rows = 4 * BATCH
+    hidden = rows * model.hidden_size
+    head = rows * model.vocab_size + 5 * hidden
+    experts = model.experts_per_token * (2 * hidden + rows * width) + 3 * hidden // 2
+    attention = 9 * rows * max(model.hidden_size, model.attention_size)
+    return 2 * BATCH * context + max(head, experts, attention)
+
+
+def beside_weights(model: Architecture, width: int, context: int, kv: str = "f16") -> int:
+    """What a GPU holds besides weights: the KV cache in a type of KV_ITEM, the compute buffer, and RUNTIME_BYTES."""
+    return kv_cache_bytes(model, context, KV_ITEM[kv]) + compute_bytes(model, width, context) + RUNTIME_BYTES
 
 
 def layout(model: Architecture, recipe: Recipe, width: int) -> tuple[PlannedTensor, ...]:
@@ -190,7 +208,7 @@ def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:
     llama-quantize's fallback types, so it is never larger than that one's; "never" keeps the width. Raises UnsupportedError
     for what no architecture of llama.cpp expresses, ConfigError for an override that matches nothing.
     """
-    _check_rope(model)
+    check_rope(model)
     width = model.intermediate_size
     tensors = layout(model, recipe, width)
     _check_overrides(tensors, recipe)
@@ -226,7 +244,7 @@ def _check_overrides(tensors: Sequence[PlannedTensor], recipe: Recipe) -> None:
         undecided -= matching
 
 
-def _check_rope(model: Architecture) -> None:
+def check_rope(model: Architecture) -> None:
     """Raise UnsupportedError for a rope scaling that these architectures of llama.cpp do not compute."""
     scaling = model.rope_scaling
     if scaling is None or scaling.kind == "linear":

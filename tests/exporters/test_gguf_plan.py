@@ -122,7 +122,7 @@ def test_bits_per_weight_counts_padding_as_cost() -> None:
 def test_vram_is_weights_cache_and_buffers() -> None:
     planned = plan(architecture(), recipe(bits=4))
     embedding = planned.tensors[0]
-    cache = planned.vram_bytes(8192) - planned.vram_bytes(0)
-    assert cache == 2 * 2 * 8192 * 28 * 32 * 80
+    cache_and_mask = planned.vram_bytes(8192) - planned.vram_bytes(0)
+    assert cache_and_mask == 2 * 2 * 8192 * 28 * 32 * 80 + 2 * 512 * 8192
     buffers = planned.vram_bytes(0) - (planned.nbytes - embedding.nbytes)
     assert 0.3e9 < buffers < 1e9

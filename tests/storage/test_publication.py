@@ -445,6 +445,8 @@ def test_what_appeared_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
         b'{"moves": [{"staged": "/x", "target": "a", "replaces": false, "vacate": false}]}',
         b'{"moves": [{"staged": "x", "target": "../a", "replaces": false, "vacate": false}]}',
         b'{"moves": [{"staged": "x", "target": "..", "replaces": false, "vacate": false}]}',
+        rb'{"moves": [{"staged": "x", "target": "\ud800", "replaces": false, "vacate": false}]}',
+        rb'{"moves": [{"staged": "x\u0000", "target": "a", "replaces": false, "vacate": false}]}',
     ],
 )
 def test_hostile_journals(journal: bytes, tmp_path: Path) -> None:

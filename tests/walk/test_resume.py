@@ -78,11 +78,11 @@ def test_stopped_within_a_layer(model: Path, text: Any, tmp_path: Path, interrup
 
     stage, left = Walk._stage, [0]
 
-    def stages(walk: Walk, each: Any) -> None:
+    def stages(walk: Walk, *arguments: Any) -> None:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        stage(walk, each)
+        stage(walk, *arguments)
 
     monkeypatch.setattr(Walk, "_stage", stages)
     for count in (19, 9, 15):  # a layer has 16 stages, and there are two

@@ -16,6 +16,7 @@ from xent_quant.cli.calibrate import calibrate
 from xent_quant.cli.inspect import inspect
 from xent_quant.cli.options import EVERY
 from xent_quant.cli.quantize import quantize
+from xent_quant.cli.sensitivity import sensitivity
 from xent_quant.cli.validate import validate
 from xent_quant.errors import XentQuantError
 from xent_quant.plain import plain
@@ -34,6 +35,7 @@ app = App(
 app.default(quantize)
 app.command(calibrate)
 app.command(inspect)
+app.command(sensitivity)
 app.command(validate)
 
 

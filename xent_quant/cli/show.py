@@ -1,25 +1,32 @@
 """What a person sees: progress on stderr, tables on stdout."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
-from exporters.interface import CONTEXT, TypeRow
+from exporters.interface import CONTEXT, Alternative, TypeRow
 from xent_quant.cli import show_progress
 from xent_quant.cli.terminal import Terminal
+from xent_quant.formats import get as get_format
 from xent_quant.plain import readable_json
 from xent_quant.progress import Progress
 from xent_quant.units import human_bytes, human_count, human_seconds
 
 if TYPE_CHECKING:
     from calibration.coverage import Coverage
-    from exporters.interface import PlanSummary
-    from xent_quant.pipeline import CalibrateResult, QuantizeResult
+    from exporters.interface import Expected, PlanSummary
+    from xent_quant.pipeline import CalibrateResult, QuantizeResult, SensitivityResult
     from xent_quant.walk.resources import Resources
+
+HEAT = ((8, "on blue"), (6, "on cyan"), (5, "on green"), (4, "on yellow"), (3, "on magenta"), (0, "on red"))
+"""Colours of types with so many bits per weight or more."""
 
 out = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # no names broken in a pipe
 err = Terminal(stderr=True)
@@ -52,6 +59,11 @@ def plans(summaries: "Sequence[PlanSummary]") -> None:
 
 
 def _plan(summary: "PlanSummary") -> None:
+    if summary.expected:
+        _heat_map([(tensor.name.removesuffix(".weight"), tensor.type) for tensor in summary.tensors])
+        totals(summary)
+        _alternatives(summary.expected)
+        return
     table = new_table("tensor", ">shape", "type", ">bytes", ">bits/weight")
     for tensor in summary.tensors:
         shape = " × ".join(str(size) for size in tensor.shape)
@@ -59,6 +71,60 @@ def _plan(summary: "PlanSummary") -> None:
     out.print(table)
     out.print()
     totals(summary)
+
+
+def _heat_map(types: Sequence[tuple[str, str]]) -> None:
+    """A plan's types by layer and projection; warmer is fewer bits. Neighbouring layers that are alike share a row."""
+    layers: dict[str, dict[str, str]] = {}
+    for name, kind in types:
+        _, layer, part = name.split(".", 2) if name.startswith("blk.") else ("", "", name)
+        if kind != "F32":
+            short = re.sub(r"^(gate|up)(?=_|$)", "gate, up", re.sub("^(attn|ffn)_", "", part))  # they have one type
+            layers.setdefault(layer, {})[short] = kind
+    outside = layers.pop("", {})
+    parts = list(dict.fromkeys(part for by in layers.values() for part in by))
+    table = new_table(">layers", *parts)
+    for by, alike in groupby(layers, key=lambda layer: list(layers[layer].items())):
+        numbers = list(alike)
+        row = dict(by)
+        label = numbers[0] if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+        table.add_row(label, *(_warm(row.get(part, "")) for part in parts))
+    out.print(table)
+    if outside:
+        table = new_table(*outside)
+        table.add_row(*(_warm(kind) for kind in outside.values()))
+        out.print(table)
+    out.print()
+
+
+def _warm(kind: str) -> Text:
+    """A type on the colour of its bits."""
+    if not kind:
+        return Text()
+    bits = get_format(kind).bits_per_weight
+    return Text(kind, style=next(style for least, style in HEAT if bits >= least))
+
+
+def _alternatives(expected: "Expected") -> None:
+    """The plan among what else there would be, by size."""
+    table = new_table("file", ">size", ">expected KL")
+    rows = [*expected.beside, Alternative("this plan", expected.nbytes, expected.kl)]
+    for row in sorted(rows, key=lambda row: -row.nbytes):
+        ours = "bold" if row.name == "this plan" else ""
+        table.add_row(row.name, human_bytes(row.nbytes), f"{row.kl:.2g}", style=ours)
+    out.print()
+    out.print(table)
+
+
+def sensed(done: "SensitivityResult") -> None:
+    """Where the model loses most, at four bits."""
+    losses = {place: by["Q4_K"] for place, by in done.sensitivity.losses.items()}
+    table = new_table("place", ">expected KL at Q4_K", title="Most sensitive")
+    for place in sorted(losses, key=lambda place: -losses[place])[:10]:
+        table.add_row(place, f"{losses[place]:.2g}")
+    out.print(table)
+    out.print(f"{done.tokens:,} tokens in {done.seconds:.1f} s")
+    out.print(f"  {done.file}", soft_wrap=True)
 
 
 def _types(rows: Sequence[TypeRow]) -> None:
@@ -86,7 +152,8 @@ def resources(taken: "Resources", notes: Sequence[str]) -> None:
     for line in notes:
         out.print(line)
     work = f", {human_bytes(taken.disk)} for work until it is done" if taken.disk else ""
-    out.print(f"RAM: about {human_bytes(taken.memory)}. Disk: {human_bytes(taken.result)}{work}.")
+    vram = f" VRAM for the work: about {human_bytes(taken.vram)}." if taken.vram else ""
+    out.print(f"RAM: about {human_bytes(taken.memory)}.{vram} Disk: {human_bytes(taken.result)}{work}.")
     if taken.seconds is not None:
         text = f" with {taken.tokens:,} tokens of text" if taken.tokens else ""
         out.print(f"Time on this machine{text}: about {human_seconds(taken.seconds)}.")

@@ -20,6 +20,13 @@ IMPORTANCE_FLOOR = 1e-6
 """Share of the mean below which no column's importance counts as less."""
 
 
+def weighting(importance: F32) -> F32 | None:
+    """Importance [columns] as searches weigh with it: scale-free, and with a floor, since a column of no measured energy must
+    survive. None where no column has any."""
+    mean = np.float32(importance.mean(dtype=np.float64))
+    return np.maximum(importance / mean, np.float32(IMPORTANCE_FLOOR)) if mean > 0 else None
+
+
 @dataclass(frozen=True)
 class Grid:
     """The values that packed rows may take once their scales are fixed: what error feedback (GPTQ) rounds onto.
@@ -100,9 +107,7 @@ class QuantFormat(ABC):
                 raise QuantizationError(f"{name}: importance of shape {importance.shape} for {weights.shape[1]} columns")
             if not (np.isfinite(importance).all() and (importance >= 0).all()):
                 raise QuantizationError(f"{name}: importance holds negative or non-finite values; calibrate again")
-            mean = np.float32(importance.mean(dtype=np.float64))
-            # Scale-free, and with a floor: a column of no measured energy must survive.
-            importance = np.maximum(importance / mean, np.float32(IMPORTANCE_FLOOR)) if mean > 0 else None
+            importance = weighting(importance)
         weights = np.ascontiguousarray(weights)
         packed = np.empty((weights.shape[0], row_bytes), np.uint8)
         problem = self.quantize_rows(weights, importance, packed, effort)

@@ -198,7 +198,7 @@ class GPTQ:
     needs_hessian = True
 
     def __init__(self, effort: Effort = "normal") -> None:
-        self._effort: Effort = effort
+        self.effort: Effort = effort
         self._search = Search(effort)
 
     def quantize(
@@ -231,7 +231,7 @@ class GPTQ:
         pull: F32 | None,
     ) -> U8:
         """Packed rows of `kind`; within the scales of rows that are `scaled` already."""
-        curvature.prepare(kind.block_size, sweeps=EFFORTS[self._effort][0] > 0)
+        curvature.prepare(kind.block_size, sweeps=EFFORTS[self.effort][0] > 0)
         _ = statistics.reaching
         work = partial(self._rows, kind=kind, statistics=statistics, curvature=curvature, name=name)
         given = (None if part is None else [part[rows] for rows in row_chunks(len(weights))] for part in (weights, scaled, pull))
@@ -249,9 +249,9 @@ class GPTQ:
         name: str,
     ) -> U8:
         searched = self._search.quantize(weights, kind, statistics, name=name) if scaled is None else scaled
-        rows = Rows(weights, kind, curvature, statistics.importance, self._effort, name, pull, scaled)
+        rows = Rows(weights, kind, curvature, statistics.importance, self.effort, name, pull, scaled)
         rows.feed()
-        sweeps, *rounds = EFFORTS[self._effort]
+        sweeps, *rounds = EFFORTS[self.effort]
         for _ in range(sweeps):
             rows.sweep(rounds[not isinstance(kind, CodedFormat)])
         errors = rows.errors, weights - kind.dequantize(searched)

@@ -150,7 +150,7 @@ class Pass:
         here = ((ids >= start) & (ids < start + len(rows))).nonzero()[:, 0]
         for part in torch.split(here, PART_TOKENS):
             if len(part):
-                self.streams[stream].x.put(part, rows[ids[part] - start].to(self.device, self.dtype))
+                self.streams[stream].x.put(part, rows[(ids[part] - start).to(rows.device)].to(self.device, self.dtype))
 
     def layer(self, index: int) -> "list[Stage]":
         """The stages of a layer in their order; the last one's `advance` ends the layer."""

@@ -126,7 +126,7 @@ class Publication:
             for index, entry in enumerate(json.loads(read_bytes(journal) or b"")["moves"]):
                 staged, target = PurePath(entry["staged"]), PurePath(entry["target"])
                 inside = not staged.is_absolute() and staged.parts and ".." not in staged.parts
-                odd = any("\0" in str(path) for path in (staged, target))
+                odd = any(b"\0" in os.fsencode(path) for path in (staged, target))
                 if odd or not inside or list(target.parts) != [target.name] or target.name == "..":
                     raise ValueError(entry)
                 old = work / OLD / str(index)

@@ -95,14 +95,19 @@ class OnnxModel:
         return logits[first:]
 
 
-def generate(folder: Path, ids: list[int], count: int) -> list[int]:
-    """`count` further tokens, each the likeliest, from onnxruntime-genai. Raises UnsupportedError where it is missing."""
+def generate(folder: Path, ids: list[int], count: int, provider: str | None = None) -> list[int]:
+    """`count` further tokens, each the likeliest, from onnxruntime-genai on the folder's own provider, or "cuda". Raises
+    UnsupportedError where it is missing."""
     require_runtime()
     try:
         import onnxruntime_genai
     except ImportError as error:
         raise UnsupportedError("onnxruntime-genai is not installed: pip install 'xent-quant[onnx]'") from error
-    model = onnxruntime_genai.Model(str(folder))
+    config = onnxruntime_genai.Config(str(folder))
+    if provider is not None:
+        config.clear_providers()
+        config.append_provider(provider)
+    model = onnxruntime_genai.Model(config)
     params = onnxruntime_genai.GeneratorParams(model)
     params.set_search_options(max_length=len(ids) + count, do_sample=False, repetition_penalty=1.0)
     generator = onnxruntime_genai.Generator(model, params)

@@ -132,7 +132,14 @@ def _load(path: Path) -> Sums:
 
 
 def collect(
-    session: Session, target: Path, *, force: bool, restart: bool, progress: Progress, memory: int | None = None
+    session: Session,
+    target: Path,
+    *,
+    force: bool,
+    restart: bool,
+    progress: Progress,
+    memory: int | None = None,
+    vram: int | None = None,
 ) -> tuple[Imatrix, Coverage]:
     """Run the text of `session` and write the importance matrix `target`; an interrupted call is gone on with by the same one.
 
@@ -140,6 +147,8 @@ def collect(
     """
     model = session.checkpoint.architecture
     room = resources.room(model, 0, True, memory)
+    if session.methods_on is not None:
+        room = resources.device_room(model, 0, session.length, session.methods_on, vram)
     before = fingerprint(session.checkpoint)
     identity = {
         "checkpoint": before,

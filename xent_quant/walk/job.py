@@ -1,7 +1,7 @@
 """A whole quantisation: from planned exporters to published files, in a private folder that a later run can go on in."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ from exporters.interface import Exported, Exporter, unmeasured_notes
 from xent_quant import journal as journals
 from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.formats._prescaled import Prescaled
+from xent_quant.formats.base import QuantFormat
 from xent_quant.journal import Journal, software
 from xent_quant.progress import Progress, Silent
 from xent_quant.storage import Workspace, check_free_space, publish
@@ -23,8 +25,11 @@ from xent_quant.walk.loop import Walk
 from xent_quant.walk.unfinished import kept
 
 if TYPE_CHECKING:
+    import torch
+
     from calibration.measuring import Measuring
     from calibration.session import Text
+    from xent_quant.device.method import OnDevice
     from xent_quant.model.streams import Streams
 
 
@@ -55,11 +60,13 @@ def run(
     force: bool = False,
     restart: bool = False,
     memory: int | None = None,
+    vram: int | None = None,
     progress: Progress | None = None,
 ) -> Done:
     """Quantise `checkpoint` for all `exporters`, which write into `output`, in one walk, with `statistics` of a file or of a
     `text` that runs along; files say of them what `provenance` holds, and `identity` is what their bytes depend on. At most
-    `memory` bytes are resident, or ConfigError is raised before anything is read.
+    `memory` bytes are resident, or ConfigError is raised before anything is read; of the device's on which methods compute, where
+    the text names one, `vram` (None: what is free).
 
     All exports appear, or none does, and what they replace is lost only when they are there. After an error or a kill the work
     that was done stays beside the output, and the same call goes on with it unless `restart` is given. Holds what `Walk` holds.
@@ -67,7 +74,13 @@ def run(
     """
     model, report = checkpoint.architecture, progress or Silent()
     hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
-    room = resources.room(model, sum(hessian) if text else 0, text is not None, memory)
+    followers = sum(hessian) if text else 0
+    room = resources.room(model, followers, text is not None, memory)
+    device = text.methods_on if text else None
+    if text and device is not None:
+        room = resources.device_room(model, followers, text.length, device, vram)
+        if left := _left_to_cpu(exporters):
+            report.note(f"{', '.join(left)}: chosen by the CPU's kernels; {device} has no search for them.")
     for exporter in exporters:
         exporter.check(force)
     before = fingerprint(checkpoint)
@@ -85,19 +98,21 @@ def run(
         if resumed:
             report.note(f"Going on with an interrupted run: {resumed} of {model.num_layers} layers are done.")
         files.enter_context(kept(work, journal))
+        if device is not None:
+            files.enter_context(_memory_of(device))
         opened = files.enter_context(ExitStack())
         lanes = []
         for number, exporter in enumerate(exporters):
             writer = exporter.open(work.path, provenance or {}, fresh=fresh)
             opened.callback(writer.close)
-            lane = Lane(exporter, writer, None, statistics if exporter.method else None)
+            lane = Lane(exporter, writer, None, statistics if exporter.method else None, _on(device, exporter))
             if not fresh and journal.measured:
                 lane.resume(journal.unmeasured[number], journal.measured[number])
             lanes.append(lane)
         streams: Streams | None = None
         measuring: list[Measuring] = []
         if text:
-            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work, room.kept_rows, report)
+            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work, room.kept_rows, device, report)
             opened.callback(streams.close)
         Walk(checkpoint, lanes, journal, streams, measuring, report, room.experts).run()
         exported = []
@@ -114,6 +129,36 @@ def run(
     return Done(tuple(exported), coverage, resumed, journal.seconds)
 
 
+def _memory_of(device: "torch.device") -> AbstractContextManager[None]:
+    from xent_quant.device.choice import memory_of
+
+    return memory_of(device)
+
+
+def _on(device: "torch.device | None", exporter: Exporter) -> "OnDevice | None":
+    """The exporter's method on a device."""
+    if device is None or exporter.method is None:
+        return None
+    from xent_quant.device.method import OnDevice
+
+    return OnDevice(exporter.method, device)
+
+
+def _left_to_cpu(exporters: Sequence[Exporter]) -> list[str]:
+    """Types whose codes no device chooses."""
+    from xent_quant.device.method import OnDevice
+
+    encodings = {
+        slot.encoding
+        for exporter in exporters
+        if exporter.method
+        for slots in exporter.slots.values()
+        for slot in slots
+        if (isinstance(slot.encoding, QuantFormat) and slot.encoding.block_size > 1) or isinstance(slot.encoding, Prescaled)
+    }
+    return sorted(encoding.name for encoding in encodings if not OnDevice.here(encoding))
+
+
 def _streams(
     checkpoint: Checkpoint,
     text: "Text",
@@ -122,6 +167,7 @@ def _streams(
     journal: Journal,
     work: Workspace,
     kept_rows: int,
+    device: "torch.device | None",
     progress: Progress,
 ) -> "tuple[Streams, list[Measuring]]":
     """The exact stream, and one for each lane whose method goes on with what it made of the weights."""
@@ -153,7 +199,7 @@ def _streams(
             lane.writer.sync()
         journal.save()
     streams = Streams(checkpoint, windows, work.path, text.dtype, count, kept_rows, fresh=not journal.done)
-    return streams, [Measuring(stream, windows, hessian=needed) for stream, needed in listened.items()]
+    return streams, [Measuring(stream, windows, hessian=needed, device=device) for stream, needed in listened.items()]
 
 
 def _identity(

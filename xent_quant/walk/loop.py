@@ -11,7 +11,7 @@ Without text there are no streams, and only the second line is left.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -25,10 +25,14 @@ from xent_quant.formats.base import F32
 from xent_quant.journal import Journal
 from xent_quant.progress import Progress, Silent
 from xent_quant.tensors import ATTENTION_ROLES, Role, TensorSpec
-from xent_quant.walk.lanes import Lane
+from xent_quant.walk.lanes import Given, Lane
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from calibration.measuring import Measuring
+    from xent_quant.device.upload import Weights
     from xent_quant.model.stages import Stage
     from xent_quant.model.streams import Streams
 
@@ -53,7 +57,7 @@ class Walk:
         progress: Progress | None = None,
         experts: int | None = None,
     ) -> None:
-        """`experts` of a layer are worked on at a time, at most."""
+        """`experts` of a layer are worked on at a time, at most: in threads, or together by methods that compute on a device."""
         self.checkpoint, self.lanes, self.journal, self.streams = checkpoint, lanes, journal, streams
         self._side_by_side = experts
         self._measuring: dict[int | None, Measuring] = {each.stream: each for each in measuring}
@@ -128,19 +132,45 @@ class Walk:
         for routed, group in groupby(stages, key=lambda stage: stage.expert is not None):
             if routed:
                 experts = [list(chain) for _, chain in groupby(group, key=lambda stage: stage.expert)]
-                parallel.run([partial(self._stages, index, chain) for chain in experts], self._side_by_side)
+                if self._device is not None:
+                    step = self._side_by_side or 1
+                    parts = [experts[start : start + step] for start in range(0, len(experts), step)]
+                    self._stages(index, [same for part in parts for same in zip(*part, strict=True)])
+                    continue
+                parallel.run([partial(self._stages, index, zip(chain)) for chain in experts], self._side_by_side)
             else:
-                self._stages(index, group)
+                self._stages(index, zip(group))
 
-    def _stages(self, index: int, stages: "Iterable[Stage]") -> None:
-        """Stages of a layer one after the other; those of another expert may be under way beside them."""
+    @property
+    def _device(self) -> "torch.device | None":
+        """Where methods compute, the same for all lanes that have one."""
+        return next((lane.device.device for lane in self.lanes if lane.device is not None), None)
+
+    def _with_weights(self, stages: "Iterable[tuple[Stage, ...]]") -> "Iterator[tuple[tuple[Stage, ...], Weights]]":
+        """Stages with the model's weights, as read and as streams take them; for a device the next ones are read ahead."""
         assert self.streams is not None
-        for stage in stages:
+        if self._device is None:
+            for together in stages:
+                read = {tensor.name: self.checkpoint.read(tensor.name) for stage in together for tensor in stage.weights}
+                yield together, {name: (weights, self.streams.tensor(weights)) for name, weights in read.items()}
+            return
+        from xent_quant.device.upload import ahead
+
+        every = list(stages)
+        names = [[tensor.name for stage in together for tensor in stage.weights] for together in every]
+        yield from zip(every, ahead(self.checkpoint.read, self._device, names), strict=True)
+
+    def _stages(self, index: int, stages: "Iterable[tuple[Stage, ...]]") -> None:
+        """Stages of a layer one after the other, or the same stages of several experts; those of another expert may be under way
+        beside them."""
+        assert self.streams is not None
+        for together, weights in self._with_weights(stages):
+            stage = together[0]
             first = stage.weights[0] if stage.weights else None
             if first:
                 with self._reporting:
                     self._report.phase(f"layer {index + 1} of {self._layers}, {_said(first)}")
-            self._stage(stage)
+            self._stage(together, weights)
             if first and first.role is Role.ROUTER:
                 listened = max((number for number in self._measuring if number), default=0)
                 self.journal.coverage = [*self.journal.coverage[:index], self.streams.run.expert_tokens(listened)]
@@ -167,34 +197,45 @@ class Walk:
                     lane.put(tensor, 0, weights, NOTHING, head=head)
         self._report.advance(tensor.n_weights * len(lanes) // len(self.lanes))
 
-    def _stage(self, stage: "Stage") -> None:
+    def _stage(self, stages: "tuple[Stage, ...]", exact: "Weights") -> None:
         assert self.streams is not None
-        exact = {tensor.name: self.checkpoint.read(tensor.name) for tensor in stage.weights}
-        first = {name: self.streams.tensor(weights) for name, weights in exact.items()}
-        weights = [dict(first) for _ in self.streams.run.streams]
+        tensors = [tensor for stage in stages for tensor in stage.weights]
+        weights = [{name: tensor for name, (_, tensor) in exact.items()} for _ in self.streams.run.streams]
         for number, lanes in self._by_stream.items():  # what one of them measured is let go before the next one measures
-            known = self._measure(number, stage) if stage.weights else NOTHING
-            for tensor in stage.weights:
-                for lane in lanes:
-                    made = self._put(lane, tensor, exact[tensor.name], known if tensor.measured else NOTHING)
+            known = [self._measure(number, stage) if stage.weights else NOTHING for stage in stages]
+            given = [
+                Given(tensor, 0, exact[tensor.name][0], measured if tensor.measured else NOTHING, exact[tensor.name][1])
+                for stage, measured in zip(stages, known, strict=True)
+                for tensor in stage.weights
+            ]
+            for lane in lanes:
+                for each, made in zip(given, self._put(lane, given), strict=True):
                     if lane.stream and made is not None:
-                        weights[lane.stream][tensor.name] = self.streams.tensor(made)
-        stage.advance(weights)
+                        weights[lane.stream][each.tensor.name] = self.streams.tensor(made)
+            del known, given
+        for stage in stages:
+            stage.advance(weights)
         with self._reporting:
-            self._report.advance(sum(tensor.n_weights for tensor in stage.weights))
+            self._report.advance(sum(tensor.n_weights for tensor in tensors))
 
     def _measure(self, stream: int | None, stage: "Stage") -> Measured:
         return self._measuring[stream].measure(stage) if stream in self._measuring else NOTHING
 
-    def _put(self, lane: Lane, tensor: TensorSpec, weights: F32, known: Measured) -> F32 | None:
-        """A whole tensor, in the same slices as if it were read in them: what they become depends on where they are cut."""
-        made = []
-        step = max(1, self.checkpoint.SLICE // weights.shape[1]) if lane.takes_slices(tensor) else len(weights)
-        for start in range(0, len(weights), step):
-            read = lane.put(tensor, start, weights[start : start + step], known)
-            if read is not None:
-                made.append(read)
-        return np.concatenate(made) if made else None
+    def _put(self, lane: Lane, given: Sequence[Given]) -> "list[F32 | Tensor | None]":
+        """Whole tensors; by the CPU in the same slices as if they were read in them: what they become depends on where they are
+        cut."""
+        if lane.device is not None:
+            return lane.put_together(given)
+        found: list[F32 | Tensor | None] = []
+        for tensor, _, weights, known, _ in given:
+            made = []
+            step = max(1, self.checkpoint.SLICE // weights.shape[1]) if lane.takes_slices(tensor) else len(weights)
+            for start in range(0, len(weights), step):
+                read = lane.put(tensor, start, weights[start : start + step], known)
+                if read is not None:
+                    made.append(read)
+            found.append(np.concatenate(made) if made else None)
+        return found
 
 
 def _said(tensor: TensorSpec) -> str:

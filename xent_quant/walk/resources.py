@@ -6,7 +6,7 @@ divided by what this machine does in a few seconds' measurement.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba
@@ -18,7 +18,7 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ConfigError
 from xent_quant.formats.base import F32
 from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS, STATE_FILES, Room
-from xent_quant.tensors import InputStatistics, Role, TensorSpec
+from xent_quant.tensors import ATTENTION_ROLES, InputStatistics, Role, TensorSpec
 from xent_quant.units import human_bytes
 
 MIB = 2**20
@@ -26,6 +26,9 @@ PROGRAM = 280 * MIB
 """Python, numpy, numba with its kernels, and the allocator's slack."""
 TORCH = 330 * MIB
 """torch, its libraries and their threads."""
+EXPERTS_TOGETHER = 8
+"""Of a layer that a device works on at a time, at most."""
+TOGETHER_ON_DEVICE = (ATTENTION_ROLES - {Role.ATTENTION_OUTPUT}, {Role.ATTENTION_OUTPUT}, {Role.GATE, Role.UP}, {Role.DOWN})
 VOCABULARY = 700
 """Bytes that tokenizer, its check and the header of a file take for each token, about."""
 MARGIN = 1.1
@@ -38,13 +41,15 @@ PROBE_ROWS, PROBE_COLUMNS = 192, 1024
 @dataclass(frozen=True)
 class Resources:
     """`memory` is the peak of resident bytes, `disk` what the work takes beside the results until it is done, `result` the
-    bytes of these; `seconds` of the clock, None where nothing was measured. `tokens` run through the model."""
+    bytes of these; `seconds` of the clock, None where nothing was measured. `tokens` run through the model. `vram` is the peak of
+    bytes on the device that methods compute on, None where there is none."""
 
     memory: int
     disk: int
     result: int
     tokens: int
     seconds: float | None
+    vram: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return vars(self).copy()
@@ -93,6 +98,61 @@ def room(model: Architecture, followers: int, text: bool, limit: int | None) -> 
     least = memory(model, followers, text, Room(0, 1))
     remedy = "use --method imatrix, or one format at a time" if followers else "use --method rtn" if text else "give it more"
     raise ConfigError(f"--memory {human_bytes(limit or 0)}: about {human_bytes(least)} are needed; {remedy}")
+
+
+def vram(model: Architecture, followers: int, length: int, room: Room) -> int:
+    """Peak of a device's bytes of a walk with so many quantised streams over windows of `length` tokens, when methods compute
+    there on `room.experts` experts together."""
+    from xent_quant.device.rounding import COPIES, HESSIANS
+    from xent_quant.device.search import HELD, MAX_LANES
+
+    streams, together = 1 + followers, room.experts or 1
+    one = replace(model, num_layers=1).tensors().values()
+    in_layer = [tensor for tensor in one if tensor.layer is not None and len(tensor.shape) > 1]
+    searched = 4 * HELD * MAX_LANES
+
+    def stage(tensors: Sequence[TensorSpec], number: int) -> int:
+        """Of the one that needs most: what reads the same rows is one weight to a device."""
+        most = 0
+        for roles in TOGETHER_ON_DEVICE:
+            same = [tensor for tensor in tensors if tensor.role in roles and tensor.expert in (None, 0)]
+            weights, columns = sum(tensor.n_weights for tensor in same), max((tensor.shape[-1] for tensor in same), default=0)
+            rows = 4 * PART_TOKENS * (4 * model.hidden_size + 3 * columns)
+            most = max(most, rows + 4 * number * (weights * (streams + COPIES) + HESSIANS * columns**2 * bool(followers)))
+        return most
+
+    routed = [tensor for tensor in in_layer if tensor.expert is not None]
+    for_all = stage([tensor for tensor in in_layer if tensor.expert is None], 1)
+    scores = 2 * 4 * PART_TOKENS * length * model.num_heads
+    experts = 0
+    if routed:
+        inner = 4 * room.kept_rows * model.intermediate_size * streams * together
+        shared = 2 * 4 * model.shared_size * model.hidden_size * streams
+        layer = 2 * 4 * model.hidden_size**2 if followers else 0
+        experts = inner + shared + layer + stage(routed, together)
+    return int(MARGIN * (searched + max(for_all + scores, experts)))
+
+
+def device_room(model: Architecture, followers: int, length: int, device: Any, limit: int | None) -> Room:
+    """What to hold on a device so that `limit` bytes of its memory are not passed, or what is free there. Raises ConfigError
+    where the least would not do, or less is free than the limit."""
+    from xent_quant.device.choice import free_bytes
+    from xent_quant.device.choice import limit as keep_within
+
+    free = free_bytes(device)
+    if limit is not None and free is not None and limit > free:
+        raise ConfigError(f"--vram {human_bytes(limit)}: only {human_bytes(free)} are free on {device}; give it less")
+    most = limit if limit is not None else free
+    for experts in range(EXPERTS_TOGETHER, 0, -1):
+        for rows in (KEPT_ROWS, KEPT_ROWS // 2, KEPT_ROWS // 4, 0):
+            chosen = Room(rows, experts)
+            if most is None or vram(model, followers, length, chosen) <= most:
+                if most is not None:
+                    keep_within(device, most)
+                return chosen
+    least = vram(model, followers, length, Room(0, 1))
+    said = f"--vram {human_bytes(limit)}" if limit is not None else f"--device {device}: {human_bytes(free or 0)} are free"
+    raise ConfigError(f"{said}: about {human_bytes(least)} are needed; use --device cpu, or one format at a time")
 
 
 def disk(model: Architecture, tokens: int, followers: int) -> int:

@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Compares planned files with the mixes by name, of a model whose sensitivity was measured: KL divergence at the same bytes.
+
+    scripts/bench_plans.py --sensitivity FILE [--model DIR] [--mixes XENT5 XENT4 ...] [--budgets XENT5 XENT4 ...]
+                           [--method gptq] [--tokens 32768] [--judge-tokens 2048]
+
+FILE is what `xent-quant sensitivity` or scripts/check_sensitivity.py wrote (the miniature's own is
+xent_quant/data/sensitivity-prior.json); without one the prior is used. A budget is the tensor data of a mix: the plan takes no
+more. Both sides are quantised by --method with statistics of the bundled calibration text, and judged in our own exact forward on
+--judge-tokens of every bundled suite, as of scripts/bench_quality.py: KL(checkpoint ‖ quantised) in nats per token, ± the
+standard error over windows. "best" is the mix of least measured divergence among those of no more bytes; the ratio is over the
+same windows. Holds the model in float32.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from _walk import quantised
+from bench_quality import judge
+
+from calibration.text import load, sources
+from exporters.gguf.budget import Goal, planned
+from exporters.gguf.plan import GGUFPlan, plan
+from xent_quant import sensitivities
+from xent_quant.checkpoint.hub import resolve
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.checkpoint.tokenizer import load_tokenizer
+from xent_quant.methods import METHODS
+from xent_quant.model.streaming import StreamingModel
+from xent_quant.recipes import recipe
+from xent_quant.validation import measures, suites
+
+LENGTH = 256
+MIXES = ["Q6_K", "XENT5", "Q5_K_M", "XENT4", "Q4_K_M", "IQ4_XS", "XENT3", "Q3_K_M", "XENT2", "Q2_K"]
+BUDGETS = ["Q6_K", "XENT5", "XENT4", "XENT3", "XENT2", "Q2_K"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint folder or Hub id; default: the bundled miniature")
+    parser.add_argument("--sensitivity", type=Path)
+    parser.add_argument("--mixes", nargs="+", default=MIXES)
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS, help="mixes whose bytes are budgets")
+    parser.add_argument("--method", default="gptq", choices=list(METHODS))
+    parser.add_argument("--tokens", type=int, default=32768, help="of calibration text")
+    parser.add_argument("--judge-tokens", type=int, default=2048, help="of each suite")
+    options = parser.parse_args()
+
+    checkpoint = Checkpoint.open(resolve(options.model))
+    model, tokenizer = checkpoint.architecture, load_tokenizer(checkpoint.path)
+    text = load(sources([], None, chinese=True), tokenizer, tokens=options.tokens, length=LENGTH, bos=model.bos_token_id)
+    windows = torch.from_numpy(text.windows)
+    ids = [tokenizer.encode(suite.text, add_special_tokens=False).ids for suite in suites.choose()]
+    judged = torch.from_numpy(np.concatenate([measures.windows(part[: options.judge_tokens], LENGTH) for part in ids]))
+    reference = StreamingModel(checkpoint)
+    known = sensitivities.of(checkpoint, options.sensitivity) if options.sensitivity else sensitivities.prior(model)
+
+    def measured(chosen: GGUFPlan) -> np.ndarray:
+        """KL divergence, mean of each window."""
+        weights = quantised(checkpoint, chosen.slots(), METHODS[options.method]("normal"), windows=windows)
+        return np.asarray(judge(reference, StreamingModel(weights), judged)["kl"]).mean(1)
+
+    plans = {name: plan(model, recipe(type=name, imatrix=True)) for name in dict.fromkeys([*options.mixes, *options.budgets])}
+    mixes = {}
+    for name in options.mixes:
+        mixes[name] = measured(plans[name])
+        mean, error = mixes[name].mean(), mixes[name].std(ddof=1) / len(judged) ** 0.5
+        print(f"{name}: {plans[name].nbytes} bytes, KL {mean:.6f} ± {error:.6f}", flush=True)
+    print(f"\nsensitivity: {known.source}")
+    print("| budget | bytes | bits | KL·10³ expected | KL·10³ plan | best mix | its bytes | KL·10³ | ratio |\n|" + "---|" * 9)
+    for name in options.budgets:
+        budget = plans[name].nbytes
+        goal = Goal(name=name, size=budget)
+        made = planned(model, known, goal, gptq=METHODS[options.method]("normal").needs_hessian, compare=False)
+        assert made.expected is not None
+        ours = measured(made)
+        best = min((each for each in options.mixes if plans[each].nbytes <= budget), key=lambda each: mixes[each].mean())
+        theirs = mixes[best]
+        ratio = ours.mean() / theirs.mean()
+        error = (ours - ratio * theirs).std(ddof=1) / len(judged) ** 0.5 / theirs.mean()
+        spread = ours.std(ddof=1) / len(judged) ** 0.5
+        print(
+            f"| {name} | {made.nbytes} | {made.bits_per_weight:.2f} | {1e3 * made.expected.kl:.3f} | "
+            f"{1e3 * ours.mean():.3f} ± {1e3 * spread:.3f} | {best} | {plans[best].nbytes} | {1e3 * theirs.mean():.3f} | "
+            f"{ratio:.3f} ± {error:.3f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

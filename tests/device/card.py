@@ -1,0 +1,71 @@
+"""A GPU that is none: tensors in memory that say they are on one, and fail where one would.
+
+Any operation of tensors on both sides fails, and so does looking at one's numbers with numpy before it was fetched. What comes
+out is what the CPU computes, so whole runs can be tested.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+DEVICE = torch.device("cuda", 0)
+FETCHING = {"numpy", "__array__"}
+
+
+class Card(Tensor):
+    """A tensor on the GPU."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _call(function, args, kwargs or {})
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(Tensor) if isinstance(value, Card) else value
+
+
+def _card(value: Any) -> Any:
+    return value.as_subclass(Card) if isinstance(value, Tensor) and not isinstance(value, Card) else value
+
+
+def _call(function: Any, args: Any, kwargs: Any) -> Any:
+    name = getattr(function, "__name__", "")
+    with torch._C.DisableTorchFunctionSubclass():
+        tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+        cards = [each for each in tensors if isinstance(each, Card)]
+        if function == Tensor.device.__get__:  # type: ignore[attr-defined]
+            return DEVICE if cards else function(*args)
+        if name in FETCHING and cards:
+            raise TypeError(f"{name}: a tensor on {DEVICE} has no array; it must be fetched")
+        if name == "cpu":
+            return _plain(args[0]).clone()
+        device, left = kwargs.get("device"), args
+        if name == "to":
+            device = next((each for each in (*args[1:], device) if isinstance(each, torch.device | str)), None)
+            left = tuple(each for each in args if not isinstance(each, torch.device | str))
+        if device is not None:
+            rest = {key: value for key, value in kwargs.items() if key != "device"}
+            made = left[0].clone() if name == "to" and len(left) == 1 and not rest else function(*left, **rest)
+            return _card(made) if torch.device(device).type == DEVICE.type else _plain(made)
+        apart = [each for each in tensors if not isinstance(each, Card) and each.dim()]
+        if cards and apart and name != "copy_":
+            raise AssertionError(f"{name}: tensors of shapes {[tuple(each.shape) for each in apart]} are not on {DEVICE}")
+        made = function(*args, **kwargs)
+        return tree_map(_card, made) if cards else made
+
+
+class _Mode(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _call(function, args, kwargs or {})
+
+
+@contextmanager
+def card() -> Iterator[torch.device]:
+    """Within it there is such a GPU."""
+    with _Mode():
+        yield DEVICE

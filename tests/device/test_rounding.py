@@ -1,0 +1,232 @@
+"""GPTQ on tensors against the kernels'.
+
+Given the same numbers, rounding a block and descending in it give the same bits. What comes before, products and solutions of
+whole matrices, differs in the last bits, so that of two candidates whose errors are nearly the same another one may win; a row
+in which that happens goes a way of its own from there on, as good as the other.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.device.card import DEVICE, card
+from xent_quant import formats, linalg
+from xent_quant.device import curvature as curvatures
+from xent_quant.device.curvature import Curvature
+from xent_quant.device.method import Job, OnDevice
+from xent_quant.device.rounding import Rows
+from xent_quant.device.statistics import DeviceStatistics
+from xent_quant.formats._codes import CodedFormat
+from xent_quant.formats.base import weighting
+from xent_quant.formats.int_group import IntGroup
+from xent_quant.methods import METHODS, gptq
+from xent_quant.methods.gptq import GPTQ
+from xent_quant.tensors import InputStatistics
+
+CPU = torch.device("cpu")
+RANDOM = np.random.default_rng(0)
+COLUMNS = 512
+MIXING = RANDOM.standard_normal((COLUMNS, COLUMNS)) * np.geomspace(1, 0.02, COLUMNS)[:, None]
+INPUTS = (RANDOM.standard_normal((2000, COLUMNS)) @ MIXING).astype(np.float32)
+WEIGHTS = (RANDOM.standard_normal((64, COLUMNS)) * 0.02).astype(np.float32)
+PULL = (RANDOM.standard_normal((64, COLUMNS)) * 1e-3).astype(np.float32)
+KINDS = [
+    *map(formats.get, ("Q8_0", "Q6_K", "Q5_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "NVFP4", "Q3_K", "Q2_K")),
+    IntGroup(4, 64, symmetric=False, scale="F16"),
+    IntGroup(8, 64, symmetric=True, scale="F16"),
+]
+
+
+def known(seed: int = 0, columns: int = COLUMNS) -> InputStatistics:
+    rows = INPUTS[np.random.default_rng(seed).permutation(len(INPUTS)), :columns]
+    seen, apart = rows[:1600], rows[1600 : 1900 + 10 * seed]
+    return InputStatistics(np.square(seen).mean(0), seen.T @ seen / np.float32(len(seen)), len(seen), apart)
+
+
+def turned(rows: np.ndarray) -> Tensor:
+    """[rows, columns] as a stack of one, column after column."""
+    return torch.from_numpy(np.ascontiguousarray(rows.T))[None]
+
+
+def blockwise(importance: np.ndarray, kind: CodedFormat) -> Tensor:
+    parts = [weighting(importance[start : start + kind.block_size]) for start in range(0, len(importance), kind.block_size)]
+    return torch.from_numpy(np.concatenate([part for part in parts if part is not None]))[None]
+
+
+def both(kind: CodedFormat, columns: int) -> tuple[gptq.Rows, Rows]:
+    """The kernels' rows and these, with the same numbers of the same Hessian."""
+    statistics = known(columns=columns)
+    assert statistics.hessian is not None
+    weights = np.ascontiguousarray(WEIGHTS[:, :columns])
+    reference = linalg.Curvature(statistics.hessian)
+    ours = Curvature(torch.from_numpy(statistics.hessian.copy())[None])
+    np.testing.assert_array_equal(ours.hessian[0].numpy(), reference.hessian)
+    np.testing.assert_allclose(ours.factor[0].numpy(), reference.factor, atol=1e-5)
+    ours.factor.copy_(torch.from_numpy(reference.factor)[None])
+    theirs = gptq.Rows(weights, kind, reference, statistics.importance, "normal", "w")
+    return theirs, Rows(turned(weights), kind, ours, blockwise(statistics.importance, kind), "normal")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_rounding_of_the_same_numbers_gives_the_same_bits(kind: CodedFormat) -> None:
+    """64 columns pass errors on one by one; what goes beyond them is a matrix product."""
+    theirs, ours = both(kind, max(kind.block_size, 64))
+    theirs.feed()
+    ours.feed()
+    codes, errors = ours.codes[0].T.numpy(), ours.errors[0].T.numpy()
+    assert np.array_equal(codes[:, :64], kind.codes(theirs.packed)[:, :64])
+    assert np.array_equal(errors[:, :64], theirs.errors[:, :64])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_descent_of_the_same_numbers_gives_the_same_bits(monkeypatch, kind: CodedFormat) -> None:
+    columns = max(kind.block_size, 64)
+    monkeypatch.setattr("xent_quant.device.rounding.TOGETHER", columns)
+    theirs, ours = both(kind, columns)
+    theirs.feed()
+    ours.feed()
+    ours.codes[:], ours.errors[:] = turned(kind.codes(theirs.packed)), turned(theirs.errors)
+    before = kind.codes(theirs.packed)
+    gradient = linalg.product(theirs.errors, theirs.curvature.hessian)
+    ours._descend(0, columns, turned(gradient), 2)
+    theirs._descend(0, columns, gradient, 2)
+    after = kind.codes(theirs.packed)
+    assert (after != before).any()
+    assert np.array_equal(ours.codes[0].T.numpy(), after)
+    assert np.array_equal(ours.errors[0].T.numpy(), theirs.errors)
+
+
+def losses(
+    kind: CodedFormat, found: Sequence[np.ndarray], statistics: InputStatistics, weights: np.ndarray, pull: np.ndarray
+) -> list[np.ndarray]:
+    """Errors of the wanted weights, by row, of each of the packed rows."""
+    assert statistics.curvature is not None
+    wanted = weights + statistics.curvature.solve(pull).astype(np.float64)
+    errors = [wanted - kind.dequantize(packed) for packed in found]
+    return [((each @ statistics.curvature.hessian) * each).sum(1) for each in errors]
+
+
+@pytest.mark.parametrize("effort", ["normal", pytest.param("high", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind.name in ("Q6_K", "Q4_K", "Q4_0") else pytest.mark.slow) for kind in KINDS],
+    ids=lambda kind: kind.name,
+)
+def test_whole_weights_are_as_good_as_the_kernels(kind: CodedFormat, effort) -> None:
+    method, statistics = GPTQ(effort), known()
+    theirs = method.quantize(WEIGHTS, kind, statistics, name="w", pull=PULL)
+    ours = OnDevice(method, CPU).quantize(WEIGHTS, kind, statistics, name="w", pull=PULL)
+    same = (theirs == ours).all(1)
+    assert same.mean() > 0.75, f"{same.mean():.3f} of the rows have the same bytes"
+    before, after = losses(kind, (theirs, ours), statistics, WEIGHTS, PULL)
+    np.testing.assert_allclose(after[same], before[same], rtol=1e-9)
+    assert abs(after.sum() / before.sum() - 1) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [2560, 1792])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q4_0", "IQ4_XS", "Q3_K"])
+def test_the_real_widths_differ_from_the_kernels_as_these_from_themselves(name: str, columns: int) -> None:
+    """Columns of A4.2B's gate and up, and of its down projections with their padding. In so many, a candidate that is nearly as
+    good as another is met in most rows of the types with minima: what the kernels make of a pull that is 10⁻⁶ larger says how
+    much that changes."""
+    kind, random, rows = formats.get(name), np.random.default_rng(7), 48
+    inputs = random.standard_normal((2 * columns, columns)).astype(np.float32) * np.geomspace(1, 0.05, columns, dtype=np.float32)
+    inputs += 0.5 * np.roll(inputs, 1, 1) + random.standard_normal((len(inputs), 1)).astype(np.float32) * 0.1
+    seen, apart = inputs[512:], inputs[:512]
+    statistics = InputStatistics(np.square(seen).mean(0), seen.T @ seen / np.float32(len(seen)), len(seen), apart)
+    weights, pull = (random.standard_normal((rows, columns)).astype(np.float32) * np.float32(scale) for scale in (0.02, 1e-3))
+    method = GPTQ()
+    theirs, moved = (
+        method.quantize(weights, kind, statistics, name="w", pull=pull * np.float32(factor)) for factor in (1, 1 + 1e-6)
+    )
+    ours = OnDevice(method, CPU).quantize(weights, kind, statistics, name="w", pull=pull)
+    exact, yardstick, found = losses(kind, (theirs, moved, ours), statistics, weights, pull)
+    same = (theirs == ours).all(1)
+    np.testing.assert_allclose(found[same], exact[same], rtol=1e-9)
+    scatter = (yardstick / exact).std()
+    assert (found / exact).std() < 3 * max(scatter, 0.01)
+    assert abs((found / exact).mean() - 1) < 0.02
+
+
+def test_a_stack_is_as_good_as_its_weights_alone() -> None:
+    """Two weights of each of two statistics, with a pull and without, and with different numbers of held-out rows."""
+    kind = formats.get("Q4_K")
+    first, other = (DeviceStatistics.of(known(seed), CPU) for seed in (0, 1))
+    assert first is not None
+    assert other is not None
+    method, weights = OnDevice(GPTQ("fast"), CPU), torch.from_numpy(WEIGHTS)
+    jobs = [
+        Job("a", weights[:32], first, torch.from_numpy(PULL[:32])),
+        Job("b", weights[32:48], other),
+        Job("c", weights[32:64], first),
+        Job("d", weights[48:], other, torch.from_numpy(PULL[48:])),
+    ]
+    together = method.quantize_together(jobs, kind)
+    for job, made in zip(jobs, together, strict=True):
+        (alone,) = method.quantize_together([job], kind)
+        assert made.packed.shape == alone.packed.shape
+        assert (made.packed == alone.packed).all(1).mean() > 0.9
+        np.testing.assert_array_equal(made.values.numpy(), kind.dequantize(made.packed))
+
+
+def test_rows_that_the_search_serves_better_keep_it() -> None:
+    kind, statistics = formats.get("Q4_0"), known()
+    far = InputStatistics(statistics.importance, statistics.hessian, statistics.rows, np.eye(COLUMNS, dtype=np.float32)[:200] * 9)
+    theirs, ours = (method.quantize(WEIGHTS, kind, far, name="w") for method in (GPTQ(), OnDevice(GPTQ(), CPU)))
+    assert np.array_equal(theirs, ours)
+    assert np.array_equal(ours, GPTQ()._search.quantize(WEIGHTS, kind, far, name="w"))
+
+
+def test_a_hessian_that_float32_cannot_factorise_is_factorised_in_float64(monkeypatch) -> None:
+    rows = RANDOM.standard_normal((2, 80, 64)).astype(np.float32)
+    stack = torch.from_numpy(rows.transpose(0, 2, 1) @ rows)
+    whole = torch.linalg.cholesky_ex
+
+    def fails(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        lower, failed = whole(matrices)
+        lower[0], failed[0] = torch.nan, 7
+        return lower, failed
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails)
+    upper = curvatures.root(stack)
+    np.testing.assert_allclose(upper @ upper.mT, stack, atol=1e-5 * float(stack.max()))
+    assert not upper.tril(-1).any()
+    with pytest.raises(torch.linalg.LinAlgError):
+        curvatures.root(-stack)
+
+
+@pytest.mark.parametrize("name", ["rtn", "imatrix", "gptq"])
+def test_no_tensor_is_on_another_device(name: str) -> None:
+    """With tensors that say where they are, any operation that mixes devices fails; all kinds of types and of statistics."""
+    statistics = known(columns=256)
+    names = ("NVFP4", "IQ3_XXS") if name == "gptq" else ("Q4_K", "Q4_0", "NVFP4", "IQ4_XS", "F16")
+    for kind in (*map(formats.get, names), KINDS[-2]):
+        method, results = METHODS[name]("fast"), []
+        for context in (card(), nullcontext(CPU)):
+            with context as device:
+                on_device = DeviceStatistics.of(statistics, device)
+                weights, pull = (torch.from_numpy(rows[:24, :256].copy()).to(device) for rows in (WEIGHTS, PULL))
+                jobs = [Job("a", weights, on_device, pull), Job("b", weights[:12], statistics), Job("c", weights[:12])]
+                results.append(OnDevice(method, device).quantize_together(jobs, kind))
+        for made, wanted in zip(*results, strict=True):
+            assert made.values.device == DEVICE
+            assert np.array_equal(made.packed, wanted.packed)
+            assert np.array_equal(made.values.cpu().numpy(), kind.dequantize(made.packed))
+
+
+def test_the_gpu_that_is_none_fails_as_one_does() -> None:
+    with card() as device:
+        there = torch.ones(3, device=device)
+        assert there.device == torch.from_numpy(np.ones(3)).to(device).device == (there + 1)[:2].device == device
+        assert there.cpu().device == CPU
+        here = torch.ones(3)
+        for wrong in (lambda: there + here, lambda: torch.stack([here, there]), lambda: here.mul_(there)):
+            with pytest.raises(AssertionError, match="not on cuda"):
+                wrong()
+        with pytest.raises(TypeError, match="fetched"):
+            there.numpy()

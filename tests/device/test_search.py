@@ -1,0 +1,74 @@
+"""The searches on tensors against the kernels': the same bytes."""
+
+import numpy as np
+import pytest
+import torch
+
+from xent_quant import formats
+from xent_quant.device.method import Job, OnDevice
+from xent_quant.errors import QuantizationError
+from xent_quant.formats.base import Effort, QuantFormat
+from xent_quant.formats.int_group import IntGroup
+from xent_quant.methods import METHODS
+from xent_quant.methods.search import Search
+from xent_quant.tensors import InputStatistics
+
+CPU = torch.device("cpu")
+RANDOM = np.random.default_rng(3)
+COLUMNS = 512
+WEIGHTS = (RANDOM.standard_t(4, (20, COLUMNS)) * 0.02).astype(np.float32)
+WEIGHTS[3] = 0
+WEIGHTS[4, :300] *= 1e-6
+WEIGHTS[5] *= 1e3
+WEIGHTS[6, 5:] = 0
+WEIGHTS[7] = 0.01
+WEIGHTS[8] = np.sign(WEIGHTS[8]) * np.float32(0.02)
+IMPORTANCE = RANDOM.exponential(size=COLUMNS).astype(np.float32)
+KINDS = [
+    *filter(OnDevice.here, map(formats.get, formats.NAMES)),
+    *(IntGroup(bits, 64, symmetric, scale) for bits in (4, 8) for symmetric in (True, False) for scale in ("F16", "BF16")),
+]
+
+
+def test_every_type_of_one_code_a_weight_is_searched_on_the_device() -> None:
+    left = {name for name in formats.NAMES if not OnDevice.here(formats.get(name))}
+    assert left == {"F32", "F16", "BF16", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
+
+
+@pytest.mark.parametrize(
+    "effort", ["normal", pytest.param("fast", marks=pytest.mark.slow), pytest.param("high", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_bytes_are_the_kernels(kind: QuantFormat, effort: Effort) -> None:
+    known = InputStatistics(IMPORTANCE, None, 100)
+    method = Search(effort)
+    wanted = method.quantize(WEIGHTS, kind, known, name="w")
+    (made,) = OnDevice(method, CPU).quantize_together([Job("w", torch.from_numpy(WEIGHTS), known)], kind)
+    assert np.array_equal(made.packed, wanted)
+    assert np.array_equal(made.values.numpy(), kind.dequantize(wanted))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "IQ4_XS"])
+def test_pieces_of_rows_change_nothing(monkeypatch, name: str) -> None:
+    kind, method = formats.get(name), METHODS["rtn"]("normal")
+    monkeypatch.setattr("xent_quant.device.search.MAX_LANES", 1)
+    assert np.array_equal(OnDevice(method, CPU).quantize(WEIGHTS, kind, None, name="w"), kind.quantize(WEIGHTS, effort="fast"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e4 * 200])
+def test_what_the_kernels_refuse_is_refused(value: float) -> None:
+    kind, method = formats.get("Q4_0"), Search()
+    bad = WEIGHTS.copy()
+    bad[2, 3] = value
+    with pytest.raises(QuantizationError) as wanted:
+        method.quantize(bad, kind, None, name="layer.weight")
+    with pytest.raises(QuantizationError) as found:
+        OnDevice(method, CPU).quantize(bad, kind, None, name="layer.weight")
+    assert str(found.value) == str(wanted.value)
+
+
+def test_types_that_are_not_searched_there_come_from_the_cpu() -> None:
+    kind, method = formats.get("IQ3_XXS"), Search("fast")
+    (made,) = OnDevice(method, CPU).quantize_together([Job("w", torch.from_numpy(WEIGHTS[:2]))], kind)
+    assert np.array_equal(made.packed, method.quantize(WEIGHTS[:2], kind, None, name="w"))
+    assert np.array_equal(made.values.numpy(), kind.dequantize(made.packed))

@@ -1,0 +1,148 @@
+"""Whole runs whose methods compute on a device: the same code on the CPU, and on a GPU that is none."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import random_weights, write_checkpoint
+from tests.device.card import card
+from tests.walk.conftest import CONFIG, export, tree
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.device import choice
+from xent_quant.device.method import OnDevice
+from xent_quant.errors import ConfigError, ExportError
+from xent_quant.model.streaming import StreamingModel
+from xent_quant.progress import Silent
+from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
+from xent_quant.walk import resources
+
+FAST = {"effort": "fast", "threads": 1}
+
+
+@pytest.fixture
+def smaller(tmp_path: Path) -> Path:
+    """One layer of three experts."""
+    config = {**CONFIG, "num_hidden_layers": 1, "num_experts": 3, "moe_top_k": 1, "num_shared_experts": 1}
+    return write_checkpoint(tmp_path / "Model", config, random_weights(config))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--device cuda` means the GPU that is none, which has 6 GiB."""
+    monkeypatch.setattr(choice, "_count", lambda kind: int(kind == "cuda"))
+    monkeypatch.setattr(choice, "free_bytes", lambda device: 6 * 2**30)
+    monkeypatch.setattr(choice, "limit", lambda device, nbytes: None)
+
+
+def test_a_search_on_the_exact_stream_writes_the_kernels_files(smaller: Path, text: Any, tmp_path: Path) -> None:
+    options = {"type": ["Q4_0", "IQ4_NL"], "formats": ["gguf", "onnx"], "method": "imatrix", **FAST, **text}
+    export(smaller, tmp_path / "kernels", device="cpu", **options)
+    export(smaller, tmp_path / "device", device="torch-cpu", **options)
+    assert tree(tmp_path / "device") == tree(tmp_path / "kernels")
+
+
+def test_nothing_of_a_whole_run_is_on_another_device(smaller: Path, text: Any, tmp_path: Path, gpu: None) -> None:
+    """By GPTQ, with a tensor that the device leaves to the CPU; what it computes is the CPU's."""
+    options = {"type": "Q4_0", "tensor_types": ["attn_q=F16"], **FAST, **text, "tokens": 40}
+    for device, context in (("cuda", card()), ("torch-cpu", nullcontext())):
+        with context:
+            export(smaller, tmp_path / device, device=device, **options)
+    assert tree(tmp_path / "cuda") == tree(tmp_path / "torch-cpu")
+
+
+def divergence(checkpoint: Checkpoint, file: Path, windows: torch.Tensor) -> float:
+    """Mean KL divergence of an export from its model."""
+    said = []
+    for source in (checkpoint, GGUFSource(GGUFFile(file), checkpoint.architecture)):
+        running = StreamingModel(source)
+        said.append(running.logits(running.hidden_states(windows)).double().log_softmax(-1))
+    exact, ours = said
+    return float((exact.exp() * (exact - ours)).sum(-1).mean())
+
+
+def test_a_device_without_memory_is_told_and_the_run_goes_on(model: Path, text: Any, tmp_path: Path, monkeypatch) -> None:
+    options = {"type": "Q4_0", "method": "imatrix", "device": "torch-cpu", **FAST, **text}
+    quantize, calls = OnDevice.quantize_together, []
+
+    def scarce(self: OnDevice, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 10:  # in the second layer
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return quantize(self, *arguments)
+
+    monkeypatch.setattr(OnDevice, "quantize_together", scarce)
+    with pytest.raises(ExportError, match=r"--device cpu: its memory ran out; .* --vram less"):
+        export(model, tmp_path / "out", **options)
+    assert export(model, tmp_path / "out", **options).resumed
+    export(model, tmp_path / "whole", **options)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_what_the_cpu_chooses_for_a_device_is_said(smaller: Path, text: Any, tmp_path: Path) -> None:
+    """bitsandbytes by GPTQ, with what was measured on the device; the command says so."""
+    options = {"formats": ["bnb"], **FAST, **text}
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    export(smaller, tmp_path / "device", device="torch-cpu", method="gptq", progress=Notes(), **options)
+    assert any("chosen by the CPU's kernels" in note and "nf4" in note.lower() for note in notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0"])
+def test_exports_are_as_near_to_the_model_as_the_kernels(tmp_path: Path, kind: str) -> None:
+    config = {**CONFIG, "hidden_size": 256, "intermediate_size": 256, "num_experts": 9, "num_shared_experts": 1}
+    model = write_checkpoint(tmp_path / "model", config, random_weights(config))
+    windows = torch.randint(4, 300, (24, 32), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for device in ("cpu", "torch-cpu"):
+        (file,) = export(model, tmp_path / device, type=kind, tokens="8k", seqlen=64, device=device, threads=1).exports
+        found[device] = divergence(Checkpoint.open(model), file, windows)
+    assert found["torch-cpu"] < 1.05 * found["cpu"], found
+
+
+def test_devices_that_are_not_there_are_refused(model: Path, text: Any, tmp_path: Path) -> None:
+    for device in ("cuda", "cuda:1", "xpu", "mps"):
+        with pytest.raises(ConfigError, match=rf"--device {device}: torch \S+ sees no such device; use --device cpu"):
+            export(model, tmp_path / "out", device=device, **text)
+    for device in ("gpu", "cuda:", "cuda:x", "meta"):
+        with pytest.raises(ConfigError, match=r"--device \S+: choose auto, cpu, cuda"):
+            export(model, tmp_path / "out", device=device, **text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_second_card_is_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_count", lambda kind: 2 * (kind == "cuda"))
+    assert choice.choose("auto") == choice.choose("cuda") == torch.device("cuda", 0)
+    assert choice.choose("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match=r"--device cuda:2: .* there is cuda:0, cuda:1"):
+        choice.choose("cuda:2")
+    assert choice.choose("cpu") is None
+
+
+def test_vram_is_kept_or_refused(model: Path, text: Any, tmp_path: Path, gpu: None) -> None:
+    with pytest.raises(ConfigError, match=r"--vram 8\.00 GiB: only 6\.00 GiB are free on cuda:0"):
+        export(model, tmp_path / "out", device="cuda", vram="8G", **text)
+    with pytest.raises(ConfigError, match=r"--vram 1\.0 MiB: about \S+ \S+ are needed; use --device cpu"):
+        export(model, tmp_path / "out", device="cuda", vram="1M", **text)
+    with pytest.raises(ConfigError, match="--vram 8G: has no effect with --device cpu"):
+        export(model, tmp_path / "out", device="cpu", vram="8G", **text)
+
+
+def test_eight_gigabytes_do_for_the_real_sizes() -> None:
+    """Both models, one type: experts together, and fewer of them with less."""
+    for hidden, inner in ((2560, 1728), (3072, 2048)):
+        sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 32, "num_experts": 64, "moe_top_k": 6}
+        model = Architecture.from_config({**CONFIG, **sizes, "num_hidden_layers": 28, "vocab_size": 100534})
+        chosen = {size: resources.device_room(model, 1, 512, torch.device("cpu"), size * 2**30) for size in (5, 7, 24)}
+        assert 1 <= (chosen[5].experts or 0) <= (chosen[7].experts or 0) <= (chosen[24].experts or 0)
+        assert (chosen[7].experts or 0) > 1
+        for gigabytes, room in chosen.items():
+            assert resources.vram(model, 1, 512, room) <= gigabytes * 2**30

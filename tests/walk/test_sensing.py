@@ -1,0 +1,155 @@
+"""Sensitivity: what the walk measures against models that are rounded in one place, and what becomes of the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import xent_quant
+from xent_quant import formats, sensitivities
+from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.errors import CalibrationError, ConfigError, ExportError
+from xent_quant.formats.base import F32
+from xent_quant.model.stages import Stage
+from xent_quant.model.streaming import StreamingModel
+from xent_quant.sensitivities import TYPES, place, places
+from xent_quant.validation.measures import kl_divergence, log_softmax, scored
+from xent_quant.walk import sensing
+from xent_quant.walk.sensing import REFERENCE, Sensing
+
+LENGTH = 20
+KINDS = (REFERENCE, "Q8_0", "Q5_1")
+
+
+def token_ids(count: int, seed: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(4, 320, (count, LENGTH)))
+
+
+@pytest.fixture(scope="module")
+def sensed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sensing, dict[str, dict[str, float]], dict[str, F32]]:
+    """A pass over the small model, what it found, and every weight as it was rounded to the reference."""
+    made: dict[str, F32] = {}
+    run = Sensing(Checkpoint.open(model), token_ids(6, 0), token_ids(3, 1), KINDS, tmp_path_factory.mktemp("states"))
+    rounded = run._rounded
+
+    def recording(spec: Any, rows: F32, known: Any, kind: str = REFERENCE) -> F32:
+        found = rounded(spec, rows, known, kind)
+        if kind == REFERENCE and rows.shape == spec.shape:
+            made[spec.name] = found
+        return found
+
+    run._rounded = recording  # type: ignore[method-assign]
+    return run, dict(run.run().losses), made  # type: ignore[arg-type]
+
+
+class Replaced:
+    """A checkpoint with some weights changed."""
+
+    def __init__(self, checkpoint: Checkpoint, arrays: dict[str, F32]) -> None:
+        self.checkpoint, self.architecture, self.arrays = checkpoint, checkpoint.architecture, arrays
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> F32:
+        return self.arrays[name][start:stop] if name in self.arrays else self.checkpoint.read(name, start, stop)
+
+
+def log_probabilities(source: Any, windows: torch.Tensor) -> np.ndarray:
+    running = StreamingModel(source)
+    positions, _ = scored(LENGTH)
+    return log_softmax(running.logits(running.hidden_states(windows)[:, positions]).numpy()).reshape(-1, 320)
+
+
+def test_the_reference_loses_what_a_model_rounded_there_alone_loses(sensed: Any) -> None:
+    run, losses, made = sensed
+    checkpoint, judged = run.checkpoint, run.rounded.windows
+    model = checkpoint.architecture
+    assert list(losses) == places(model)
+    exact = log_probabilities(checkpoint, judged)
+    for name in ("token_embd", "blk.0.attn_v", "blk.1.attn_output", "blk.0.ffn_gate_up_exps", "blk.1.ffn_down_shexp", "output"):
+        there = {spec.name: made[spec.name] for spec in model.tensors().values() if spec.name in made and place(spec) == name}
+        assert there
+        expected = kl_divergence(exact, log_probabilities(Replaced(checkpoint, there), judged)).mean()
+        assert losses[name][REFERENCE] == pytest.approx(expected, rel=1e-2)
+
+
+def test_other_types_lose_by_the_ratio_of_their_output_errors(sensed: Any) -> None:
+    run, losses, _ = sensed
+    checkpoint = run.checkpoint
+    spec = checkpoint.architecture.layer(1).output
+    rows: list[torch.Tensor] = []
+
+    def observe(stage: Stage) -> None:
+        if spec in stage.weights:
+            rows.extend(batch.inputs.clone() for batch in stage.batches(0))  # the pass uses its buffers again
+
+    StreamingModel(checkpoint).run(run.exact.windows, observe)
+    measured = torch.cat(rows)[~run._measuring._held_out.repeat_interleave(LENGTH)]
+    importance = (measured.square().sum(0).double() / len(measured)).numpy()  # summed in float32, so that no near-tie falls apart
+    inputs, weights = measured.numpy(), checkpoint.read(spec.name)
+    errors = {}
+    for kind in KINDS:
+        encoding = formats.get(kind)
+        change = encoding.dequantize(encoding.quantize(weights, importance.astype(np.float32))) - weights
+        errors[kind] = np.square(inputs @ change.T, dtype=np.float64).sum()
+    found = losses[place(spec)]
+    for kind in KINDS[1:]:
+        assert found[kind] / found[REFERENCE] == pytest.approx(errors[kind] / errors[REFERENCE], rel=1e-3)
+    assert found["Q8_0"] < 0.1 * found["Q5_1"] < found[REFERENCE]
+
+
+def test_the_file_is_what_plans_stand_on(
+    model: Path, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensing, "TYPES", TYPES[:9])  # kernels take seconds to compile
+    monkeypatch.setattr(sensitivities, "TYPES", TYPES[:9])
+    kept = tmp_path / "kept.json"
+    monkeypatch.setattr(sensitivities, "kept", lambda _: kept)
+    checkpoint = Checkpoint.open(model)
+    assert sensitivities.of(checkpoint).source.startswith("a prior")
+    options = {**text, "tokens": 240}
+    done = xent_quant.sensitivity(model, **options)
+    assert done.file == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+    found = sensitivities.of(checkpoint)
+    assert found.source.startswith("measured on this model")
+    assert found.losses == done.sensitivity.losses
+    assert sensitivities.of(checkpoint, kept).source == f"from {kept}"
+    with pytest.raises(ExportError, match="exists"):
+        xent_quant.sensitivity(model, output=kept, **options)
+    with pytest.raises(CalibrationError, match="windows of 20 tokens are too few, there must be 8"):
+        xent_quant.sensitivity(model, output=tmp_path / "other.json", **text)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "not a file of xent-quant sensitivity"),
+        (b"\xff\xfe", "not a file of xent-quant sensitivity"),
+        (b"[1]", "not a file of xent-quant sensitivity"),
+        (b'{"format": "another"}', "not a file of xent-quant sensitivity"),
+        (json.dumps({"format": sensitivities.FORMAT, "losses": {"output": {"Q8_0": "x"}}}).encode(), "damaged"),
+        (json.dumps({"format": sensitivities.FORMAT, "losses": {"output": {"Q8_0": -1}}}).encode(), "negative"),
+        (b'{"format": "xent-quant sensitivity 1", "losses": {"output": {"Q8_0": NaN}}}', "no numbers"),
+        (json.dumps({"format": sensitivities.FORMAT, "losses": {}}).encode(), "says nothing of token_embd; it is another"),
+    ],
+)
+def test_other_files_are_refused(content: bytes, why: str, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sensitivity.json"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=why) as refused:
+        xent_quant.plan(model, size="1M", sensitivity=file)
+    assert str(file) in str(refused.value)
+    with pytest.raises(OSError, match=r"missing\.json"):
+        xent_quant.plan(model, size="1M", sensitivity=tmp_path / "missing.json")
+
+
+def test_the_prior_spreads_a_projections_loss_over_the_layers(model: Path) -> None:
+    shape = Checkpoint.open(model).architecture
+    told = json.loads((Path(xent_quant.__file__).parent / "data" / "sensitivity-prior.json").read_text())["losses"]
+    found = sensitivities.prior(shape).losses
+    whole = sum(told[f"blk.{layer}.attn_v"]["Q4_K"] for layer in range(2))
+    assert found["blk.1.attn_v"]["Q4_K"] == pytest.approx(whole / shape.num_layers)
+    assert found["output"]["Q4_K"] == told["output"]["Q4_K"]

@@ -1,0 +1,82 @@
+"""`linalg.Curvature` of a stack of Hessians on any device."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from xent_quant.linalg import DAMPING
+
+
+def root(hessians: Tensor) -> Tensor:
+    """U [..., n, n], upper triangular, with hessian = U Uᵀ. In float64, on the CPU, where rounding leaves one not positive
+    definite; raises torch.linalg.LinAlgError where it is not in truth."""
+    turned = hessians.flip(-1, -2)
+    lower, failed = torch.linalg.cholesky_ex(turned)
+    if bool(failed.any()):
+        bad = failed > 0
+        lower[bad] = torch.linalg.cholesky(turned[bad].cpu().double()).float().to(hessians.device)
+    upper: Tensor = lower.flip(-1, -2)
+    return upper
+
+
+class Curvature:
+    """Damped Hessians [stack, n, n] and what is made of them. Right sides and solutions lie column after column,
+    [stack, n, rows].
+
+    Holds the Hessians, their roots and factors, and the blocks along the diagonals.
+    """
+
+    def __init__(self, hessians: Tensor) -> None:
+        """Takes `hessians` over and changes them."""
+        self.hessian = hessians
+        """H + λ."""
+        diagonal = hessians.diagonal(dim1=1, dim2=2)
+        diagonal += (DAMPING * diagonal.cpu().double().mean(1, keepdim=True)).float().to(hessians.device)
+        self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def _root(self) -> Tensor:
+        return root(self.hessian)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """U, unit upper triangular, with H + λ = U diag(D) Uᵀ."""
+        return self._root / self._root.diagonal(dim1=1, dim2=2)[:, None]
+
+    @classmethod
+    def stacked(cls, parts: "list[Curvature]") -> "Curvature":
+        """All of them, as one. What was made of each is not made again."""
+        if len(parts) == 1:
+            return parts[0]
+        made = cls.__new__(cls)
+        made.hessian, made._blocks = torch.cat([part.hessian for part in parts]), {}
+        made._root = torch.cat([part._root for part in parts])
+        return made
+
+    def solve_columns(self, columns: Tensor) -> Tensor:
+        """(H + λ)⁻¹ columns."""
+        half = torch.linalg.solve_triangular(self._root, columns, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(self._root.mT, half, upper=False)
+        return solved
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """rows (H + λ)⁻¹, [m, n] to the same, of a stack of one."""
+        return self.solve_columns(rows.mT[None])[0].mT
+
+    def solve_half(self, columns: Tensor) -> Tensor:
+        """Uᵀ (H + λ)⁻¹ columns for half the price, with U as of `factor`."""
+        half = torch.linalg.solve_triangular(self._root, columns, upper=True)
+        scaled: Tensor = half / self._root.diagonal(dim1=1, dim2=2)[:, :, None]
+        return scaled
+
+    def blocks(self, size: int) -> tuple[Tensor, Tensor]:
+        """The inverses of the Hessian of every `size` columns alone, and their factors, both [stack, n / size, size, size]."""
+        if size not in self._blocks:
+            apart = self.hessian.reshape(len(self.hessian), -1, size, self.hessian.shape[2] // size, size)
+            upper = root(apart.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous())
+            one = torch.eye(size, device=upper.device).expand_as(upper)
+            half = torch.linalg.solve_triangular(upper, one, upper=True)
+            inverses = torch.linalg.solve_triangular(upper.mT, half, upper=False)
+            self._blocks[size] = inverses, upper / upper.diagonal(dim1=-2, dim2=-1)[..., None, :]
+        return self._blocks[size]

@@ -1,0 +1,226 @@
+"""Methods whose work is done on a device: the same choices as those of `methods`, for several weights at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xent_quant import parallel
+from xent_quant.device.curvature import Curvature
+from xent_quant.device.rounding import Rows, values
+from xent_quant.device.search import Scales, encode, search, searches
+from xent_quant.device.statistics import DeviceStatistics
+from xent_quant.errors import QuantizationError
+from xent_quant.formats._chunks import LIMIT, NOT_FINITE, TOO_LARGE
+from xent_quant.formats._codes import Found, SearchedFormat
+from xent_quant.formats._prescaled import Prescaled
+from xent_quant.formats.base import F32, U8, Effort, Encoding, QuantFormat, weighting
+from xent_quant.linalg import row_chunks
+from xent_quant.methods.gptq import EFFORTS, GPTQ
+from xent_quant.methods.interface import Method
+from xent_quant.methods.rtn import RoundToNearest
+from xent_quant.methods.search import Search
+from xent_quant.tensors import InputStatistics
+
+
+@dataclass(frozen=True)
+class Job:
+    """A weight [rows, columns] float32 to quantise, with what `Method.quantize` is told of it; tensors on the method's device."""
+
+    name: str
+    weights: Tensor
+    statistics: DeviceStatistics | InputStatistics | None = None
+    pull: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A weight's bytes [rows, row_bytes], and on the device what they stand for, [rows, columns] float32."""
+
+    packed: U8
+    values: Tensor
+
+
+class OnDevice:
+    """A method of `methods`, on a device. Types that are not searched for there (`here`) are left to the CPU's kernels."""
+
+    def __init__(self, method: Method, device: torch.device) -> None:
+        self.device, self._method = device, method
+        self.name, self.needs_hessian = method.name, method.needs_hessian
+        self._effort: Effort = method.effort if isinstance(method, GPTQ | Search) else "fast"
+
+    @staticmethod
+    def here(kind: Encoding) -> bool:
+        """Whether weights of this type are quantised on the device."""
+        return isinstance(kind, SearchedFormat) and searches(kind)
+
+    def quantize(
+        self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
+    ) -> U8:
+        """See `Method.quantize`."""
+        there = None if pull is None else torch.from_numpy(pull).to(self.device)
+        known = (statistics and DeviceStatistics.of(statistics, self.device)) or statistics
+        (made,) = self.quantize_together([Job(name, torch.from_numpy(weights).to(self.device), known, there)], kind)
+        return made.packed
+
+    def quantize_together(self, jobs: Sequence[Job], kind: Encoding) -> list[Made]:
+        """Weights of as many columns, in the order given. Those of the same statistics are rows of one weight here, those of
+        others are stacked where they have as many rows.
+
+        Holds about twelve times the weights, and twice the Hessians. Raises QuantizationError naming the tensor.
+        """
+        if not jobs:
+            return []
+        if not self.here(kind):
+            return [self._elsewhere(job, kind) for job in jobs]
+        assert isinstance(kind, SearchedFormat)
+        for job in jobs:
+            self._check(job, kind)
+        stacks: dict[int, list[Job]] = {}
+        for job in jobs:
+            stacks.setdefault(id(job.statistics) if job.statistics is not None else id(job), []).append(job)
+        made: dict[int, Made] = {}
+        together: dict[tuple[int, bool], list[list[Job]]] = {}
+        for same in stacks.values():
+            together.setdefault((sum(len(job.weights) for job in same), self._feeds_back(same[0])), []).append(same)
+        for (_, feeds_back), group in together.items():
+            found = self._gptq(group, kind) if feeds_back else self._searched(group, kind)
+            for same, each in zip(group, found, strict=True):
+                start = 0
+                for job in same:
+                    stop = start + len(job.weights)
+                    made[id(job)] = Made(each.packed[start:stop], each.values[start:stop])
+                    start = stop
+        return [made[id(job)] for job in jobs]
+
+    def _feeds_back(self, job: Job) -> bool:
+        known = job.statistics
+        if not isinstance(self._method, GPTQ) or not isinstance(known, DeviceStatistics):
+            return False
+        return known.held_out is not None and known.curvature is not None
+
+    def _check(self, job: Job, kind: QuantFormat) -> None:
+        """What `QuantFormat.quantize` refuses."""
+        try:
+            kind.row_bytes(job.weights.shape[1])
+        except QuantizationError as error:
+            raise QuantizationError(f"{job.name}: {error}") from None
+        low, high = (float(edge) for edge in job.weights.aminmax()) if job.weights.numel() else (0.0, 0.0)
+        if not (low > -LIMIT and high < LIMIT):
+            why = TOO_LARGE if np.isfinite(low) and np.isfinite(high) else NOT_FINITE
+            raise QuantizationError(f"{job.name}: {why}")
+        known = job.statistics
+        if isinstance(known, DeviceStatistics) and not bool(torch.isfinite(known.hessian).all()):
+            raise QuantizationError(f"{job.name}: the Hessian holds NaN or infinities; calibrate again")
+
+    def _elsewhere(self, job: Job, kind: Encoding) -> Made:
+        """By the CPU's kernels."""
+        known = job.statistics.on_cpu() if isinstance(job.statistics, DeviceStatistics) else job.statistics
+        pull = None if job.pull is None else job.pull.cpu().numpy()
+        packed = self._method.quantize(job.weights.cpu().numpy(), kind, known, name=job.name, pull=pull)
+        if isinstance(kind, QuantFormat):
+            read = kind.dequantize(packed)
+        elif isinstance(kind, Prescaled):
+            read = kind.dequantize(packed, (job.weights.shape[0], job.weights.shape[1]))
+        else:
+            return Made(packed, job.weights)
+        return Made(packed, torch.from_numpy(read).to(self.device))
+
+    def _weighting(self, group: Sequence[Sequence[Job]], step: int) -> Tensor:
+        """[stack, columns] float32, of each `step` columns alone."""
+        columns = group[0][0].weights.shape[1]
+        rows = np.ones((len(group), columns), np.float32)
+        for row, (job, *_) in zip(rows, group, strict=True):
+            if job.statistics is None or isinstance(self._method, RoundToNearest):
+                continue
+            for start in range(0, columns, step):
+                found = weighting(job.statistics.importance[start : start + step])
+                if found is not None:
+                    row[start : start + step] = found
+        return torch.from_numpy(rows).to(self.device)
+
+    def _searched(self, group: Sequence[Sequence[Job]], kind: SearchedFormat) -> list[Made]:
+        """The weighted search for what a pull makes of the weights."""
+        wanted = []
+        for same in group:
+            rows = torch.cat([job.weights for job in same])
+            known = same[0].statistics
+            if isinstance(known, DeviceStatistics) and known.curvature is not None and same[0].pull is not None:
+                rows = rows + known.curvature.solve(torch.cat([job.pull for job in same if job.pull is not None]))
+            wanted.append(rows.mT)
+        weights = torch.stack(wanted).contiguous()
+        scales = search(kind, weights, self._weighting(group, weights.shape[1]), self._effort)
+        return self._made(group, kind, encode(kind, weights, scales), scales)
+
+    def _gptq(self, group: Sequence[Sequence[Job]], kind: SearchedFormat) -> list[Made]:
+        """See `methods.gptq.GPTQ`."""
+        known = [same[0].statistics for same in group]
+        weights = torch.stack([torch.cat([job.weights for job in same]).mT for same in group]).contiguous()
+        pull = _pulls(group)
+        curvature = Curvature.stacked([each.curvature for each in known if isinstance(each, DeviceStatistics) and each.curvature])
+        columns = weights.shape[1]
+        plain = search(kind, weights, self._weighting(group, columns), self._effort)
+        codes = encode(kind, weights, plain)
+        rows = Rows(weights, kind, curvature, self._weighting(group, kind.block_size), self._effort, pull)
+        rows.feed()
+        sweeps, rounds, _ = EFFORTS[self._effort]
+        for _ in range(sweeps):
+            rows.sweep(rounds)
+        inputs = _inputs([each.held_out for each in known if isinstance(each, DeviceStatistics) and each.held_out is not None])
+        reaching = None if pull is None else curvature.solve_columns(inputs)
+        ours, theirs = (
+            _held_out_error(errors, inputs, pull, reaching) for errors in (rows.errors, weights - values(kind, codes, plain))
+        )
+        worse = ours > theirs
+        codes = torch.where(worse[:, None], codes, rows.codes)
+        return self._made(group, kind, codes, plain.where(worse, rows.scales))
+
+    def _made(self, group: Sequence[Sequence[Job]], kind: SearchedFormat, codes: Tensor, scales: Scales) -> list[Made]:
+        """Codes [stack, columns, rows] and scales as bytes, packed by the CPU: what bytes mean is known to the format alone."""
+        read = values(kind, codes, scales).mT
+        # Rows first, as they are packed: turned on the device, and fetched once.
+        rows, inner, outer = (each.movedim(-1, 1).contiguous().cpu().numpy() for each in (codes, scales.inner, scales.outer))
+        found = []
+        for number, same in enumerate(group):
+            out = np.empty((rows.shape[1], kind.row_bytes(rows.shape[2])), np.uint8)
+            if not (np.abs(outer[number]) <= kind.largest_scale).all():
+                raise QuantizationError(f"{same[0].name}: {TOO_LARGE}")
+            work = partial(_pack, kind, rows[number], inner[number], outer[number], out)
+            parallel.run([partial(work, part) for part in row_chunks(len(out))])
+            found.append(Made(out, read[number]))
+        return found
+
+
+def _pack(kind: SearchedFormat, codes: U8, inner: F32, outer: F32, out: U8, part: slice) -> None:
+    """Fill rows of `out` [rows, row_bytes] from codes [rows, columns] and scales [rows, blocks, n]."""
+    blocks = out[part].reshape(-1, kind.block_bytes)
+    integers = inner[part].reshape(len(blocks), -1).astype(np.int16).astype(np.uint8)  # negative ones in two's complement
+    kind.store_scales(blocks, Found(codes[part], integers, outer[part].reshape(len(blocks), -1)))
+    kind.store_codes(out[part], codes[part])
+
+
+def _pulls(group: Sequence[Sequence[Job]]) -> Tensor | None:
+    """[stack, columns, rows]; None where no weight has one."""
+    if not any(job.pull is not None for same in group for job in same):
+        return None
+    every = [torch.cat([torch.zeros_like(job.weights) if job.pull is None else job.pull for job in same]).mT for same in group]
+    return torch.stack(every).contiguous()
+
+
+def _inputs(held_out: Sequence[Tensor]) -> Tensor:
+    """Rows [n, columns] of each as columns, [stack, columns, most rows]; rows of zeros stand for those that are missing."""
+    found = torch.zeros(len(held_out), held_out[0].shape[1], max(map(len, held_out)), device=held_out[0].device)
+    for own, rows in zip(found, held_out, strict=True):
+        own[:, : len(rows)] = rows.mT
+    return found
+
+
+def _held_out_error(errors: Tensor, inputs: Tensor, pull: Tensor | None, reaching: Tensor | None) -> Tensor:
+    """See `methods.gptq.held_out_error`: [stack, rows]. `reaching` are (H + λ)⁻¹ inputs."""
+    outputs = inputs.mT @ errors
+    if pull is not None and reaching is not None:
+        outputs += reaching.mT @ pull
+    return outputs.square_().sum(1)
