@@ -145,8 +145,8 @@ def divergence(exact: StreamingModel, model: StreamingModel, windows: torch.Tens
 @pytest.mark.xfail(strict=True, reason="GPTQ on narrow text is worse where the text is not: docs/calibration.md, Little text")
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q2_K"])
 def test_little_text_and_text_in_one_language_cost_no_more_than_none(tmp_path: Path, kind: str) -> None:
-    """Of the bundled miniature, on the validation suites of both languages: GPTQ on a little Chinese fiction, or on English alone,
-    is at most 2 % worse than the search that takes no text."""
+    """Of the bundled miniature, on the validation suites of both languages: GPTQ on a little Chinese fiction, or on English
+    alone, is at most 2 % worse than the search that takes no text."""
     checkpoint = Checkpoint.open(miniature())
     tokenizer, exact = load_tokenizer(checkpoint.path), StreamingModel(checkpoint)
     ids = [tokenizer.encode(suite.text, add_special_tokens=False).ids[: 4 * 256] for suite in suites.choose()]
