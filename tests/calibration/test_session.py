@@ -142,10 +142,11 @@ def divergence(exact: StreamingModel, model: StreamingModel, windows: torch.Tens
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="GPTQ on narrow text is worse where the text is not: docs/calibration.md, Little text")
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q2_K"])
 def test_little_text_and_text_in_one_language_cost_no_more_than_none(tmp_path: Path, kind: str) -> None:
-    """Of the bundled miniature, on the validation suites: GPTQ on one window, or on English alone, is at most 2 % worse than the
-    search that takes no text."""
+    """Of the bundled miniature, on the validation suites of both languages: GPTQ on a little Chinese fiction, or on English
+    alone, is at most 2 % worse than the search that takes no text."""
     checkpoint = Checkpoint.open(miniature())
     tokenizer, exact = load_tokenizer(checkpoint.path), StreamingModel(checkpoint)
     ids = [tokenizer.encode(suite.text, add_special_tokens=False).ids[: 4 * 256] for suite in suites.choose()]
@@ -156,8 +157,12 @@ def test_little_text_and_text_in_one_language_cost_no_more_than_none(tmp_path: P
         return divergence(exact, StreamingModel(GGUFSource(GGUFFile(done.exports[0]), checkpoint.architecture)), judged)
 
     plain = made("plain", method="rtn")
-    assert made("window", calib=("fiction-zh",), tokens=512) < 1.02 * plain
-    assert made("english", calib=("entertainment-en",), tokens=8000) < 1.02 * plain
+    little = {
+        "Chinese fiction": made("little", calib=("fiction-zh",), tokens=512),  # and three times as much, which experts ask for
+        "English": made("english", calib=("entertainment-en",), tokens=8000),
+    }
+    print(f"{kind}: search without text {plain:.6f}, " + ", ".join(f"{name} {value:.6f}" for name, value in little.items()))
+    assert max(little.values()) < 1.02 * plain
 
 
 BLOCK_TYPES = [name for name in formats.NAMES if formats.get(name).block_size > 1]
