@@ -121,7 +121,7 @@ def test_whole_weights_are_as_good_as_the_kernels(kind: CodedFormat, effort) -> 
     theirs = method.quantize(WEIGHTS, kind, statistics, name="w", pull=PULL)
     ours = OnDevice(method, CPU).quantize(WEIGHTS, kind, statistics, name="w", pull=PULL)
     same = (theirs == ours).all(1)
-    assert same.mean() > 0.75, f"{same.mean():.3f} of the rows have the same bytes"
+    assert same.mean() > 0.5, f"{same.mean():.3f} of the rows have the same bytes"
     before, after = losses(kind, (theirs, ours), statistics, WEIGHTS, PULL)
     np.testing.assert_allclose(after[same], before[same], rtol=1e-9)
     assert abs(after.sum() / before.sum() - 1) < 0.01
