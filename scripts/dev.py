@@ -73,7 +73,7 @@ def quiet(command):
 def test(arguments):
     """All default tests in a process for each core, four at most (each holds a GB); what arguments choose in one."""
     setup(["all", "dev"])
-    become(PYTHON, "-m", "pytest", *(arguments or "--numprocesses auto --maxprocesses 4 --dist worksteal".split()))
+    become(PYTHON, "-m", "pytest", *(arguments or ["--numprocesses", "auto", "--maxprocesses", "4", "--dist", "worksteal"]))
 
 
 def check(arguments):
