@@ -264,6 +264,21 @@ def test_a_sentencepiece_model_whose_complaint_is_no_text(model: Path, tmp_path:
     assert "not a SentencePiece model" in refused(file, model, "--output", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "odd", [bytes([3 << 3, 5]), message(1, message(1, b"x") + message(2, b"score"))], ids=["normaliser", "score"]
+)
+def test_a_sentencepiece_model_with_a_field_of_another_kind(
+    model: Path, tmp_path: Path, refused: Callable[..., str], odd: bytes
+) -> None:
+    """SentencePiece itself passes over such fields."""
+    pytest.importorskip("sentencepiece")
+    (model / "tokenizer.json").unlink()
+    file = model / "tokenizer.model"
+    pieces = [message(1, message(1, b"<unk>") + bytes([3 << 3, 2])), *(message(1, message(1, text)) for text in (b"a", b"b"))]
+    file.write_bytes(b"".join(pieces) + odd)
+    assert "not a SentencePiece model" in refused(file, model, "--output", tmp_path / "out")
+
+
 def test_a_pickle_is_not_advised_to_be_run(model: Path, refused: Callable[..., str]) -> None:
     import torch
 

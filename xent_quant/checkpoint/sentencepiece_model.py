@@ -77,7 +77,7 @@ def tokenizer_value(path: Path) -> dict[str, Any]:
     processor(path)
     try:
         return _convert(path, path.read_bytes())
-    except (ValueError, KeyError, IndexError, struct.error, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, struct.error, AttributeError, TypeError) as error:  # TypeError: a field's kind
         raise CheckpointError(f"{path}: not a SentencePiece model ({error}); {DAMAGED}") from error
 
 
@@ -89,6 +89,8 @@ def _convert(path: Path, data: bytes) -> dict[str, Any]:
         if number == 1:
             piece = dict(_fields(value))
             pieces.append((piece[1].decode(), piece.get(2, 0.0), piece.get(3, NORMAL)))
+            if not (isinstance(pieces[-1][1], float) and isinstance(pieces[-1][2], int)):
+                raise TypeError("a piece's score or type is no number")
         elif number == 2:
             trainer = dict(_fields(value))
         elif number == 3:
