@@ -3,10 +3,12 @@
 
     scripts/bench_bnb.py --corpus DIR [--model DIR] [--kinds nf4 nf4-gptq int8 fp4] [--tokens 16384] [--json FILE]
     scripts/bench_bnb.py --model DIR            # without text: size, time and peak memory of the exports only
+    scripts/bench_bnb.py --divergence 4096      # and KL divergence from the checkpoint, on so many tokens of each bundled suite
 
 DIR holds one .jsonl file a suite, each line an object with the field `text`. Texts of a suite are joined, cut into
 windows of 512 tokens, and the second half of each window is scored, as llama-perplexity does. The standard error of a
-ratio is that of the mean difference of log-probabilities over windows.
+ratio is that of the mean difference of log-probabilities over windows. Divergence is what `xent-quant validate --runtime torch`
+says, in nats per token, the mean of the six suites; ± is its standard error.
 """
 
 import argparse
@@ -47,6 +49,17 @@ def export(model: Path, kind: str, output: Path) -> None:
     print(f"{kind}: {size / 1e9:.3f} GB in {seconds:.1f} s, peak RSS {peak:.2f} GiB", flush=True)
 
 
+def divergence(model: Path, folder: Path, tokens: int) -> tuple[float, float]:
+    """Mean KL divergence over the bundled suites and its standard error, by the real command."""
+    command = [sys.executable, "-m", "xent_quant.cli.main", "validate", str(folder), "--reference", str(model)]
+    command += ["--runtime", "torch", "--max-tokens", str(tokens), "--json", "-"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode not in (0, 3):  # 3: out of tolerance, or undecided
+        raise SystemExit(done.returncode)
+    found = [suite["kl"]["value"] for suite in json.loads(done.stdout)["suites"]]
+    return sum(kl["value"] for kl in found) / len(found), math.hypot(*(kl["error"] for kl in found)) / len(found)
+
+
 def windows(file: Path, tokenizer: object, limit: int) -> np.ndarray:
     """Token ids [n, WINDOW] of a suite's text, at most `limit` tokens."""
     text = "\n".join(json.loads(line)["text"] for line in file.open(encoding="utf-8"))
@@ -79,6 +92,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="folder of .jsonl files, one a suite")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["int8", "nf4", "fp4"])
     parser.add_argument("--tokens", type=int, default=16384, help="at most, of each suite")
+    parser.add_argument("--divergence", type=int, metavar="TOKENS", help="also measure it, on so many tokens of each suite")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line at every multiplication
@@ -88,6 +102,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for kind in kinds:  # all before a model is loaded, which would count as theirs
             export(model, kind, Path(temporary) / kind)
+        for kind in kinds if options.divergence else ():
+            value, error = divergence(model, Path(temporary) / kind / "bnb", options.divergence)
+            print(f"{kind}: KL divergence {value:.6f} ± {error:.6f}", flush=True)
         suites: dict[str, np.ndarray] = {}
         for kind in kinds if options.corpus else ():
             from transformers import AutoTokenizer

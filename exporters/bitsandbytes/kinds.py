@@ -14,7 +14,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from xent_quant import formats
 from xent_quant.errors import ConfigError
 from xent_quant.formats._codes import integers
-from xent_quant.formats._prescaled import Prescaled, Rows, Scaled, block_of
 from xent_quant.formats.base import F32, U8, Effort
+from xent_quant.formats.prescaled import InMemory, Prescaled, Scaled
 from xent_quant.parallel import one_thread
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 """Weights that share a scale in NF4 and FP4; the CPU kernels and the fast CUDA one want rows of whole blocks."""
+TOP = 127
+"""The largest code of INT8, and of the smallest the magnitude."""
 NESTED_BLOCK = 256
 """Scales that share a scale, with double quantisation."""
 QUANT_STATE_BYTES = 256
@@ -112,25 +114,24 @@ class FourBit(Whole):
         """See `Prescaled.scaled`."""
         if weights.shape[1] % BLOCK:
             return None
-        parts = self.encode(name, weights)
-        order, levels = _ascending(parts[2].view("<f4"))
-        kind = Rows(BLOCK, levels)
-        return Scaled(kind, kind.pack(_scales(parts).reshape(len(weights), -1), order[_nibbles(parts[0])].reshape(weights.shape)))
+        codes, *others = self.encode(name, weights)
+        order, levels = _ascending(others[1].view("<f4"))
+        kind = InMemory(BLOCK, levels)
 
-    def with_codes(self, weights: F32, packed: U8, *, name: str) -> U8:
-        """See `Prescaled.with_codes`."""
-        parts = self.encode(name, weights)
-        order, levels = _ascending(parts[2].view("<f4"))
-        numbers = np.empty(len(levels), np.uint8)  # of equal levels the first
-        numbers[order[::-1]] = np.arange(len(order), dtype=np.uint8)[::-1]
-        codes = numbers[Rows(BLOCK, levels).codes(packed)].reshape(-1, 2)
-        parts[0] = codes[:, 0] << np.uint8(4) | codes[:, 1]
-        return _joined(parts)
+        def finish(packed: U8) -> U8:
+            numbers = np.empty(len(levels), np.uint8)  # of equal levels the first
+            numbers[order[::-1]] = np.arange(len(order), dtype=np.uint8)[::-1]
+            pairs = numbers[kind.codes(packed)].reshape(-1, 2)
+            return _joined([pairs[:, 0] << np.uint8(4) | pairs[:, 1], *others])
 
-    def dequantize(self, packed: U8, shape: tuple[int, int]) -> F32:
-        """See `Prescaled.dequantize`."""
-        parts = self.split(packed, self.parts("", shape))
-        values = parts[2].view("<f4")[_nibbles(parts[0])].reshape(-1, BLOCK) * _scales(parts)[:, None]
+        scales = _scales(*others).reshape(len(weights), -1)
+        return Scaled(kind, kind.pack(scales, order[_nibbles(codes)].reshape(weights.shape)), finish)
+
+    def read(self, packed: U8, shape: tuple[int, int]) -> F32:
+        """See `Encoding.read`."""
+        codes, *others = self.split(packed, self.parts("", shape))
+        size = prod(shape)
+        values = others[1].view("<f4")[_nibbles(codes)[:size]] * np.repeat(_scales(*others), BLOCK)[:size]
         kept = formats.get("BF16")
         return kept.dequantize(kept.quantize(values.reshape(shape)))
 
@@ -146,9 +147,8 @@ def _ascending(levels: F32) -> tuple[U8, F32]:
     return order.astype(np.uint8), distinct.astype(np.float32)
 
 
-def _scales(parts: Sequence[U8]) -> F32:
-    """A block's scale, from the parts of FourBit, as bitsandbytes' dequantize_blockwise has it."""
-    _, absmax, _, nested, levels, state = parts
+def _scales(absmax: U8, _: U8, nested: U8, levels: U8, state: U8) -> F32:
+    """Every block's scale, [blocks], from the parts of FourBit behind its codes, as bitsandbytes' dequantize_blockwise has it."""
     offset = np.float32(json.loads(state.tobytes())["nested_offset"])
     outer = np.repeat(nested.view("<f4"), NESTED_BLOCK)[: absmax.size]
     scales: F32 = levels.view("<f4")[absmax.reshape(-1)] * outer + offset
@@ -174,28 +174,25 @@ class Int8(Whole):
 
     def scaled(self, weights: F32, *, name: str) -> Scaled:
         """See `Prescaled.scaled`."""
-        codes, scales, _ = self.encode(name, weights)
-        kind = Rows(block_of(weights.shape[1], BLOCK), integers(-127, 127))
+        codes, scales, layout = self.encode(name, weights)
+        kind = InMemory(gcd(weights.shape[1], BLOCK), integers(-TOP, TOP))
+
+        def finish(packed: U8) -> U8:
+            return _joined([kind.codes(packed) - np.uint8(TOP), scales, layout])  # −TOP… in two's complement
+
         wide: F32 = np.repeat(_row_scales(scales)[:, None], weights.shape[1] // kind.block_size, axis=1)
-        return Scaled(kind, kind.pack(wide, (codes.view(np.int8).astype(np.int16) + 127).astype(np.uint8).reshape(weights.shape)))
+        return Scaled(kind, kind.pack(wide, (codes + np.uint8(TOP)).reshape(weights.shape)), finish)
 
-    def with_codes(self, weights: F32, packed: U8, *, name: str) -> U8:
-        """See `Prescaled.with_codes`."""
-        _, scales, layout = self.encode(name, weights)
-        kind = Rows(block_of(weights.shape[1], BLOCK), integers(-127, 127))
-        codes = (kind.codes(packed).astype(np.int16) - 127).astype(np.int8)
-        return _joined([codes.view(np.uint8), scales, layout])
-
-    def dequantize(self, packed: U8, shape: tuple[int, int]) -> F32:
-        """See `Prescaled.dequantize`."""
+    def read(self, packed: U8, shape: tuple[int, int]) -> F32:
+        """See `Encoding.read`."""
         codes, scales, _ = self.split(packed, self.parts("weight", shape))
         values: F32 = codes.view(np.int8).reshape(shape).astype(np.float32) * _row_scales(scales)[:, None]
         return values
 
 
-def _row_scales(stored: U8) -> F32:
-    """Of SCB, a row's largest weight."""
-    scales: F32 = np.ascontiguousarray(stored).view("<f4").astype(np.float32) / np.float32(127)
+def _row_scales(largest: U8) -> F32:
+    """Every row's scale, [rows], from SCB, its weight of largest magnitude."""
+    scales: F32 = largest.view(np.float32) / np.float32(TOP)
     return scales
 
 

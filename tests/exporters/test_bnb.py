@@ -125,20 +125,21 @@ def test_gptq_chooses_codes_within_bitsandbytes_scales(kind) -> None:
     different = [part.name for part, *each in zip(parts, kind.split(plain, parts), kind.split(chosen, parts), strict=True)
                  if not np.array_equal(*each)]  # fmt: skip
     assert different == ["weight"]
-    errors = [float(np.square(fresh @ (weights - kind.dequantize(each, weights.shape)).T).sum()) for each in (plain, chosen)]
+    errors = [float(np.square(fresh @ (weights - kind.read(each, weights.shape)).T).sum()) for each in (plain, chosen)]
     assert errors[1] < 0.5 * errors[0]
 
 
+@pytest.mark.parametrize("shape", [(32, 256), (33, 36)], ids=["blocks", "part of a block"])
 @pytest.mark.parametrize("kind", ENCODINGS, ids=KINDS)
-def test_dequantised_as_bitsandbytes_does(kind) -> None:
-    weights = (np.random.default_rng(0).standard_normal((32, 256)) * 0.02).astype(np.float32)
+def test_read_as_bitsandbytes_does(kind, shape) -> None:
+    weights = (np.random.default_rng(0).standard_normal(shape) * 0.02).astype(np.float32)
     layer = bnb_layer(torch.from_numpy(weights).to(torch.float16 if kind.name == "INT8" else torch.bfloat16), kind.name.lower())
     if kind.name == "INT8":
         state = layer.state_dict()
         wanted = state["weight"].float() * state["SCB"][:, None] / 127
     else:
         wanted = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-    got = kind.dequantize(kind.quantize(weights), weights.shape)
+    got = kind.read(kind.quantize(weights), weights.shape)
     np.testing.assert_allclose(got, wanted.numpy(), rtol=2**-8, atol=1e-7)
 
 

@@ -16,7 +16,6 @@ from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.errors import QuantizationError
 from xent_quant.formats._chunks import LIMIT, NOT_FINITE, TOO_LARGE
 from xent_quant.formats._codes import Found, SearchedFormat
-from xent_quant.formats._prescaled import Prescaled
 from xent_quant.formats.base import F32, U8, Effort, Encoding, QuantFormat, weighting
 from xent_quant.linalg import row_chunks
 from xent_quant.methods.gptq import EFFORTS, GPTQ
@@ -121,12 +120,7 @@ class OnDevice:
         known = job.statistics.on_cpu() if isinstance(job.statistics, DeviceStatistics) else job.statistics
         pull = None if job.pull is None else job.pull.cpu().numpy()
         packed = self._method.quantize(job.weights.cpu().numpy(), kind, known, name=job.name, pull=pull)
-        if isinstance(kind, QuantFormat):
-            read = kind.dequantize(packed)
-        elif isinstance(kind, Prescaled):
-            read = kind.dequantize(packed, (job.weights.shape[0], job.weights.shape[1]))
-        else:
-            return Made(packed, job.weights)
+        read = kind.read(packed, (job.weights.shape[0], job.weights.shape[1]))
         return Made(packed, torch.from_numpy(read).to(self.device))
 
     def _weighting(self, group: Sequence[Sequence[Job]], step: int) -> Tensor:

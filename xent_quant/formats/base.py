@@ -58,6 +58,9 @@ class Encoding(Protocol):
     def quantize(self, weights: F32, importance: F32 | None = None, *, effort: Effort = "normal", name: str = "tensor") -> U8:
         """[rows, columns] float32 to [rows, row_bytes] uint8, or [1, bytes]. Raises QuantizationError naming the tensor."""
 
+    def read(self, packed: U8, shape: tuple[int, int]) -> F32:
+        """The inverse: what a runtime multiplies with, [rows, columns] float32 of that shape."""
+
 
 class QuantFormat(ABC):
     """A block format. Subclasses set the variables and write `quantize_rows` and `dequantize_rows`.
@@ -124,6 +127,10 @@ class QuantFormat(ABC):
         if packed.ndim != 2 or packed.dtype != np.uint8 or packed.shape[1] % self.block_bytes:
             raise QuantizationError(f"{self.name}: packed rows must be 2-D uint8 of a multiple of {self.block_bytes} bytes")
         return self.dequantize_rows(np.ascontiguousarray(packed))
+
+    def read(self, packed: U8, shape: tuple[int, int]) -> F32:
+        """See `Encoding.read`."""
+        return self.dequantize(packed)
 
     @abstractmethod
     def dequantize_rows(self, packed: U8) -> F32:

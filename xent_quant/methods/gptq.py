@@ -43,9 +43,9 @@ from xent_quant.formats._lanes import (
     store_bytes,
     where_less,
 )
-from xent_quant.formats._prescaled import Prescaled
 from xent_quant.formats._vectors import Vectors
 from xent_quant.formats.base import F32, U8, Effort, Encoding
+from xent_quant.formats.prescaled import Prescaled
 from xent_quant.linalg import Curvature, product, row_chunks
 from xent_quant.methods.search import Search
 from xent_quant.tensors import InputStatistics
@@ -166,7 +166,7 @@ def round_vectors(weights: F32, targets: F32, factor: F32, pivots: F32, vectors:
     errors = np.empty(weights.shape, np.float32)
     for vector, start in enumerate(range(0, weights.shape[1], vectors.size)):
         own = slice(start, start + vectors.size)
-        moved = weights[:, own] + (targets[:, own] - weights[:, own]) @ np.linalg.inv(factor[own, own])
+        moved = weights[:, own] + product(targets[:, own] - weights[:, own], np.linalg.inv(factor[own, own]))
         choice = vectors.choose(vector, moved, np.square(factor[own, own]) @ pivots[own])
         vectors.keep(vector, choice, np.ones(len(weights), np.bool_))
         errors[:, own] = weights[:, own] - choice.values
@@ -181,7 +181,7 @@ def descend_vectors(weights: F32, gradient: F32, hessian: F32, vectors: Vectors,
         own = slice(start, start + vectors.size)
         block = hessian[own, own]
         here, pulled = errors[:, own], gradient[:, own]
-        wanted = weights[:, own] - here + np.linalg.solve(block.astype(np.float64), pulled.T).T.astype(np.float32)
+        wanted = weights[:, own] - here + product(pulled, np.linalg.inv(block.astype(np.float64)).astype(np.float32))
         choice = vectors.choose(vector, wanted, block.diagonal())
         change = weights[:, own] - choice.values - here
         better = ((2 * pulled + product(change, block)) * change).sum(axis=1) < 0
@@ -216,8 +216,7 @@ class GPTQ:
         if statistics.held_out is not None and isinstance(kind, Prescaled):
             scaled = kind.scaled(wanted, name=name)
             if scaled is not None:
-                packed = self._rounded(weights, scaled.packed, scaled.kind, statistics, curvature, name, pull)
-                return kind.with_codes(wanted, packed, name=name)
+                return scaled.finish(self._rounded(weights, scaled.packed, scaled.kind, statistics, curvature, name, pull))
         return self._search.quantize(wanted, kind, statistics, name=name)
 
     def _rounded(

@@ -12,8 +12,8 @@ from exporters.interface import Exported, Exporter, unmeasured_notes
 from xent_quant import journal as journals
 from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.formats._prescaled import Prescaled
 from xent_quant.formats.base import QuantFormat
+from xent_quant.formats.prescaled import Prescaled
 from xent_quant.journal import Journal, software
 from xent_quant.progress import Progress, Silent
 from xent_quant.storage import Workspace, check_free_space, publish

@@ -9,8 +9,7 @@ import numpy as np
 
 from calibration.correction import Measured
 from exporters.interface import Exporter, Slot, Writer
-from xent_quant.formats._prescaled import Prescaled
-from xent_quant.formats.base import F32, U8, Encoding, QuantFormat
+from xent_quant.formats.base import F32, U8, Encoding
 from xent_quant.methods.rtn import RoundToNearest
 from xent_quant.tensors import InputStatistics, Role, StatisticsSource, TensorSpec
 
@@ -106,7 +105,7 @@ class Lane:
             for (number, slot, _), result in zip(waiting_for, results, strict=True):
                 rows, columns = given[number].weights.shape
                 self.writer.put(slot, given[number].start, result.packed)
-                if self.stream and isinstance(encoding, QuantFormat | Prescaled):
+                if self.stream:
                     made[number] = result.values[:rows, :columns]
         return made
 
@@ -148,10 +147,8 @@ class Lane:
             self.writer.put(slot, start, packed)
             if not start and tensor.measured:
                 self._note(slot, use)
-            if self.stream and isinstance(slot.encoding, QuantFormat):
-                read = slot.encoding.dequantize(packed)[: len(weights), : weights.shape[1]]
-            elif self.stream and isinstance(slot.encoding, Prescaled):
-                read = slot.encoding.dequantize(packed, (slot.rows, slot.columns))[: len(weights), : weights.shape[1]]
+            if self.stream:
+                read = slot.encoding.read(packed, (slot.rows, slot.columns))[: len(weights), : weights.shape[1]]
         return read
 
     @staticmethod

@@ -1,9 +1,9 @@
-"""Encodings whose scales are made of a whole weight, before any of its codes: bitsandbytes'. Between the two their rows lie in
-memory as a block format does, for GPTQ to choose codes in."""
+"""Encodings whose scales are made of a whole weight, before any of its codes: bitsandbytes'. Between the two its rows lie in
+memory as those of a block format do, for GPTQ to choose codes in."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import gcd
 
 import numpy as np
 
@@ -14,10 +14,10 @@ from xent_quant.formats.base import F32, U8, Effort
 SCALE_BYTES = 4
 
 
-class Rows(CodedFormat):
+class InMemory(CodedFormat):
     """Blocks of `block_size` weights, scale · levels[code]: a float32 scale and a byte of code each. Nothing is stored so."""
 
-    name = "rows in memory"
+    name = "in memory"
 
     def __init__(self, block_size: int, levels: F32) -> None:
         self.block_size = self.group_size = block_size
@@ -42,28 +42,18 @@ class Rows(CodedFormat):
 
 @dataclass(frozen=True)
 class Scaled:
-    """A weight with its scales, and the codes that the encoding itself would choose: `packed` rows of `kind`."""
+    """A weight with its scales, and the codes that the encoding itself would choose: `packed` [rows, row_bytes] of `kind`.
+    `finish` makes the encoding's own [1, bytes] of such rows; only their codes count."""
 
-    kind: Rows
+    kind: InMemory
     packed: U8
+    finish: Callable[[U8], U8]
 
 
 class Prescaled(ABC):
-    """An encoding of this sort: see `Encoding`. Its row of bytes is that of a weight [rows, columns], whole."""
+    """An encoding of this sort, see `Encoding`, which is not `by_rows`."""
 
     @abstractmethod
     def scaled(self, weights: F32, *, name: str) -> Scaled | None:
-        """Scales for a weight [rows, columns] float32; None where groups of scales do not end with rows."""
-
-    @abstractmethod
-    def with_codes(self, weights: F32, packed: U8, *, name: str) -> U8:
-        """[1, bytes] of the weight that `scaled` was given, with the codes of packed rows instead of its own."""
-
-    @abstractmethod
-    def dequantize(self, packed: U8, shape: tuple[int, int]) -> F32:
-        """[1, bytes] to what a runtime multiplies with, [rows, columns]."""
-
-
-def block_of(columns: int, most: int) -> int:
-    """The largest block that divides rows, and `most`."""
-    return gcd(columns, most)
+        """Scales for a weight [rows, columns] float32; None where groups of scales do not end with rows. Raises QuantizationError
+        naming the tensor."""
