@@ -145,8 +145,8 @@ class Imatrix(StatisticsSource):
         }
 
     def check(self, model: Architecture) -> None:
-        """Refuse statistics of another model: all their tensors must be there, with their experts and columns. Raises
-        CalibrationError."""
+        """Refuse statistics of another model: all their tensors must be there, with their experts and columns; and those that
+        cannot be used. Raises CalibrationError."""
         wanted: dict[str, tuple[int, int]] = {}
         for spec in model.tensors().values():
             wanted[llama_name(spec)] = ((spec.expert or 0) + 1, spec.shape[-1])
@@ -161,6 +161,8 @@ class Imatrix(StatisticsSource):
                     f"{self.source}: {tensor} has statistics of shape {list(found)}, the model needs {list(wanted[tensor])}; "
                     "calibrate this model"
                 )
+            for expert in range(found[0]):
+                self.importance(tensor, expert)
 
     def get(self, tensor: TensorSpec) -> InputStatistics | None:
         """See `StatisticsSource`. A tied head has the embedding's name, and the statistics of llama.cpp's output.weight."""

@@ -1,7 +1,8 @@
 """Presets from the Hub: named data sets, each pinned to a commit, of which one file is downloaded and passages are drawn.
 
-The licences are those that the data sets' pages state (docs/calibration.md). What a seed draws depends on the seed and the file
-alone. Held are the passages drawn so far and one row.
+The licences are those that the data sets' pages state (docs/calibration.md). What is drawn depends on the seed, the file, how
+much is wanted, and for conversations the model's chat template. Held are the passages drawn so far, at most twice what is
+wanted, and what `calibration.documents` holds of the file.
 """
 
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 from calibration.chat import ChatTemplate
 from calibration.documents import TEXT_FIELD, Reading, of_file
 from calibration.notes import Notes
+from xent_quant.checkpoint.hub import failures, reason
 from xent_quant.errors import CalibrationError
 
 PREFIX = "hub:"
@@ -77,7 +79,7 @@ def download(suite: str, seed: int) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        HfHubHTTPError,
+        GatedRepoError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -92,16 +94,20 @@ def download(suite: str, seed: int) -> Path:
             f"--calib {PREFIX}{suite}: {preset.repository} is not in the Hub's cache, and the Hub could not be reached; "
             "run this once online, or leave it out: the bundled text needs no download"
         ) from error
+    except GatedRepoError as error:
+        raise CalibrationError(
+            f"--calib {PREFIX}{suite}: {preset.repository} asks for terms to be accepted on its page of the Hub; do so and log "
+            "in (hf auth login), or leave it out: the bundled text needs no download"
+        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         raise CalibrationError(
             f"--calib {PREFIX}{suite}: {preset.repository} has no {file} at {preset.commit} any more; give other text, "
             f"such as --calib {suite}, the bundled one"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except failures() as error:
         raise CalibrationError(
-            f"--calib {PREFIX}{suite}: {file} of {preset.repository} could not be downloaded ({first}); try again, or leave "
-            "it out: the bundled text needs no download"
+            f"--calib {PREFIX}{suite}: {file} of {preset.repository} could not be downloaded ({reason(error)}); try again, or "
+            "leave it out: the bundled text needs no download"
         ) from error
 
 
@@ -109,7 +115,8 @@ MARK = r"\*\*\*\s?{} OF [^*]{{0,400}}\*\*\*"
 BEGIN, END = re.compile(MARK.format("START")), re.compile(MARK.format("END"))
 """Between these lies the text of a book of Project Gutenberg."""
 
-CUT = re.compile(rf"(?s).{{1,{PASSAGE}}}(?:\n|\Z)")
+CUT = re.compile(rf"(?s).{{1,{PASSAGE}}}(?:\n|\Z)|.{{{PASSAGE}}}")
+"""A passage: whole lines, or as much of one that is longer."""
 
 
 class Draw:

@@ -30,7 +30,7 @@ SPARE = 3
 """Times `tokens` that are drawn beyond them, at most, to reach rare experts."""
 
 ROWS_PER_COLUMN = 4
-"""Of an expert, at least: docs/calibration.md says what fewer cost."""
+"""Of an expert; where there are fewer, the person is told."""
 
 PROBE = 8
 """One window in so many tells how rare the rarest expert is."""

@@ -20,6 +20,7 @@ from calibration.chat import ChatTemplate
 from calibration.documents import SUFFIXES, TEXT_FIELD, documents, have_fields
 from calibration.notes import Notes
 from calibration.presets import HUB, PREFIX, download, passages
+from xent_quant.checkpoint.hub import failures, reason
 from xent_quant.errors import CalibrationError
 from xent_quant.plain import plain
 
@@ -165,17 +166,16 @@ def _dataset(item: str) -> Path:
             f"and with {PREFIX} before it each from the Hub"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         kinds = [f"*{suffix}" for suffix in SUFFIXES]
         return Path(snapshot_download(item, repo_type="dataset", allow_patterns=kinds, ignore_patterns=CARDS))
     except RepositoryNotFoundError as error:
         raise CalibrationError(f"--calib {item}: no such file or folder here, and no such public dataset on the Hub") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except failures() as error:
         raise CalibrationError(
-            f"--calib {item}: no such file or folder here, and the Hub could not be reached ({first})"
+            f"--calib {item}: no such file or folder here, and the Hub could not be reached ({reason(error)})"
         ) from error
 
 

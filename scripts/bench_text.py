@@ -28,6 +28,7 @@ import torch
 from _walk import quantised
 from bench_quality import judge
 
+from calibration.chat import ChatTemplate
 from calibration.text import Source, is_chinese, load, sources
 from exporters.gguf.plan import plan
 from xent_quant import recipes
@@ -57,6 +58,8 @@ class Run:
     method: str
     seed: int
     pick: str = "all"
+    on: str = ""
+    """Model, corpus, length of windows, and what `text` stands for."""
 
 
 def of(line: dict) -> Run:
@@ -82,14 +85,14 @@ class Bench:
         self.checkpoint = Checkpoint.open(resolve(model))
         self._length, self._texts = length, texts
         self._tokenizer, self._bos = load_tokenizer(self.checkpoint.path), self.checkpoint.architecture.bos_token_id
-        self._chinese = is_chinese(self._tokenizer)
+        self._chinese, self._chat = is_chinese(self._tokenizer), ChatTemplate(self.checkpoint.path)
         files = sorted((corpus / "valid").glob("*.jsonl"))
         unseen = [self._load([Source(path.stem, path)], JUDGED * length, 0) for path in files]
         self._judged = torch.from_numpy(np.concatenate(unseen))
         self._reference = Reference(StreamingModel(self.checkpoint), self._judged)
 
     def _load(self, found: list[Source], tokens: int, seed: int) -> np.ndarray:
-        return load(found, self._tokenizer, tokens=tokens, length=self._length, seed=seed, bos=self._bos).windows
+        return load(found, self._tokenizer, tokens=tokens, length=self._length, seed=seed, bos=self._bos, chat=self._chat).windows
 
     def _picked(self, windows: torch.Tensor, run: Run) -> torch.Tensor:
         """One of every POOL windows [n, length], so that the mix of sources stays."""
@@ -117,7 +120,7 @@ class Bench:
         started = time.perf_counter()
         windows = None
         if run.method != "rtn":
-            found = sources(self._texts[run.text], None, self._chinese)
+            found = sources(self._texts[run.text], None, self._chinese, run.seed)
             windows = torch.from_numpy(self._load(found, run.tokens * (1 if run.pick == "all" else POOL), run.seed))
             if run.pick != "all":
                 windows = self._picked(windows[: len(windows) // POOL * POOL], run)
@@ -190,13 +193,15 @@ def main() -> None:
         calib, _, tokens = calib.partition("@")
         texts[name] = [part for part in calib.split(",") if part]
         amounts[name] = [CalibrationOptions(tokens=each).n_tokens for each in ([tokens] if tokens else options.tokens)]
+    on = f"{options.model} {options.corpus} {options.seqlen}"
     runs = []
     for method in options.methods:
         if method == "rtn":  # takes no text
-            runs += [Run("none", 0, kind, method, 0) for kind in options.types]
+            runs += [Run("none", 0, kind, method, 0, on=on) for kind in options.types]
             continue
         for text in texts:
-            runs += [Run(text, *rest) for rest in product(amounts[text], options.types, [method], options.seeds, options.picks)]
+            chosen = product(amounts[text], options.types, [method], options.seeds, options.picks)
+            runs += [Run(text, *rest, f"{on} {','.join(texts[text])}") for rest in chosen]
 
     bench = Bench(options.model, options.corpus, options.seqlen, texts)
     lines = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []

@@ -11,6 +11,7 @@ from exporters.bitsandbytes import folder
 from exporters.bitsandbytes.kinds import Whole, bitsandbytes_functional
 from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor, shards
 from exporters.bitsandbytes.shard import Shard
+from exporters.card import calibrated
 from exporters.hub_files import json_bytes
 from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
 from xent_quant.checkpoint.reader import Checkpoint
@@ -40,7 +41,7 @@ class BnbExporter:
         if plan.bits < 16:
             bitsandbytes_functional()
         self.plan, self.target, self.method = plan, output / FOLDER, method
-        self.files = folder.files(checkpoint, plan, name, calibrated=method is not None)
+        self.files = folder.files(checkpoint, plan, name)
         self.parts = shards(plan.tensors, split_size)
         count = len(self.parts)
         self.shards = [
@@ -82,14 +83,14 @@ class BnbExporter:
         """See `Exporter.open`."""
         if fresh:
             (work / FOLDER).mkdir()
-        return BnbWriter(self, work, fresh=fresh)
+        return BnbWriter(self, work, provenance, fresh=fresh)
 
 
 class BnbWriter:
     """See `Writer`."""
 
-    def __init__(self, exporter: BnbExporter, work: Path, *, fresh: bool) -> None:
-        self._exporter, self._staged = exporter, work / FOLDER
+    def __init__(self, exporter: BnbExporter, work: Path, provenance: Mapping[str, str | int], *, fresh: bool) -> None:
+        self._exporter, self._staged, self._provenance = exporter, work / FOLDER, provenance
         self._shards: dict[str, Shard] = {}
         self._of: dict[str, Shard] = {}
         for file, tensors in zip(exporter.shards, exporter.parts, strict=True):
@@ -117,6 +118,9 @@ class BnbWriter:
         exporter = self._exporter
         weight_map = {name: file for file, shard in self._shards.items() for name in shard.finish()}
         files = dict(exporter.files)
+        if exporter.method:
+            said = ["", "Scales are bitsandbytes' own; codes were chosen within them by GPTQ.", "", *calibrated(self._provenance)]
+            files["README.md"] += "\n".join(said).encode()
         if len(self._shards) > 1:
             total = sum(shard.nbytes for shard in self._shards.values())
             files[folder.INDEX] = json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -28,10 +28,8 @@ def _group(tensor: PlannedTensor) -> str:
     return "norms" if part.role is Role.NORM else "attention" if part.role in ATTENTION_ROLES else part.role
 
 
-def files(checkpoint: Checkpoint, plan: BnbPlan, name: str, *, calibrated: bool) -> dict[str, bytes]:
-    """File name to content; `calibrated` is told in the card.
-
-    Raises CheckpointError where the tokenizer is missing, or a file is damaged."""
+def files(checkpoint: Checkpoint, plan: BnbPlan, name: str) -> dict[str, bytes]:
+    """File name to content. Raises CheckpointError where the tokenizer is missing, or a file is damaged."""
     package, modelling = resources.files("xent_quant") / "model", plan.architecture.family.modelling
     licences = {path.name: path.read_bytes() for path in sorted(checkpoint.path.glob("LICENSE*")) if path.is_file()}
     return {
@@ -40,7 +38,7 @@ def files(checkpoint: Checkpoint, plan: BnbPlan, name: str, *, calibrated: bool)
         **tokenizer_files(checkpoint),
         **{file: (package / file).read_bytes() for file in (modelling.files if modelling else ())},
         **licences,
-        "README.md": _readme(BaseModel.of(checkpoint.path), plan, name, calibrated).encode(),
+        "README.md": _readme(BaseModel.of(checkpoint.path), plan, name).encode(),
     }
 
 
@@ -56,7 +54,7 @@ def _config(checkpoint: Checkpoint, plan: BnbPlan) -> dict[str, Any]:
     }
 
 
-def _readme(base: BaseModel, plan: BnbPlan, name: str, calibrated: bool) -> str:
+def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
     own_code = plan.architecture.family.modelling is not None
     trust = ", trust_remote_code=True" if own_code else ""
     needed = "torch transformers accelerate" + (" bitsandbytes" if plan.bits < 16 else "")
@@ -70,11 +68,6 @@ def _readme(base: BaseModel, plan: BnbPlan, name: str, calibrated: bool) -> str:
         ),
         *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors),
         *(f"{note}\n" for note in plan.notes),
-        *(
-            ("Scales are bitsandbytes' own; the codes within them were chosen by GPTQ on calibration text.\n",)
-            if calibrated
-            else ()
-        ),
         "## Run it",
         "",
         "It runs on CUDA and, slowly, on the CPU.",

@@ -114,7 +114,10 @@ def plan(model: Architecture, *, bits: int = 4, bnb_type: str = "nf4", pad: str 
             "the function is the same."
         )
     if bits == 4 and (model.hidden_size % BLOCK or width % BLOCK):
-        notes.append(f"Rows are not multiples of {BLOCK} weights: bitsandbytes runs this on CUDA, slowly, and not on every CPU.")
+        notes.append(
+            f"Rows are not multiples of {BLOCK} weights: bitsandbytes runs this on CUDA, slowly, and not on every CPU. "
+            "--method gptq leaves such rows' codes as bitsandbytes chooses them."
+        )
     tensors = tuple(_planned(tensor, model, width, quantised) for tensor in model.tensors().values())
     return BnbPlan(model, bits, bnb_type, width, tensors, tuple(notes))  # type: ignore[arg-type]
 

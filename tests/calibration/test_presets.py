@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,8 @@ def test_offline_is_one_line_that_says_what_to_do(cache) -> None:
         ("RevisionNotFoundError", "allenai/c4 has no en/c4"),
         ("HfHubHTTPError", r"could not be downloaded \(503 busy\); try again"),
         ("OSError", r"could not be downloaded \(503 busy\); try again"),
+        ("ReadTimeout", r"could not be downloaded \(503 busy\); try again"),
+        ("GatedRepoError", "allenai/c4 asks for terms to be accepted"),
     ],
 )
 def test_what_the_hub_refuses(error: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +152,8 @@ def test_what_the_hub_refuses(error: str, words: str, monkeypatch: pytest.Monkey
     import huggingface_hub
     from huggingface_hub import errors
 
-    kind = getattr(errors, error, None) or getattr(builtins, error)
+    http = sys.modules[errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]  # httpx's or requests'
+    kind = getattr(errors, error, None) or getattr(builtins, error, None) or getattr(http, error)
 
     def fail(*_: Any, **__: Any) -> str:
         raised = kind.__new__(kind)
@@ -210,3 +215,11 @@ def test_books_are_cut_at_line_ends_between_their_marks(tmp_path: Path) -> None:
     assert sorted(lines) == sorted(ENGLISH.format(f"{n} {line}") for n in range(3) for line in range(600))
     assert all(len(passage) <= presets.PASSAGE for passage in found)
     assert len(found) > 9
+
+
+def test_nothing_of_a_line_that_is_longer_than_a_passage_is_lost() -> None:
+    line = "夜色渐深" * 50_000
+    began = time.process_time()
+    found = list(presets._cut(f"first\n{line}\nlast"))
+    assert time.process_time() - began < 2
+    assert "".join(part.replace("\n", "") for part in found) == f"first{line}last"

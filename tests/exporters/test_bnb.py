@@ -28,6 +28,7 @@ from xent_quant.errors import CheckpointError, ConfigError, ExportError, Quantiz
 from xent_quant.methods.gptq import GPTQ
 from xent_quant.model.modeling_xverse import XverseConfig, XverseForCausalLM
 from xent_quant.model.streaming import StreamingModel
+from xent_quant.plain import markdown
 from xent_quant.tensors import InputStatistics
 
 IDS = torch.tensor([[2, 17, 300, 5, 9, 42, 260, 261, 11, 7, 290, 33]])
@@ -164,7 +165,10 @@ def test_calibrated_folders_load_and_lose_less(checkpoint, tmp_path: Path, kind)
         exact = load_source(source)(ids).logits
         losses = [float((dequantised(load(folder))(ids).logits - exact).square().mean()) for folder in (plain, chosen)]
     assert losses[1] < 0.7 * losses[0]
-    assert "chosen by GPTQ" in (chosen / "README.md").read_text()
+    card = (chosen / "README.md").read_text()
+    assert "codes were chosen within them by GPTQ" in card
+    assert card.endswith(f"Calibrated on {markdown(text)}.\n")
+    assert "GPTQ" not in (plain / "README.md").read_text()
     assert {file.name for file in chosen.iterdir()} == {file.name for file in plain.iterdir()}
 
 

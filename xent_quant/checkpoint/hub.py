@@ -34,6 +34,20 @@ def snapshot(path: Path) -> Path:
     return inside / wanted
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where the Hub cannot be reached, or a download breaks off: its own errors, those of files, and
+    those of its HTTP library, which HfHubHTTPError is one of."""
+    from huggingface_hub import errors
+
+    own = [getattr(errors, name) for name in ("HfHubHTTPError", "XetDownloadError") if hasattr(errors, name)]
+    return (*own, *errors.HfHubHTTPError.__bases__, OSError)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what was raised, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def resolve(model: str | Path | None) -> Path:
     """The checkpoint folder; downloads a Hub id through huggingface_hub's cache. Raises CheckpointError."""
     if model is None:
@@ -46,12 +60,11 @@ def resolve(model: str | Path | None) -> Path:
     if isinstance(model, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         raise CheckpointError(f"{model}: no such folder, and not a Hub id such as xverse/XVERSE-Ent-A4.2B")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(model, allow_patterns=PATTERNS))
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{model}: no such folder here, and no such public model on the Hub") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{model}: no such folder here, and the Hub could not be reached ({first})") from error
+    except failures() as error:
+        raise CheckpointError(f"{model}: no such folder here, and the Hub could not be reached ({reason(error)})") from error

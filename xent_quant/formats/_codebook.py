@@ -24,27 +24,11 @@ from xent_quant.formats._chunks import TOO_LARGE, in_chunks
 from xent_quant.formats._codes import Efforts
 from xent_quant.formats._lanes import WIDTH, absolute, half, larger, load, rint, smaller, spread, store, store_bytes, where_less
 from xent_quant.formats._search import HUGE, LARGEST, ONE, TINY, TWO, ZERO, empty, fill
-from xent_quant.formats._vectors import Choice, Flags, Vectors, chosen, inverted
+from xent_quant.formats._vectors import Choice, Flags, Vectors, chosen, closest, costs, inverted
 from xent_quant.formats.base import F32, U8, Effort, QuantFormat
 
 U16 = NDArray[np.uint16]
 HALF, TOP = np.float32(0.5), np.float32(15)
-
-
-@jit
-def closest(x, start, w, inverse, cost, grid):  # type: ignore[no-untyped-def]
-    """Number, Σwg² and 2Σw(x·inverse)g of the best point for the vector at x[start]; `cost` holds Σwg² of every point."""
-    a0 = load(x, start) * inverse * (TWO * w[start])
-    a1 = load(x, start + 1) * inverse * (TWO * w[start + 1])
-    a2 = load(x, start + 2) * inverse * (TWO * w[start + 2])
-    a3 = load(x, start + 3) * inverse * (TWO * w[start + 3])
-    number, energy, least = spread(ZERO), spread(ZERO), spread(HUGE)
-    for p in range(len(grid)):
-        score = cost[p] - a0 * grid[p, 0] - a1 * grid[p, 1] - a2 * grid[p, 2] - a3 * grid[p, 3]
-        number = where_less(score, least, np.float32(p), number)
-        energy = where_less(score, least, cost[p], energy)
-        least = smaller(score, least)
-    return number, energy, energy - least
 
 
 @jit
@@ -79,11 +63,7 @@ def codebook(weights, importance, ladder, rounds, size, unit, grid, numbers, inn
     for block in range(weights.shape[1] // 256):
         w = importance[block * 256 : (block + 1) * 256]
         for vector in range(256 // dim):
-            for p in range(len(grid)):
-                total_cost = ZERO
-                for j in range(dim):
-                    total_cost += w[vector * dim + j] * grid[p, j] * grid[p, j]
-                cost[vector, p] = total_cost
+            costs(w[vector * dim : (vector + 1) * dim], grid, cost[vector])
         for first in range(0, weights.shape[0], WIDTH):
             fill(weights, first, block * 256, 256, x)
             largest = zero
