@@ -253,11 +253,8 @@ def calibrate(
     """
     started = time.perf_counter()
     wanted = CalibrationOptions(**options)
-    checkpoint, file = _open(model), Path(output)
-    if file.is_dir():
-        raise ExportError(f"{file}: is a folder; name the file to write, such as {file / 'imatrix.gguf'}")
-    if file.exists() and any(file.samefile(part) for part in checkpoint.path.glob("*") if part.suffix != ".gguf"):
-        raise ExportError(f"{file}: is a file of the model itself; choose another --output")
+    checkpoint = _open(model)
+    file = _file_to_write(output, checkpoint, such_as="imatrix.gguf")
     from calibration.session import Session
     from xent_quant.walk.collecting import collect
 
@@ -305,13 +302,21 @@ def sensitivity(
         file.parent.mkdir(parents=True, exist_ok=True)
         force = True  # its own, measured anew
     else:
-        file = Path(output)
-        if file.is_dir():
-            raise ExportError(f"{file}: is a folder; name the file to write, such as {file / 'sensitivity.json'}")
+        file = _file_to_write(output, checkpoint, such_as="sensitivity.json")
     settings = {field.name: getattr(wanted, field.name) for field in fields(SensitivityOptions)}
     session = Session(checkpoint, CalibrationOptions(**settings, device="cpu"))
     found = measure(session, file, force=force, progress=progress)
     return SensitivityResult(file, found, session.text.windows.size, time.perf_counter() - started)
+
+
+def _file_to_write(output: str | Path, checkpoint: "Checkpoint", such_as: str) -> Path:
+    """`output`. Raises ExportError where that is a folder or a file of the model itself (a .gguf beside it is none)."""
+    file = Path(output)
+    if file.is_dir():
+        raise ExportError(f"{file}: is a folder; name the file to write, such as {file / such_as}")
+    if file.exists() and any(file.samefile(part) for part in checkpoint.path.glob("*") if part.suffix != ".gguf"):
+        raise ExportError(f"{file}: is a file of the model itself; choose another --output")
+    return file
 
 
 def require_runtimes(formats: Sequence[str], bits: int) -> None:

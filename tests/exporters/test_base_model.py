@@ -97,8 +97,9 @@ def test_the_model_is_not_replaced(tmp_path: Path) -> None:
             with pytest.raises(ExportError, match="is where the model itself lies, whose files would be replaced"):
                 act(folder, type="F32", output=output, force=True)
     for name in ("config.json", "README.md", "model.safetensors"):
-        with pytest.raises(ExportError, match=f"{name}: is a file of the model itself"):
-            xent_quant.calibrate(folder, output=folder / name, force=True)
+        for act in (xent_quant.calibrate, xent_quant.sensitivity):
+            with pytest.raises(ExportError, match=f"{name}: is a file of the model itself"):
+                act(folder, output=folder / name, force=True)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
