@@ -81,7 +81,7 @@ class Expected:
 class PlanSummary:
     """What an export in `format` will write, tensor by tensor, before any weight is read. Bytes are of tensor data.
 
-    `vram_bytes` is what the model takes on a GPU whole with CONTEXT tokens, about; `notes` are for the person; `expected`
+    `vram_bytes` is what the model takes on a GPU whole with `context` tokens, about; `notes` are for the person; `expected`
     is there where the types were planned for a budget.
     """
 
@@ -90,6 +90,7 @@ class PlanSummary:
     vram_bytes: int
     notes: tuple[str, ...]
     expected: Expected | None = None
+    context: int = CONTEXT
 
     @property
     def n_weights(self) -> int:
@@ -116,7 +117,7 @@ class PlanSummary:
             "weights": self.n_weights,
             "bits_per_weight": self.bits_per_weight,
             "vram_bytes": self.vram_bytes,
-            "vram_context": CONTEXT,
+            "vram_context": self.context,
             "notes": list(self.notes),
             "expected": asdict(self.expected) if self.expected else None,
         }

@@ -107,7 +107,7 @@ class GGUFExporter:
     @property
     def summary(self) -> PlanSummary:
         rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in self.plan.tensors)
-        return PlanSummary("gguf", rows, self.plan.vram_bytes(), self.plan.notes, self.plan.expected)
+        return PlanSummary("gguf", rows, self.plan.vram_bytes(), self.plan.notes, self.plan.expected, self.plan.context)
 
     @property
     def targets(self) -> tuple[Target, ...]:

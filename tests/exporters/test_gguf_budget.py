@@ -142,6 +142,13 @@ def test_a_gpu_holds_weights_but_the_embedding_cache_and_buffers() -> None:
         planned(MODEL, sensitivity(MODEL), Goal(name="test", fit=500_000_000))
 
 
+def test_what_is_shown_is_of_the_context_that_was_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    (summary,) = xent_quant.plan(fit="400MiB", context=512, method="rtn")
+    assert summary.to_json()["vram_context"] == 512
+    show.plans([summary])
+    assert "All on a GPU with 512 tokens of context" in capsys.readouterr().out
+
+
 def test_what_llama_cpp_refuses_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--kv q8_0: llama\.cpp takes that for heads of a multiple of 32 dimensions, .* 80"):
         planned(MODEL, sensitivity(MODEL), Goal(name="test", fit=10**10, kv="q8_0"))

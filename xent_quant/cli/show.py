@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from exporters.interface import CONTEXT, Alternative, TypeRow
+from exporters.interface import Alternative, TypeRow
 from xent_quant.cli import show_progress
 from xent_quant.cli.terminal import Terminal
 from xent_quant.formats import get as get_format
@@ -143,7 +143,7 @@ def totals(summary: "PlanSummary") -> None:
     for line in summary.notes:
         out.print(line)
     out.print(
-        f"All on a GPU with {CONTEXT:,} tokens of context: about {human_bytes(summary.vram_bytes)} of VRAM.",
+        f"All on a GPU with {summary.context:,} tokens of context: about {human_bytes(summary.vram_bytes)} of VRAM.",
     )
 
 
