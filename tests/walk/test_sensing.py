@@ -1,6 +1,7 @@
 """Sensitivity: what the walk measures against models that are rounded in one place, and what becomes of the file."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,25 @@ def sensed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sensi
 
     run._rounded = recording  # type: ignore[method-assign]
     return run, dict(run.run().losses), made  # type: ignore[arg-type]
+
+
+def test_what_is_open_and_held_does_not_grow_with_the_places(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    logits = StreamingModel.logits
+
+    def counted(running: StreamingModel, hidden: torch.Tensor) -> torch.Tensor:
+        assert hidden.untyped_storage().nbytes() <= 4 * sensing.LOGIT_ROWS * hidden.shape[-1]
+        alive[:] = [one for one in alive if one() is not None] + [weakref.ref(hidden)]
+        assert len(alive) <= 2
+        return logits(running, hidden)
+
+    monkeypatch.setattr(StreamingModel, "logits", counted)
+    monkeypatch.setattr(sensing, "LOGIT_ROWS", 8)
+    run = Sensing(Checkpoint.open(model), token_ids(2, 0), token_ids(2, 1), (REFERENCE,), tmp_path)
+    run.run()
+    assert len(run.places) > 8 >= len(list(tmp_path.iterdir()))
 
 
 class Replaced:

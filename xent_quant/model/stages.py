@@ -163,9 +163,9 @@ class Pass:
             stages += [_ExpertIn(expert, (gate, up)), _ExpertDown(expert, (down,))]
         return [*stages, _SharedDown(mlp, every[2:])]
 
-    def head(self) -> Stage:
+    def head(self) -> "Head":
         """The last stage, of final, normed states."""
-        return _Head(self, (self.architecture.head,))
+        return Head(self, (self.architecture.head,))
 
     def expert_tokens(self, stream: int) -> list[int]:
         """How many tokens a stream sends to each expert of the layer that is under way."""
@@ -439,8 +439,15 @@ class _SharedDown(_MlpStage):
                 stream.x.write(start, behind)
 
 
-class _Head(Stage):
+class Head(Stage):
+    """The last stage, whose rows may also be had token by token."""
+
     is_head = True
+
+    def rows(self, stream: int, tokens: Tensor) -> Tensor:
+        """[n, hidden], those of `tokens` [n] int64, ascending."""
+        model = self.run.architecture
+        return rms_norm(self.run.streams[stream].x.take(tokens), self.run.weight(model.final_norm.name), model.rms_norm_eps)
 
     def _rows(self, stream: int, start: int, stop: int, norm: Tensor) -> Tensor:
         return rms_norm(self.run.streams[stream].x.read(start, stop), norm, self.run.architecture.rms_norm_eps)

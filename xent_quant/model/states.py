@@ -45,20 +45,20 @@ class InMemory:
 
 class OnDisk:
     """Holds nothing; the file is float32, which every dtype that the model runs in goes into and comes back from unchanged
-    (float64 apart, which is for tests in memory)."""
+    (float64 apart, which is for tests in memory). Rows are those of the file from `first` on."""
 
-    def __init__(self, rows: Rows, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, rows: Rows, dtype: torch.dtype, device: torch.device, first: int = 0) -> None:
         self.file = rows
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._first = dtype, device, first
 
     def read(self, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(self.file.read(start, stop)).to(self._device, self._dtype)
+        return torch.from_numpy(self.file.read(self._first + start, self._first + stop)).to(self._device, self._dtype)
 
     def write(self, start: int, rows: Tensor) -> None:
-        self.file.write(start, rows.float().cpu().numpy())
+        self.file.write(self._first + start, rows.float().cpu().numpy())
 
     def take(self, tokens: Tensor) -> Tensor:
-        return torch.from_numpy(self.file.take(tokens.cpu().numpy())).to(self._device, self._dtype)
+        return torch.from_numpy(self.file.take(self._first + tokens.cpu().numpy())).to(self._device, self._dtype)
 
     def put(self, tokens: Tensor, rows: Tensor) -> None:
-        self.file.put(tokens.cpu().numpy(), rows.float().cpu().numpy())
+        self.file.put(self._first + tokens.cpu().numpy(), rows.float().cpu().numpy())

@@ -88,7 +88,8 @@ class Sensing:
     """`text` [n, length] gives Hessians, `judged` [m, length] is what loss is measured on, both of token ids.
 
     States lie in files of `folder`: 12 bytes for each token of `text` and hidden column, and of `judged` for each place too.
-    Holds what two `Pass`es and `Measuring` hold, a stage's weights for each of its places, and LOGIT_ROWS rows of logits.
+    Holds what two `Pass`es and `Measuring` hold, a stage's weights for each of its places, a layer's routing of `judged` for each
+    place, and LOGIT_ROWS rows of logits.
     """
 
     def __init__(
@@ -104,25 +105,29 @@ class Sensing:
         self._report = progress or Silent()
         self._files = ExitStack()
         dtype = torch.float32
-        self.exact = Pass(checkpoint, text, [self._stream("text", text.numel())], dtype)
-        self.rounded = Pass(checkpoint, judged, [self._stream("judged", judged.numel())], dtype)
+        self.exact = Pass(checkpoint, text, [self._stream(self._states("text", text.numel()), 0)], dtype)
+        # Of all places in the same files: one each would be more than a process may have open. The head has no stream, but the
+        # exact model has.
+        self._judged = self._states("judged", judged.numel() * len(places(checkpoint.architecture)))
+        self.rounded = Pass(checkpoint, judged, [self._stream(self._judged, 0)], dtype, kept_rows=0)
         self.places: list[str] = [""]  # of each stream of `rounded`; the first is exact
         self.errors: dict[str, dict[str, float]] = {}  # by place and type, of the output, on the sampled rows
         self._measuring = Measuring(0, text, hessian=True)
 
-    def _stream(self, name: str, tokens: int) -> Stream:
+    def _states(self, name: str, tokens: int) -> list[Rows]:
+        """Files for the states of so many tokens."""
         model = self.checkpoint.architecture
         widths = dict.fromkeys(STATE_FILES, model.hidden_size)
         if model.attention_size != model.hidden_size:
             widths[ATTENDED] = model.attention_size
-        before, behind, added, *attended = (
-            OnDisk(
-                self._files.enter_context(Rows.create(self.folder / f"{name}.{file}", tokens, width)),
-                torch.float32,
-                torch.device("cpu"),
-            )
+        return [
+            self._files.enter_context(Rows.create(self.folder / f"{name}.{file}", tokens, width))
             for file, width in widths.items()
-        )
+        ]
+
+    def _stream(self, files: Sequence[Rows], first: int) -> Stream:
+        """States in rows of the files, from `first` on."""
+        before, behind, added, *attended = (OnDisk(rows, torch.float32, torch.device("cpu"), first) for rows in files)
         return Stream(before, added, behind, *attended)
 
     def run(self) -> Sensitivity:
@@ -150,7 +155,7 @@ class Sensing:
     def _begin(self, name: str) -> None:
         """A stream that is exact so far and will be rounded at a place."""
         run = self.rounded
-        stream, first = self._stream(str(len(run.streams)), run.n_tokens), run.streams[0]
+        stream, first = self._stream(self._judged, len(run.streams) * run.n_tokens), run.streams[0]
         for start, stop in run.parts():
             stream.x.write(start, first.x.read(start, stop))
         run.streams = [*run.streams, stream]
@@ -219,17 +224,15 @@ class Sensing:
         positions, _ = scored(run.length)
         mask = torch.zeros(run.length, dtype=torch.bool)
         mask[positions] = True
-        hidden = [torch.cat([batch.inputs for batch in head.batches(number)]) for number in range(len(self.places))]
-        hidden = [rows[mask.repeat(run.count)] for rows in hidden]
+        tokens = mask.repeat(run.count).nonzero()[:, 0]
+        sides = [(name, plain, stream) for stream, name in enumerate(self.places) if stream]
         total = dict.fromkeys([*self.places[1:], HEAD], 0.0)
-        for start in range(0, len(hidden[0]), LOGIT_ROWS):
-            part = slice(start, start + LOGIT_ROWS)
-            reference = plain.logits(hidden[0][part]).double().log_softmax(-1)
-            sides = [(name, plain, inputs) for name, inputs in zip(self.places[1:], hidden[1:], strict=True)]
-            for name, source, inputs in (*sides, (HEAD, rounded, hidden[0])):
-                logits = source.logits(inputs[part]).double().log_softmax(-1)
+        for part in torch.split(tokens, LOGIT_ROWS):
+            reference = plain.logits(head.rows(0, part)).double().log_softmax(-1)
+            for name, source, stream in (*sides, (HEAD, rounded, 0)):
+                logits = source.logits(head.rows(stream, part)).double().log_softmax(-1)
                 total[name] += float((reference.exp() * (reference - logits)).sum())
-        return {name: lost / len(hidden[0]) for name, lost in total.items()}
+        return {name: lost / len(tokens) for name, lost in total.items()}
 
 
 class _RoundedHead:
