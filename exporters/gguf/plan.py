@@ -132,8 +132,9 @@ class GGUFPlan:
 
     def vram_bytes(self, context: int | None = None) -> int:
         """What the model takes when it is on a GPU whole, with `context` tokens or its own: weights without the embedding, which
-        stays in RAM, and what `beside_weights` says."""
-        weights = sum(tensor.nbytes for tensor in self.tensors if tensor.role is not Role.EMBEDDING)
+        stays in RAM (where it is the head too, llama.cpp has a second copy on the GPU), and what `beside_weights` says."""
+        own_head = any(tensor.role is Role.HEAD for tensor in self.tensors)
+        weights = sum(tensor.nbytes for tensor in self.tensors if tensor.role is not Role.EMBEDDING or not own_head)
         tokens = self.context if context is None else context
         return weights + beside_weights(self.architecture, self.expert_width, tokens, self.kv)
 

@@ -6,7 +6,7 @@ import pytest
 
 import xent_quant
 from exporters.gguf.budget import Goal, Layout, planned
-from exporters.gguf.plan import GGUFPlan, plan
+from exporters.gguf.plan import GGUFPlan, beside_weights, plan
 from tests.exporters.test_gguf_plan import architecture
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
@@ -15,6 +15,7 @@ from xent_quant.errors import ConfigError, ExportError
 from xent_quant.recipes import recipe
 from xent_quant.sensitivities import TYPES, Sensitivity, places
 from xent_quant.tensors import KEPT_ROLES
+from xent_quant.units import human_bytes
 
 MODEL = architecture(num_hidden_layers=3)
 WEIGHTS = {"attn_v": 30.0, "attn_output": 10.0, "ffn_down_exps": 3.0, "output": 40.0}
@@ -114,6 +115,9 @@ def test_a_tied_embedding_without_a_head_of_its_own_counts_as_both() -> None:
     (both,) = (group for group in groups if group.label == "token_embd output")
     assert both.choices[0].loss == known.losses["token_embd"]["Q8_0"] + known.losses["output"]["Q8_0"]
     assert "output" not in {group.label for group in groups}
+    plan = planned(model, known, Goal(name="test", fit=310_000_000, context=128))
+    assert plan.vram_bytes() == plan.nbytes + beside_weights(model, 512, 128)  # the GPU has a copy of it, as head
+    assert f"weights {human_bytes(plan.nbytes)}" in plan.notes[-1]
 
 
 def test_the_file_has_the_size_that_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
