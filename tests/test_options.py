@@ -59,6 +59,7 @@ IDLE: list[tuple[dict[str, Any], list[str]]] = [
     ({"method": "rtn", "imatrix": "a.gguf"}, ["--imatrix a.gguf: has no effect with --method rtn"]),
     ({"method": "gptq", "imatrix": "a.gguf"}, ["--imatrix a.gguf: has no effect with --method gptq", "--method imatrix"]),
     ({"size": "1G", "bits": 4}, ["--bits 4: has no effect beside --size", "drop one"]),
+    ({"size": "1G", "bits": "Q4_K_M", "formats": ["gguf", "onnx"]}, ["--bits Q4_K_M: has no effect beside --size"]),
     ({"size": "1G", "type": "Q8_0"}, ["--type Q8_0: has no effect beside --size"]),
     ({"max_kl": 0.01, "tensor_types": ["a=Q8_0"]}, ["--tensor-type a=Q8_0: has no effect beside --max-kl"]),
     ({"size": "1G", "max_kl": 0.01}, ["--max-kl 0.01: has no effect beside --size"]),
@@ -99,6 +100,10 @@ def test_options_without_effect_are_refused(capsys: pytest.CaptureFixture[str]) 
     # In one line: not even the note that no model was named is said before.
     told(capsys, ["--format", "onnx", "--type", "Q8_0"], IDLE[0][1])
     told(capsys, ["--asymmetric"], ["--asymmetric: has no effect with --format gguf"])
+
+
+def test_bits_are_of_the_formats_that_no_plan_chooses_for() -> None:
+    assert Options(size="1G", bits=8, formats=["gguf", "onnx"]).n_bits == 8
 
 
 def _made(model: Path, options: dict[str, Any]) -> Any:

@@ -407,11 +407,13 @@ def _bits(options: Options) -> str:
 
 
 def _planned(field: str) -> Need:
-    """An option that chooses types, where a plan does."""
+    """An option that chooses types, where a plan does; a number of bits is for other formats too."""
 
     def need(options: Options) -> str:
         by = "size" if options.size is not None else "fit" if options.fit is not None else "max-kl"
-        return f"beside --{by}, which chooses the types; drop one of them" if options.planned and field != by else ""
+        elsewhere = field == "bits" and isinstance(options.bits, int) and options.formats != ("gguf",)
+        no_effect = options.planned and field != by and not elsewhere
+        return f"beside --{by}, which chooses the types; drop one of them" if no_effect else ""
 
     return need
 
