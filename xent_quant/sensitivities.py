@@ -8,6 +8,7 @@ them alike), of all routed experts or of the MLP that every token uses; the embe
 
 import json
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +16,7 @@ from math import inf
 from pathlib import Path
 
 from xent_quant.checkpoint.architecture import Architecture
-from xent_quant.checkpoint.fingerprint import fingerprint
+from xent_quant.checkpoint.fingerprint import model_hash
 from xent_quant.checkpoint.llama_names import OUTSIDE, llama_name
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ConfigError
@@ -23,6 +24,8 @@ from xent_quant.storage import replace_bytes
 from xent_quant.tensors import Role, TensorSpec
 
 FORMAT = "xent-quant sensitivity 1"
+LARGEST = 1 << 24
+"""Bytes of a file; that of a model of 1,000 layers has 4 million."""
 EMBEDDING, HEAD = OUTSIDE[Role.EMBEDDING], OUTSIDE[Role.HEAD]
 
 TYPES = (
@@ -96,14 +99,14 @@ class Sensitivity:
 
 def save(sensitivity: Sensitivity, checkpoint: Checkpoint, path: Path) -> None:
     """Write the file; it replaces another one whole. Raises OSError."""
-    told = {"format": FORMAT, "checkpoint": fingerprint(checkpoint), "losses": sensitivity.losses}
+    told = {"format": FORMAT, "model": model_hash(checkpoint), "losses": sensitivity.losses}
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(path, json.dumps(told, indent=1).encode())
 
 
 def kept(checkpoint: Checkpoint) -> Path:
-    """Where a checkpoint's own is kept."""
-    return Path.home() / ".cache" / "xent-quant" / "sensitivity" / f"{fingerprint(checkpoint)}.json"
+    """Where a model's own is kept, whichever copy of it was measured."""
+    return Path.home() / ".cache" / "xent-quant" / "sensitivity" / f"{model_hash(checkpoint)}.json"
 
 
 def of(checkpoint: Checkpoint, file: Path | None = None) -> Sensitivity:
@@ -112,11 +115,11 @@ def of(checkpoint: Checkpoint, file: Path | None = None) -> Sensitivity:
     path = file or kept(checkpoint)
     if file is None and not path.is_file():
         return prior(checkpoint.architecture)
-    losses = _read(path)
+    model, losses = _read(path)
+    if model != model_hash(checkpoint):
+        raise ConfigError(f"{path}: was measured on another model; measure this one with xent-quant sensitivity")
     if missing := [name for name in places(checkpoint.architecture) if not set(TYPES) <= set(losses.get(name, ()))]:
-        raise ConfigError(
-            f"{path}: says nothing of {missing[0]}; it is another model's, measure again with xent-quant sensitivity"
-        )
+        raise ConfigError(f"{path}: says nothing of {missing[0]} in every type; measure again with xent-quant sensitivity")
     return Sensitivity(losses, f"measured on this model ({path.name})" if file is None else f"from {path}")
 
 
@@ -126,23 +129,28 @@ def places(model: Architecture) -> list[str]:
     return list(dict.fromkeys([EMBEDDING, *inside, HEAD]))
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
+def _read(path: Path) -> tuple[str, dict[str, dict[str, float]]]:
+    """What the losses were measured on, and they."""
+    facts = path.stat()
     try:
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > LARGEST:
+            raise ValueError
         told = json.loads(path.read_bytes())
         if told["format"] != FORMAT:
             raise ValueError
         losses = {str(name): {str(kind): float(loss) for kind, loss in by.items()} for name, by in told["losses"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        model = str(told["model"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ConfigError(f"{path}: not a file of xent-quant sensitivity, or damaged; measure again") from None
     if not all(0 <= loss < inf for by in losses.values() for loss in by.values()):
         raise ConfigError(f"{path}: holds losses that are negative or no numbers; measure again")
-    return losses
+    return model, losses
 
 
 def prior(model: Architecture) -> Sensitivity:
     """For a model that was never measured: the bundled miniature's losses by what a tensor does, each the sum over its layers,
     spread evenly over the layers there are. A dense model's MLP counts as the miniature's experts and shared experts together."""
-    measured = _read(Path(str(resources.files("xent_quant") / "data" / "sensitivity-prior.json")))
+    _, measured = _read(Path(str(resources.files("xent_quant") / "data" / "sensitivity-prior.json")))
     sums: dict[str, dict[str, float]] = {}
     for name, losses in measured.items():
         names = [part(name)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY, random_weights, write_checkpoint
-from xent_quant.checkpoint.fingerprint import BLOCK_BYTES, BLOCKS, check_same, fingerprint
+from xent_quant.checkpoint.fingerprint import BLOCK_BYTES, BLOCKS, check_same, fingerprint, model_hash
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError
 
@@ -55,6 +55,18 @@ def test_changes_with_weights_config_and_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{}")
     found.add(of(folder))
     assert len(found) == 7
+
+
+def test_a_model_is_known_by_its_weights_and_what_they_compute(folder: Path, tmp_path: Path) -> None:
+    weights = random_weights(CONFIG)
+    longer = {**CONFIG, "rope_theta": 10000.0}
+    ends = {**CONFIG, "eos_token_id": 4}
+    changed = {name: rows + 1 if "v_proj" in name else rows for name, rows in weights.items()}
+    made = [(CONFIG, weights), (ends, weights), (longer, weights), (CONFIG, changed)]
+    folders = [write_checkpoint(tmp_path / str(number), *each) for number, each in enumerate(made)]
+    same, ended, *others = (model_hash(Checkpoint.open(each)) for each in folders)
+    assert same == ended == model_hash(Checkpoint.open(folder))
+    assert len({same, *others}) == 3
 
 
 def test_a_change_is_told(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Sensitivity: what the walk measures against models that are rounded in one place, and what becomes of the file."""
 
 import json
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 import xent_quant
+from tests.conftest import random_weights, write_checkpoint
 from xent_quant import formats, sensitivities
+from xent_quant.checkpoint.fingerprint import model_hash
+from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CalibrationError, ConfigError, ExportError
 from xent_quant.formats.base import F32
@@ -60,7 +64,7 @@ def test_what_is_open_and_held_does_not_grow_with_the_places(
 
     monkeypatch.setattr(StreamingModel, "logits", counted)
     monkeypatch.setattr(sensing, "LOGIT_ROWS", 8)
-    run = Sensing(Checkpoint.open(model), token_ids(2, 0), token_ids(2, 1), (REFERENCE,), tmp_path)
+    run = Sensing(Checkpoint.open(model), token_ids(2, 0), token_ids(2, 1), ("Q8_0",), tmp_path)
     run.run()
     assert len(run.places) > 8 >= len(list(tmp_path.iterdir()))
 
@@ -143,6 +147,27 @@ def test_the_file_is_what_plans_stand_on(
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 
 
+def told(losses: dict[str, Any], model: str = "another") -> bytes:
+    return json.dumps({"format": sensitivities.FORMAT, "model": model, "losses": losses}).encode()
+
+
+def test_the_file_is_of_the_model_and_not_of_the_copy(model: Path, tmp_path: Path) -> None:
+    copy = Checkpoint.open(Path(shutil.copytree(model, tmp_path / "copy")))
+    known = sensitivities.prior(copy.architecture)
+    sensitivities.save(known, Checkpoint.open(model), tmp_path / "sensitivity.json")
+    assert sensitivities.of(copy, tmp_path / "sensitivity.json").losses == known.losses
+    assert sensitivities.kept(copy) == sensitivities.kept(Checkpoint.open(model))
+    config = json.loads((model / "config.json").read_text())
+    other = Checkpoint.open(write_checkpoint(tmp_path / "other", config, random_weights(config, seed=1)))
+    with pytest.raises(ConfigError, match="was measured on another model; measure this one with xent-quant sensitivity"):
+        sensitivities.of(other, tmp_path / "sensitivity.json")
+
+
+def test_the_prior_is_the_miniatures_own() -> None:
+    file = Path(xent_quant.__file__).parent / "data" / "sensitivity-prior.json"
+    assert sensitivities.of(Checkpoint.open(miniature()), file).losses["output"]
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -150,20 +175,31 @@ def test_the_file_is_what_plans_stand_on(
         (b"\xff\xfe", "not a file of xent-quant sensitivity"),
         (b"[1]", "not a file of xent-quant sensitivity"),
         (b'{"format": "another"}', "not a file of xent-quant sensitivity"),
-        (json.dumps({"format": sensitivities.FORMAT, "losses": {"output": {"Q8_0": "x"}}}).encode(), "damaged"),
-        (json.dumps({"format": sensitivities.FORMAT, "losses": {"output": {"Q8_0": -1}}}).encode(), "negative"),
-        (b'{"format": "xent-quant sensitivity 1", "losses": {"output": {"Q8_0": NaN}}}', "no numbers"),
-        (json.dumps({"format": sensitivities.FORMAT, "losses": {}}).encode(), "says nothing of token_embd; it is another"),
+        (told({"output": {"Q8_0": "x"}}), "damaged"),
+        (told({"output": {"Q8_0": 10**400}}), "damaged"),
+        (told({"output": {"Q8_0": -1}}), "negative"),
+        (told({"output": {"Q8_0": float("nan")}}), "no numbers"),
+        (told({}), "was measured on another model"),
+        (told({}, model="model"), "says nothing of token_embd"),
     ],
 )
 def test_other_files_are_refused(content: bytes, why: str, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "sensitivity.json"
-    file.write_bytes(content)
+    file.write_bytes(content.replace(b'"model": "model"', f'"model": "{model_hash(Checkpoint.open(model))}"'.encode()))
     with pytest.raises(ConfigError, match=why) as refused:
         xent_quant.plan(model, size="1M", sensitivity=file)
     assert str(file) in str(refused.value)
     with pytest.raises(OSError, match=r"missing\.json"):
         xent_quant.plan(model, size="1M", sensitivity=tmp_path / "missing.json")
+
+
+def test_a_file_that_is_too_large_is_not_read(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sensitivity.json"
+    sensitivities.save(sensitivities.prior(Checkpoint.open(model).architecture), Checkpoint.open(model), file)
+    with file.open("ab") as stream:
+        stream.write(b" " * sensitivities.LARGEST)
+    with pytest.raises(ConfigError, match="not a file of xent-quant sensitivity"):
+        sensitivities.of(Checkpoint.open(model), file)
 
 
 def test_the_prior_spreads_a_projections_loss_over_the_layers(model: Path) -> None:

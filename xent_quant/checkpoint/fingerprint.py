@@ -1,11 +1,14 @@
-"""Whether a checkpoint is still the same."""
+"""Whether a checkpoint is still the same, and whether two are of one model."""
 
 import hashlib
+import json
 
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError
 
 BLOCKS, BLOCK_BYTES = 64, 4096
+ROWS = 64
+"""Weights of which a row tells models apart."""
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -22,6 +25,19 @@ def fingerprint(checkpoint: Checkpoint) -> str:
             for part in range(BLOCKS):
                 stream.seek(facts.st_size * part // BLOCKS)
                 digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def model_hash(checkpoint: Checkpoint) -> str:
+    """A hash that copies of a model share, wherever and in however many files they lie, and other models of its shape do not:
+    what config.json says of the function, and a row of ROWS weights. Raises as `Checkpoint.read`."""
+    model = checkpoint.architecture
+    config = {key: value for key, value in model.to_config().items() if not key.endswith("_token_id")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    weights = [spec for spec in model.each_tensor() if spec.measured]
+    for spec in weights[:: -(-len(weights) // ROWS)]:
+        middle = spec.shape[0] // 2
+        digest.update(checkpoint.read(spec.name, middle, middle + 1).astype("<f4").tobytes())
     return digest.hexdigest()
 
 

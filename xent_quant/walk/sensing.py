@@ -85,7 +85,7 @@ def _disk(model: Architecture, text: int, judged: int) -> int:
 
 
 class Sensing:
-    """`text` [n, length] gives Hessians, `judged` [m, length] is what loss is measured on, both of token ids.
+    """`text` [n, length] gives Hessians, `judged` [m, length] is what loss is measured on, both of token ids; of `types` and REFERENCE.
 
     States lie in files of `folder`: 12 bytes for each token of `text` and hidden column, and of `judged` for each place too.
     Holds what two `Pass`es and `Measuring` hold, a stage's weights for each of its places, a layer's routing of `judged` for each
@@ -101,7 +101,7 @@ class Sensing:
         folder: Path,
         progress: Progress | None = None,
     ) -> None:
-        self.checkpoint, self.types, self.folder = checkpoint, tuple(types), folder
+        self.checkpoint, self.types, self.folder = checkpoint, tuple(dict.fromkeys([*types, REFERENCE])), folder
         self._report = progress or Silent()
         self._files = ExitStack()
         dtype = torch.float32
