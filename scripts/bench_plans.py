@@ -73,7 +73,7 @@ def main() -> None:
     for name in options.budgets:
         budget = plans[name].nbytes
         goal = Goal(name=name, size=budget)
-        made = planned(model, known, goal, gptq=METHODS[options.method]("normal").needs_hessian, compare=False)
+        made = planned(model, known, goal, method=options.method, compare=False)
         assert made.expected is not None
         ours = measured(made)
         best = min((each for each in options.mixes if plans[each].nbytes <= budget), key=lambda each: mixes[each].mean())

@@ -103,7 +103,7 @@ def main() -> None:
         sensitivities.save(found, checkpoint, options.write)
 
     width = -(-model.intermediate_size // 256) * 256
-    known = Layout(model, width, found, gptq=False)
+    known = Layout(model, width, found, method="imatrix")
     random = np.random.default_rng(0)
     plans: dict[str, dict[tuple[str, ...], str]] = {}
     for number in range(options.plans):

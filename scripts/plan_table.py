@@ -69,7 +69,7 @@ def main() -> None:
         for size in options.fit:
             fit = int(size * 2**30)
             goals.append(Goal(name=f"--fit {size:g}GiB --kv {kv}", fit=fit, context=options.context, kv=kv))
-        named = list(named_mixes(layouts(model, sensitivities.prior(model), gptq=True, pad="auto")[0], HEADER))
+        named = list(named_mixes(layouts(model, sensitivities.prior(model), method="gptq", pad="auto")[0], HEADER))
         for goal in goals:
             print(f"| {name} | `{goal.name}` | " + " | ".join(row(model, goal, named)) + " |", flush=True)
 

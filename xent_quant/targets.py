@@ -19,29 +19,22 @@ if TYPE_CHECKING:
 
 
 class Methods:
-    """The method that the options name; a new one for each export, since it keeps what its weights share. `use_statistics` tells
-    whether there is anything to measure for."""
+    """The method that the options name, by `name`; a new one for each export, since it keeps what its weights share.
+    `use_statistics` tells whether there is anything to measure for."""
 
     def __init__(self, options: Options) -> None:
         from xent_quant.methods import AUTO, WITH_FILE
 
         self._effort = options.effort
         automatic = AUTO if options.imatrix is None else WITH_FILE
-        self._name: str = automatic if options.method == "auto" else options.method
-        self.use_statistics = self._name != "rtn" and bool(options.quantised)
-        self._made: list[Method] = []
+        self.name: str = automatic if options.method == "auto" else options.method
+        self.use_statistics = self.name != "rtn" and bool(options.quantised)
 
     def new(self) -> "Method":
         """The method for one more export."""
         from xent_quant.methods import METHODS
 
-        self._made.append(METHODS[self._name](self._effort))
-        return self._made[-1]
-
-    @property
-    def need_hessian(self) -> bool:
-        """Whether any of those in use does."""
-        return any(method.needs_hessian for method in self._made)
+        return METHODS[self.name](self._effort)
 
 
 def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -> "list[Exporter]":
@@ -100,8 +93,7 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
             context=options.context or min(CONTEXT, model.max_position_embeddings),
             kv=options.kv,
         )
-        gptq = methods.new().needs_hessian
-        yield exporter(lambda header: budget.planned(model, known, goal, header=header, gptq=gptq, pad=options.pad))
+        yield exporter(lambda header: budget.planned(model, known, goal, header=header, method=methods.name, pad=options.pad))
         return
     done: set[str] = set()
     for kind in options.mixes or (None,):

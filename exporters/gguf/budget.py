@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import gguf
-
 from exporters.gguf.plan import KV_ITEM, SUPER_BLOCK, GGUFPlan, PlannedTensor, beside_weights, check_rope, layout, plan
 from exporters.interface import CONTEXT, Alternative, Expected
 from xent_quant import formats
@@ -24,7 +22,6 @@ from xent_quant.sensitivities import EMBEDDING, HEAD, TYPES, Sensitivity, place
 from xent_quant.tensors import KEPT_ROLES, Role
 from xent_quant.units import human_bytes
 
-ALIGNMENT = int(gguf.GGUF_DEFAULT_ALIGNMENT)
 NEIGHBOURS = {"an eighth smaller": 7 / 8, "an eighth larger": 9 / 8}
 """Budgets that are planned for comparison, as shares of the plan's."""
 NAMED = ("Q8_0", "Q6_K", "XENT5", "Q5_K_M", "XENT4", "Q4_K_M", "IQ4_XS", "XENT3", "Q3_K_M", "XENT2", "Q2_K")
@@ -67,19 +64,14 @@ def places(tensor: PlannedTensor, model: Architecture) -> tuple[str, ...]:
     return (place(tensor.sources[0], tensor.role),)
 
 
-def aligned(nbytes: int) -> int:
-    """Bytes of a tensor's data and what follows it until the next one's."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a file with experts of `width`, in groups that have one type: what is planned."""
+    """The tensors of a file with experts of `width`, in groups that have one type, for a method of `METHODS`: what is planned."""
 
     model: Architecture
     width: int
     sensitivity: Sensitivity
-    gptq: bool
+    method: str
 
     @cached_property
     def tensors(self) -> tuple[PlannedTensor, ...]:
@@ -96,7 +88,7 @@ class Layout:
 
     def fixed(self, goal: Goal, header: int) -> int:
         """Bytes that count and that no type changes: of the file with `header` bytes that are no tensor's, or on the GPU."""
-        kept = sum(aligned(tensor.nbytes) for tensor in self.tensors if tensor.role in KEPT_ROLES)
+        kept = sum(tensor.aligned_bytes for tensor in self.tensors if tensor.role in KEPT_ROLES)
         return kept + (header if goal.fit is None else beside_weights(self.model, self.width, goal.context, goal.kv))
 
     def groups(self, goal: Goal) -> list[Group]:
@@ -107,12 +99,12 @@ class Layout:
         counts = goal.fit is None or where != (EMBEDDING,)
         for kind in TYPES:
             if all(tensor.columns % formats.get(kind).block_size == 0 for tensor in tensors):
-                nbytes = sum(aligned(replace(tensor, type=kind).nbytes) for tensor in tensors)
+                nbytes = sum(replace(tensor, type=kind).aligned_bytes for tensor in tensors)
                 yield Choice(kind, nbytes if counts else 0, self.loss(where, kind))
 
     def loss(self, where: Sequence[str], kind: str) -> float:
-        """Expected KL divergence of a type at places."""
-        return sum(self.sensitivity.loss(each, kind, gptq=self.gptq) for each in where)
+        """Expected KL divergence of a type at places; by a method without statistics that of a search with them."""
+        return sum(self.sensitivity.loss(each, kind, gptq=self.method == "gptq") for each in where)
 
     def plan(self, chosen: Chosen, goal: Goal) -> GGUFPlan:
         """As any other recipe's."""
@@ -123,12 +115,12 @@ class Layout:
         return GGUFPlan(llama, self.model, chosen_recipe, self.width, tensors, (), context=goal.context, kv=goal.kv)
 
 
-def layouts(model: Architecture, sensitivity: Sensitivity, *, gptq: bool, pad: str) -> list[Layout]:
+def layouts(model: Architecture, sensitivity: Sensitivity, *, method: str, pad: str) -> list[Layout]:
     """With experts of the model's width and, unless `pad` is "never", of padded ones."""
     width = model.intermediate_size
     padded = -(-width // SUPER_BLOCK) * SUPER_BLOCK
     widths = dict.fromkeys([width, padded] if pad == "auto" else [width])
-    return [Layout(model, each, sensitivity, gptq) for each in widths]
+    return [Layout(model, each, sensitivity, method) for each in widths]
 
 
 def planned(
@@ -137,7 +129,7 @@ def planned(
     goal: Goal,
     *,
     header: int = 0,
-    gptq: bool = True,
+    method: str = "gptq",
     pad: str = "auto",
     compare: bool = True,
 ) -> GGUFPlan:
@@ -149,7 +141,7 @@ def planned(
     """
     check_rope(model)
     goal.check(model)
-    candidates = layouts(model, sensitivity, gptq=gptq, pad=pad)
+    candidates = layouts(model, sensitivity, method=method, pad=pad)
     best, chosen = _smallest(candidates, goal, header) if goal.limit is None else _best(candidates, goal, header)
     made = best.plan(chosen, goal)
     nbytes = _file_bytes(made, header)
@@ -161,6 +153,8 @@ def planned(
     notes = [
         f"Planned for {goal.name}: expected KL divergence {chosen.loss:.2g} nats per token; sensitivity: {sensitivity.source}."
     ]
+    if method == "rtn":
+        notes.append("That is expected of --method imatrix; what --method rtn loses was not measured.")
     if best.width != model.intermediate_size:
         notes.append(f"Expert width {model.intermediate_size} padded with zeros to {best.width}: the same function.")
     if goal.fit is not None:
@@ -174,7 +168,7 @@ def planned(
 
 
 def _file_bytes(plan: GGUFPlan, header: int) -> int:
-    return header + sum(aligned(tensor.nbytes) for tensor in plan.tensors)
+    return header + sum(tensor.aligned_bytes for tensor in plan.tensors)
 
 
 def _best(candidates: Sequence[Layout], goal: Goal, header: int, share: float = 1.0) -> tuple[Layout, Chosen]:
@@ -234,7 +228,7 @@ def _neighbours(candidates: Sequence[Layout], goal: Goal, header: int, nbytes: i
 def named_mixes(of: Layout, header: int, pad: str = "auto") -> Iterator[Alternative]:
     """The mixes by name whose types are all among those that are planned with, by the sensitivity and the method of a layout."""
     for mix in NAMED:
-        named = plan(of.model, recipe(type=mix, imatrix=True), pad=pad)
+        named = plan(of.model, recipe(type=mix, imatrix=of.method != "rtn"), pad=pad)
         types = {places(tensor, of.model): tensor.type for tensor in named.tensors if tensor.role not in KEPT_ROLES}
         if all(kind in TYPES for kind in types.values()):
             yield Alternative(mix, _file_bytes(named, header), sum(of.loss(where, kind) for where, kind in types.items()))

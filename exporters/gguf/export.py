@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from exporters.base_model import BaseModel
 from exporters.gguf import card, metadata, tokenizer, tokenizer_check
-from exporters.gguf.plan import GGUFPlan, GGUFSlot, PlannedTensor
+from exporters.gguf.plan import ALIGNMENT, GGUFPlan, GGUFSlot, PlannedTensor
 from exporters.gguf.plan import plan as plan_tensors
 from exporters.interface import Exported, PlanSummary, TensorRow
 from xent_quant import formats
@@ -26,7 +26,6 @@ from xent_quant.plain import file_name
 from xent_quant.recipes import recipe
 from xent_quant.storage import Move, PositionalFile, Shared, Target, replace_bytes
 
-ALIGNMENT = int(gguf.GGUF_DEFAULT_ALIGNMENT)
 MAX_SHARDS = 65535  # split.count is a u16
 SPLIT_BYTES = 1024
 """Bound on what a shard's header has besides its tensors' entries."""
@@ -42,7 +41,7 @@ def shards(tensors: Sequence[PlannedTensor], split_size: int | None, header_byte
     result: list[list[PlannedTensor]] = [[]]
     size = header_bytes
     for tensor in tensors:
-        nbytes = _aligned(tensor.nbytes) + _info_bytes(tensor)
+        nbytes = tensor.aligned_bytes + _info_bytes(tensor)
         if split_size and result[-1] and size + nbytes > split_size:
             result.append([])
             size = SPLIT_BYTES
@@ -95,11 +94,10 @@ class GGUFExporter:
     def _overhead(self, split_size: int | None) -> int:
         """Bytes of the files besides tensor data, at most and nearly: a header of these tensors is made, whose length does not
         depend on their types."""
-        self.plan = any_types = plan_tensors(self.checkpoint.architecture, recipe(type="F32"), pad="never")
-        self.parts = [list(any_types.tensors)]
+        any_types = plan_tensors(self.checkpoint.architecture, recipe(type="F32"), pad="never")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "header"
-            self._write_header(path, self.parts[0], 0, {})
+            self._write_header(path, any_types, [any_types.tensors], 0, {})
             header = path.stat().st_size
         shards = -(-any_types.nbytes // split_size) if split_size else 1
         return header + PROVENANCE_BYTES + (shards - 1) * (SPLIT_BYTES + ALIGNMENT)
@@ -147,10 +145,10 @@ class GGUFExporter:
         for index, (target, part) in enumerate(zip(self.files, self.parts, strict=True)):
             path = folder / target.name
             if fresh:
-                self._write_header(path, part, index, provenance)
+                self._write_header(path, self.plan, self.parts, index, provenance)
             files.append(PositionalFile.open(path))
             end = files[-1].size
-            sizes = [_aligned(tensor.nbytes) for tensor in part]
+            sizes = [tensor.aligned_bytes for tensor in part]
             offset = end if fresh else end - sum(sizes)  # the header ends aligned
             for tensor, size in zip(part, sizes, strict=True):
                 offsets[tensor.name] = files[-1], offset
@@ -160,22 +158,27 @@ class GGUFExporter:
         return GGUFWriter(self, folder, files, offsets, provenance)
 
     def _write_header(
-        self, path: Path, tensors: Sequence[PlannedTensor], index: int, provenance: Mapping[str, str | int]
+        self,
+        path: Path,
+        plan: GGUFPlan,
+        parts: Sequence[Sequence[PlannedTensor]],
+        index: int,
+        provenance: Mapping[str, str | int],
     ) -> None:
-        """Everything up to the tensor data, through gguf-py."""
-        writer = gguf.GGUFWriter(path, self.plan.arch)
+        """Everything of one of a plan's parts up to the tensor data, through gguf-py."""
+        writer = gguf.GGUFWriter(path, plan.arch)
         if index == 0:
-            metadata.write(writer, self.plan, self.name, self.base)
+            metadata.write(writer, plan, self.name, self.base)
             tokenizer.write(writer, self.tokenizer, self.checkpoint.architecture)
             for key, value in provenance.items():
                 writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
         else:
             writer.kv_data[0].clear()  # general.architecture: all metadata is in the first shard
-        if len(self.parts) > 1:
+        if len(parts) > 1:
             writer.add_uint16("split.no", index)
-            writer.add_uint16("split.count", len(self.parts))
-            writer.add_int32("split.tensors.count", len(self.plan.tensors))
-        for tensor in tensors:
+            writer.add_uint16("split.count", len(parts))
+            writer.add_int32("split.tensors.count", len(plan.tensors))
+        for tensor in parts[index]:
             kind = formats.get(tensor.type)
             # Said to be bytes whatever the type: gguf-py then derives the shape from `raw_dtype`, BF16's too.
             shape = (*tensor.shape[:-1], kind.row_bytes(tensor.columns))
@@ -259,10 +262,6 @@ def _cut(text: str) -> str:
     """A text of at most a third of PROVENANCE_BYTES."""
     raw = text.encode()
     return text if len(raw) <= PROVENANCE_BYTES // 3 else f"{raw[: PROVENANCE_BYTES // 3 - 4].decode('utf-8', 'ignore')} …"
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _info_bytes(tensor: PlannedTensor) -> int:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import gguf
+
 from exporters.interface import CONTEXT, Expected, Slot, kv_cache_bytes
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
@@ -15,6 +17,9 @@ from xent_quant.tensors import KEPT_ROLES, Role, TensorSpec
 
 SUPER_BLOCK = 256
 """Weights in a block of the K types; the expert width is padded to a multiple of it."""
+
+ALIGNMENT = int(gguf.GGUF_DEFAULT_ALIGNMENT)
+"""Bytes that a tensor's data begins at a multiple of."""
 
 BATCH = 512
 """Tokens that llama.cpp computes at once by default (n_ubatch)."""
@@ -77,6 +82,11 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         return self.n_weights // self.columns * formats.get(self.type).row_bytes(self.columns)
+
+    @property
+    def aligned_bytes(self) -> int:
+        """With what follows it until the next one's."""
+        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,19 @@ from pathlib import Path
 import pytest
 
 import xent_quant
-from exporters.gguf.budget import Goal, Layout, planned
+from exporters.gguf.budget import Goal, Layout, layouts, named_mixes, planned
 from exporters.gguf.plan import GGUFPlan, beside_weights, plan
 from tests.exporters.test_gguf_plan import architecture
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.hub import miniature
+from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.cli import show
 from xent_quant.errors import ConfigError, ExportError
+from xent_quant.options import Options
 from xent_quant.recipes import recipe
 from xent_quant.sensitivities import TYPES, Sensitivity, places
+from xent_quant.targets import Methods, exporters_of
 from xent_quant.tensors import KEPT_ROLES
 from xent_quant.units import human_bytes
 
@@ -111,7 +115,7 @@ def test_a_tied_embedding_without_a_head_of_its_own_counts_as_both() -> None:
     config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     model = Architecture.from_config({**config, "num_attention_heads": 4, "tie_word_embeddings": True})
     known = sensitivity(model)
-    groups = Layout(model, 512, known, gptq=False).groups(Goal(name="test", size=1))
+    groups = Layout(model, 512, known, method="imatrix").groups(Goal(name="test", size=1))
     (both,) = (group for group in groups if group.label == "token_embd output")
     assert both.choices[0].loss == known.losses["token_embd"]["Q8_0"] + known.losses["output"]["Q8_0"]
     assert "output" not in {group.label for group in groups}
@@ -133,6 +137,35 @@ def test_the_file_has_the_size_that_was_asked_for(tmp_path: Path, capsys: pytest
     show.plans(done.plans)
     shown = capsys.readouterr().out
     assert all(words in shown for words in ("gate,", "up_exps", "token_embd", "this plan", "an eighth smaller", "XENT2"))
+
+
+@pytest.mark.parametrize("split", [None, "1M", "100K"])
+def test_what_is_written_keeps_to_the_budget_whatever_is_said_of_the_text(split: str | None, tmp_path: Path) -> None:
+    budget = 7 * 2**20
+    options = Options(size=budget, split_size=split, output=tmp_path)
+    (exporter,) = exporters_of(Checkpoint.open(miniature()), options, Methods(options))
+    names = {f"quantize.imatrix.{key}": "夜" * 20000 for key in ("file", "dataset")}
+    exporter.open(tmp_path, {**names, "quantize.imatrix.entries_count": 60}, fresh=True).close()
+    files = list(tmp_path.glob("*.gguf"))
+    assert len(files) == (len(exporter.targets) - 1) > (1 if split else 0)
+    expected = exporter.summary.expected
+    assert expected is not None
+    assert sum(file.stat().st_size for file in files) <= expected.nbytes <= budget
+
+
+def test_what_is_expected_of_rounding_is_said_to_be_unmeasured() -> None:
+    (rounded,) = xent_quant.plan(size="7MiB", method="rtn")
+    (searched,) = xent_quant.plan(size="7MiB", method="imatrix")
+    assert any("what --method rtn loses was not measured" in note for note in rounded.notes)
+    assert not any("not measured" in note for note in searched.notes)
+    model = architecture(num_hidden_layers=8)
+    of = sensitivity(model)
+    named = {}
+    for method in ("rtn", "gptq"):  # there are statistics, or there are none
+        (known,) = layouts(model, of, method=method, pad="never")
+        named[method] = {row.name: row.nbytes for row in named_mixes(known, 0)}["IQ4_XS"]
+        assert named[method] == file_bytes(plan(model, recipe(type="IQ4_XS", imatrix=method != "rtn")), 0)
+    assert named["rtn"] != named["gptq"]
 
 
 def test_a_gpu_holds_weights_but_the_embedding_cache_and_buffers() -> None:

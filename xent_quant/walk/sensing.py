@@ -85,7 +85,8 @@ def _disk(model: Architecture, text: int, judged: int) -> int:
 
 
 class Sensing:
-    """`text` [n, length] gives Hessians, `judged` [m, length] is what loss is measured on, both of token ids; of `types` and REFERENCE.
+    """`text` [n, length] gives Hessians, `judged` [m, length] is what loss is measured on, both of token ids; by `types` and
+    REFERENCE.
 
     States lie in files of `folder`: 12 bytes for each token of `text` and hidden column, and of `judged` for each place too.
     Holds what two `Pass`es and `Measuring` hold, a stage's weights for each of its places, a layer's routing of `judged` for each
@@ -136,10 +137,12 @@ class Sensing:
         with self._files:
             self._report.start("Measuring sensitivity", model.num_layers, "layers")
             self._embedding()
+            every = places(model)
             for layer in range(model.num_layers):
                 self._report.phase(f"layer {layer + 1} of {model.num_layers}")
-                for name in dict.fromkeys(place(spec) for spec in model.layer(layer).tensors() if spec.measured):
-                    self._begin(name)
+                for name in every:
+                    if name.startswith(f"blk.{layer}."):
+                        self._begin(name)
                 for measured, run in zip(self.exact.layer(layer), self.rounded.layer(layer), strict=True):
                     self._stage(measured, run)
                 self._report.advance(1)
