@@ -81,9 +81,10 @@ class Windows:
 
 
 class Session:
-    """A checkpoint with its calibration text. Raises CalibrationError and ConfigError, before any weight is read."""
+    """A checkpoint with its calibration text, and `spare` text for rare experts. Raises CalibrationError and ConfigError, before
+    any weight is read."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: CalibrationOptions) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: CalibrationOptions, *, spare: bool = True) -> None:
         longest = checkpoint.architecture.max_position_embeddings
         if settings.seqlen > longest:
             raise ConfigError(f"--seqlen {settings.seqlen}: the model's context is {longest}")
@@ -98,7 +99,7 @@ class Session:
             seed=settings.seed,
             bos=checkpoint.architecture.bos_token_id,
             text_field=settings.text_field,
-            spare=SPARE * settings.n_tokens if checkpoint.architecture.num_experts else 0,
+            spare=SPARE * settings.n_tokens if spare and checkpoint.architecture.num_experts else 0,
             chat=ChatTemplate(checkpoint.path),
         )
         self.methods_on = choose(settings.device)

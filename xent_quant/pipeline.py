@@ -89,12 +89,14 @@ class SensitivityResult:
     sensitivity: "Sensitivity"
     tokens: int
     seconds: float
+    notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "file": str(self.file),
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "notes": list(self.notes),
             "losses": {place: dict(losses) for place, losses in self.sensitivity.losses.items()},
         }
 
@@ -304,9 +306,12 @@ def sensitivity(
     else:
         file = _file_to_write(output, checkpoint, such_as="sensitivity.json")
     settings = {field.name: getattr(wanted, field.name) for field in fields(SensitivityOptions)}
-    session = Session(checkpoint, CalibrationOptions(**settings, device="cpu"))
+    session = Session(checkpoint, CalibrationOptions(**settings, device="cpu"), spare=False)
+    for note in session.notes:
+        (progress or Silent()).note(note)
     found = measure(session, file, force=force, progress=progress)
-    return SensitivityResult(file, found, session.text.windows.size, time.perf_counter() - started)
+    notes = (*checkpoint.notes, *session.notes)
+    return SensitivityResult(file, found, session.text.windows.size, time.perf_counter() - started, notes)
 
 
 def _file_to_write(output: str | Path, checkpoint: "Checkpoint", such_as: str) -> Path:

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import xent_quant
+from calibration.session import Session
 from tests.conftest import random_weights, write_checkpoint
 from xent_quant import formats, sensitivities
 from xent_quant.checkpoint.fingerprint import model_hash
 from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.cli.main import main
 from xent_quant.errors import CalibrationError, ConfigError, ExportError
 from xent_quant.formats.base import F32
 from xent_quant.model.stages import Stage
@@ -145,6 +147,42 @@ def test_the_file_is_what_plans_stand_on(
     with pytest.raises(CalibrationError, match="windows of 20 tokens are too few, there must be 8"):
         xent_quant.sensitivity(model, output=tmp_path / "other.json", **text)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_the_command_measures_and_says_what_it_knows_of_the_text(
+    model: Path,
+    text: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sensing, "TYPES", ("Q4_K",))
+    measure, spare = sensing.measure, []
+
+    def measured(session: Session, *rest: Any, **named: Any) -> sensitivities.Sensitivity:
+        spare.append(session.text.spare.size)
+        return measure(session, *rest, **named)
+
+    monkeypatch.setattr(sensing, "measure", measured)
+    file = tmp_path / "sensitivity.json"
+    command = ["sensitivity", str(model), "--calib", *text["calib"], "--tokens", "240", "--seqlen", "20", "--output", str(file)]
+    note = "240 tokens are about 80 for each of 6 experts"
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--json"])
+    out, errors = capsys.readouterr()
+    made = json.loads(out)
+    assert made["losses"] == json.loads(file.read_bytes())["losses"]
+    assert [Path(made["file"]), made["tokens"]] == [file, 240]
+    assert note in made["notes"][0]
+    assert note in errors
+    with pytest.raises(SystemExit, match="1"):
+        main(command)
+    assert "--force" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--force"])
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("expected KL at Q4_K", "token_embd", note, str(file)))
+    assert not any(spare)  # nothing is chosen by how rare experts are
 
 
 def told(losses: dict[str, Any], model: str = "another") -> bytes:

@@ -124,6 +124,8 @@ def sensed(done: "SensitivityResult") -> None:
         table.add_row(place, f"{losses[place]:.2g}")
     out.print(table)
     out.print(f"{done.tokens:,} tokens in {done.seconds:.1f} s")
+    for line in done.notes:
+        out.print(line)
     out.print(f"  {done.file}", soft_wrap=True)
 
 
