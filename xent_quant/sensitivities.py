@@ -81,6 +81,7 @@ miniature (docs/calibration.md, `scripts/bench_quality.py`). Types that the tabl
 `scripts/check_sensitivity.py --types … --methods imatrix gptq` measures each by itself."""
 
 PRIOR = "the bundled miniature"
+PRIOR_FILE = Path(str(resources.files("xent_quant") / "data" / "sensitivity-prior.json"))
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _read(path: Path) -> tuple[str, dict[str, dict[str, float]]]:
 def prior(model: Architecture) -> Sensitivity:
     """For a model that was never measured: the bundled miniature's losses by what a tensor does, each the sum over its layers,
     spread evenly over the layers there are. A dense model's MLP counts as the miniature's experts and shared experts together."""
-    _, measured = _read(Path(str(resources.files("xent_quant") / "data" / "sensitivity-prior.json")))
+    _, measured = _read(PRIOR_FILE)
     sums: dict[str, dict[str, float]] = {}
     for name, losses in measured.items():
         names = [part(name)]

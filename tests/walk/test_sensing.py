@@ -202,8 +202,7 @@ def test_the_file_is_of_the_model_and_not_of_the_copy(model: Path, tmp_path: Pat
 
 
 def test_the_prior_is_the_miniatures_own() -> None:
-    file = Path(xent_quant.__file__).parent / "data" / "sensitivity-prior.json"
-    assert sensitivities.of(Checkpoint.open(miniature()), file).losses["output"]
+    assert sensitivities.of(Checkpoint.open(miniature()), sensitivities.PRIOR_FILE).losses["output"]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +241,7 @@ def test_a_file_that_is_too_large_is_not_read(model: Path, tmp_path: Path) -> No
 
 def test_the_prior_spreads_a_projections_loss_over_the_layers(model: Path) -> None:
     shape = Checkpoint.open(model).architecture
-    told = json.loads((Path(xent_quant.__file__).parent / "data" / "sensitivity-prior.json").read_text())["losses"]
+    told = json.loads(sensitivities.PRIOR_FILE.read_text())["losses"]
     found = sensitivities.prior(shape).losses
     whole = sum(told[f"blk.{layer}.attn_v"]["Q4_K"] for layer in range(2))
     assert found["blk.1.attn_v"]["Q4_K"] == pytest.approx(whole / shape.num_layers)
