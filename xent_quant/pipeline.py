@@ -286,8 +286,8 @@ def sensitivity(
     progress: Progress | None = None,
     **options: Any,
 ) -> SensitivityResult:
-    """Measure what a checkpoint loses by each quant type in each of its places, for plans (`size`, `max_kl` of `quantize`), and
-    keep it in the file `output`; by default where they look for it, under ~/.cache/xent-quant.
+    """Measure what a checkpoint loses by each quant type in each of its places, for plans (`size`, `max_kl`, `fit` of
+    `quantize`), and keep it in the file `output`; by default where they look for it, under ~/.cache/xent-quant.
 
     `options` are the fields of `xent_quant.options.SensitivityOptions`. Holds one expert, or one layer's attention, at a time;
     hidden states lie beside the file until it is done. Raises the errors of `xent_quant.errors`.

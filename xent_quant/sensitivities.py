@@ -20,6 +20,7 @@ from xent_quant.checkpoint.fingerprint import model_hash
 from xent_quant.checkpoint.llama_names import OUTSIDE, llama_name
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ConfigError
+from xent_quant.plain import plain
 from xent_quant.storage import replace_bytes
 from xent_quant.tensors import Role, TensorSpec
 
@@ -87,7 +88,7 @@ PRIOR_FILE = Path(str(resources.files("xent_quant") / "data" / "sensitivity-prio
 @dataclass(frozen=True)
 class Sensitivity:
     """`losses`: by place and type the KL divergence (nats per token) that the type adds there alone, everything else being exact;
-    quantised by the weighted search, without GPTQ. `source` says where it is from."""
+    quantised by the weighted search, without GPTQ. `source` says where it is from, without a path: cards of exports say it."""
 
     losses: Mapping[str, Mapping[str, float]]
     source: str
@@ -121,7 +122,7 @@ def of(checkpoint: Checkpoint, file: Path | None = None) -> Sensitivity:
         raise ConfigError(f"{path}: was measured on another model; measure this one with xent-quant sensitivity")
     if missing := [name for name in places(checkpoint.architecture) if not set(TYPES) <= set(losses.get(name, ()))]:
         raise ConfigError(f"{path}: says nothing of {missing[0]} in every type; measure again with xent-quant sensitivity")
-    return Sensitivity(losses, f"measured on this model ({path.name})" if file is None else f"from {path}")
+    return Sensitivity(losses, f"measured on this model ({path.name})" if file is None else f"from {plain(path.name)}")
 
 
 def places(model: Architecture) -> list[str]:

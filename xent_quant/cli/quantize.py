@@ -33,7 +33,8 @@ def quantize(
         bool,
         Parameter(
             group=WRITING.group,
-            help="Print every tensor, its type and bytes, and what the run takes: VRAM, RAM, disk, time; write nothing.",
+            help="Print every tensor, its type and bytes (of a plan its types by layer, and what else there would be), and what "
+            "the run takes: VRAM, RAM, disk, time; write nothing.",
         ),
     ] = False,
     validate: Annotated[

@@ -13,13 +13,13 @@ def sensitivity(
     model: Annotated[str | None, Parameter(help="Checkpoint folder or Hub id. Default: the bundled miniature.")] = None,
     /,
     *,
-    output: Annotated[Path | None, Parameter(help="The file to write. Default: where --size and --max-kl look for it.")] = None,
+    output: Annotated[Path | None, Parameter(help="The file to write. Default: where plans look for it.")] = None,
     text: Annotated[SensitivityOptions, group("Text", 2)] = SensitivityOptions(),
     force: Annotated[bool, Parameter(help="Replace an existing file.")] = False,
     json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Measure what MODEL loses by each quant type in each of its places, for --size and --max-kl."""
+    """Measure what each quant type loses in each place of MODEL, for --size, --max-kl and --fit."""
     from xent_quant import pipeline
     from xent_quant.cli import show
 
