@@ -16,7 +16,7 @@ from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.errors import QuantizationError
 from xent_quant.formats._chunks import LIMIT, NOT_FINITE, TOO_LARGE
 from xent_quant.formats._codes import Found, SearchedFormat
-from xent_quant.formats.base import F32, U8, Effort, Encoding, QuantFormat, weighting
+from xent_quant.formats.base import F32, U8, Effort, Encoding, weighting
 from xent_quant.linalg import row_chunks
 from xent_quant.methods.gptq import EFFORTS, GPTQ
 from xent_quant.methods.interface import Method
@@ -101,16 +101,13 @@ class OnDevice:
             return False
         return known.held_out is not None and known.curvature is not None
 
-    def _check(self, job: Job, kind: QuantFormat) -> None:
+    def _check(self, job: Job, kind: SearchedFormat) -> None:
         """What `QuantFormat.quantize` refuses."""
         try:
             kind.row_bytes(job.weights.shape[1])
         except QuantizationError as error:
             raise QuantizationError(f"{job.name}: {error}") from None
-        low, high = (float(edge) for edge in job.weights.aminmax()) if job.weights.numel() else (0.0, 0.0)
-        if not (low > -LIMIT and high < LIMIT):
-            why = TOO_LARGE if np.isfinite(low) and np.isfinite(high) else NOT_FINITE
-            raise QuantizationError(f"{job.name}: {why}")
+        _check_range(job.name, job.weights, kind)
         known = job.statistics
         if isinstance(known, DeviceStatistics) and not bool(torch.isfinite(known.hessian).all()):
             raise QuantizationError(f"{job.name}: the Hessian holds NaN or infinities; calibrate again")
@@ -144,6 +141,8 @@ class OnDevice:
             known = same[0].statistics
             if isinstance(known, DeviceStatistics) and known.curvature is not None and same[0].pull is not None:
                 rows = rows + known.curvature.solve(torch.cat([job.pull for job in same if job.pull is not None]))
+                for job, part in zip(same, rows.split([len(job.weights) for job in same]), strict=True):
+                    _check_range(job.name, part, kind)
             wanted.append(rows.mT)
         weights = torch.stack(wanted).contiguous()
         scales = search(kind, weights, self._weighting(group, weights.shape[1]), self._effort)
@@ -180,12 +179,22 @@ class OnDevice:
         found = []
         for number, same in enumerate(group):
             out = np.empty((rows.shape[1], kind.row_bytes(rows.shape[2])), np.uint8)
-            if not (np.abs(outer[number]) <= kind.largest_scale).all():
-                raise QuantizationError(f"{same[0].name}: {TOO_LARGE}")
+            refused = (np.abs(outer[number]) > kind.largest_scale).any((1, 2))
+            if refused.any():
+                owners = np.repeat([job.name for job in same], [len(job.weights) for job in same])
+                raise QuantizationError(f"{owners[refused.argmax()]}: {kind.too_large}")
             work = partial(_pack, kind, rows[number], inner[number], outer[number], out)
             parallel.run([partial(work, part) for part in row_chunks(len(out))])
             found.append(Made(out, read[number]))
         return found
+
+
+def _check_range(name: str, weights: Tensor, kind: SearchedFormat) -> None:
+    low, high = (float(edge) for edge in weights.aminmax()) if weights.numel() else (0.0, 0.0)
+    if not (low > -LIMIT and high < LIMIT):
+        raise QuantizationError(f"{name}: {TOO_LARGE if np.isfinite(low) and np.isfinite(high) else NOT_FINITE}")
+    if max(-low, high) > kind.largest_weight:
+        raise QuantizationError(f"{name}: {kind.too_large}")
 
 
 def _pack(kind: SearchedFormat, codes: U8, inner: F32, outer: F32, out: U8, part: slice) -> None:
