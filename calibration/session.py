@@ -87,6 +87,11 @@ class Session:
         longest = checkpoint.architecture.max_position_embeddings
         if settings.seqlen > longest:
             raise ConfigError(f"--seqlen {settings.seqlen}: the model's context is {longest}")
+        self.methods_on = choose(settings.device)
+        if settings.vram is not None and self.methods_on is None:
+            raise ConfigError(
+                f"--vram {settings.vram}: has no effect, since --device {settings.device} finds no GPU; drop it, or use --memory"
+            )
         self.checkpoint, self.settings = checkpoint, settings
         tokenizer = load_tokenizer(checkpoint.path)
         chinese = text.is_chinese(tokenizer)
@@ -101,7 +106,6 @@ class Session:
             spare=SPARE * settings.n_tokens if checkpoint.architecture.num_experts else 0,
             chat=ChatTemplate(checkpoint.path),
         )
-        self.methods_on = choose(settings.device)
         self.device = self.methods_on or torch.device("cpu")
         # What a quantised stream lacks of the exact one is less than bfloat16 rounds off, at eight bits a weight.
         self.dtype = torch.float32

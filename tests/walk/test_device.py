@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import xent_quant
 from tests.conftest import random_weights, write_checkpoint
 from tests.device.card import card
 from tests.walk.conftest import CONFIG, export, tree
@@ -108,7 +109,12 @@ def test_exports_are_as_near_to_the_model_as_the_kernels(tmp_path: Path, kind: s
     assert found["torch-cpu"] < 1.05 * found["cpu"], found
 
 
-def test_devices_that_are_not_there_are_refused(model: Path, text: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_count", lambda kind: 0)
+
+
+def test_devices_that_are_not_there_are_refused(model: Path, text: Any, tmp_path: Path, no_gpu: None) -> None:
     for device in ("cuda", "cuda:1", "xpu", "mps"):
         with pytest.raises(ConfigError, match=rf"--device {device}: torch \S+ sees no such device; use --device cpu"):
             export(model, tmp_path / "out", device=device, **text)
@@ -116,6 +122,16 @@ def test_devices_that_are_not_there_are_refused(model: Path, text: Any, tmp_path
         with pytest.raises(ConfigError, match=r"--device \S+: choose auto, cpu, cuda"):
             export(model, tmp_path / "out", device=device, **text)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_is_chosen_before_text_is_read(model: Path, tmp_path: Path, no_gpu: None) -> None:
+    """Text that is not there is what would be told else."""
+    options = {"output": tmp_path / "out.gguf", "calib": (str(tmp_path / "no.txt"),), "seqlen": 20}
+    for call in (xent_quant.quantize, xent_quant.calibrate):
+        with pytest.raises(ConfigError, match=r"--vram 8G: has no effect, since --device auto finds no GPU; drop it"):
+            call(model, vram="8G", **options)
+        with pytest.raises(ConfigError, match="--device cuda: torch"):
+            call(model, device="cuda", **options)
 
 
 def test_the_second_card_is_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ class OnDevice:
             known = same[0].statistics
             if isinstance(known, DeviceStatistics) and known.curvature is not None and same[0].pull is not None:
                 rows = rows + known.curvature.solve(torch.cat([job.pull for job in same if job.pull is not None]))
-                for job, part in zip(same, rows.split([len(job.weights) for job in same]), strict=True):
+                for job, part in zip(same, torch.split(rows, [len(job.weights) for job in same]), strict=True):
                     _check_range(job.name, part, kind)
             wanted.append(rows.mT)
         weights = torch.stack(wanted).contiguous()
