@@ -66,9 +66,10 @@ class Windows:
     """A Text of given windows [n, length] int64."""
 
     dtype = torch.float32
+    methods_on: torch.device | None = None
 
-    def __init__(self, windows: Tensor, methods_on: torch.device | None = None) -> None:
-        self._windows, self.length, self.methods_on = windows, windows.shape[1], methods_on
+    def __init__(self, windows: Tensor) -> None:
+        self._windows, self.length = windows, windows.shape[1]
         self.identity = {"text": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
 
     def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:
@@ -92,7 +93,7 @@ class Session:
             raise ConfigError(
                 f"--vram {settings.vram}: has no effect, since --device {settings.device} finds no GPU; drop it, or use --memory"
             )
-        self.checkpoint, self.settings = checkpoint, settings
+        self.checkpoint = checkpoint
         tokenizer = load_tokenizer(checkpoint.path)
         chinese = text.is_chinese(tokenizer)
         self.text: CalibrationText = text.load(

@@ -48,28 +48,29 @@ class OnDevice:
 
     def __init__(self, method: Method, device: torch.device) -> None:
         self.device, self._method = device, method
-        self.name, self.needs_hessian = method.name, method.needs_hessian
         self._effort: Effort = method.effort if isinstance(method, GPTQ | Search) else "fast"
 
     @staticmethod
     def here(kind: Encoding) -> bool:
-        """Whether weights of this type are quantised on the device."""
+        """Whether codes of this type are chosen on the device."""
         return isinstance(kind, SearchedFormat) and searches(kind)
 
     def quantize(
         self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
     ) -> U8:
-        """See `Method.quantize`."""
+        """See `Method.quantize`; of one weight [rows, columns] float32 in memory. Raises as `quantize_together`."""
         there = None if pull is None else torch.from_numpy(pull).to(self.device)
         known = (statistics and DeviceStatistics.of(statistics, self.device)) or statistics
         (made,) = self.quantize_together([Job(name, torch.from_numpy(weights).to(self.device), known, there)], kind)
         return made.packed
 
     def quantize_together(self, jobs: Sequence[Job], kind: Encoding) -> list[Made]:
-        """Weights of as many columns, in the order given. Those of the same statistics are rows of one weight here, those of
-        others are stacked where they have as many rows.
+        """Weights of as many columns; what is made of them, in the order given. Those of the same statistics are rows of one
+        weight here, those of others are stacked where they have as many rows.
 
-        Holds about twelve times the weights, and twice the Hessians. Raises QuantizationError naming the tensor.
+        Holds on the device about COPIES times the weights and HESSIANS times the Hessians (`device/rounding.py`). Raises
+        QuantizationError naming the tensor where weights, scales or Hessians are NaN, infinite or too large, or rows are not
+        whole blocks.
         """
         if not jobs:
             return []
