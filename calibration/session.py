@@ -66,9 +66,10 @@ class Windows:
     """A Text of given windows [n, length] int64."""
 
     dtype = torch.float32
+    methods_on: torch.device | None = None
 
-    def __init__(self, windows: Tensor, methods_on: torch.device | None = None) -> None:
-        self._windows, self.length, self.methods_on = windows, windows.shape[1], methods_on
+    def __init__(self, windows: Tensor) -> None:
+        self._windows, self.length = windows, windows.shape[1]
         self.identity = {"text": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
 
     def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:
@@ -88,7 +89,12 @@ class Session:
         longest = checkpoint.architecture.max_position_embeddings
         if settings.seqlen > longest:
             raise ConfigError(f"--seqlen {settings.seqlen}: the model's context is {longest}")
-        self.checkpoint, self.settings = checkpoint, settings
+        self.methods_on = choose(settings.device)
+        if settings.vram is not None and self.methods_on is None:
+            raise ConfigError(
+                f"--vram {settings.vram}: has no effect, since --device {settings.device} finds no GPU; drop it, or use --memory"
+            )
+        self.checkpoint = checkpoint
         tokenizer = load_tokenizer(checkpoint.path)
         chinese = text.is_chinese(tokenizer)
         self.text: CalibrationText = text.load(
@@ -102,7 +108,6 @@ class Session:
             spare=SPARE * settings.n_tokens if spare and checkpoint.architecture.num_experts else 0,
             chat=ChatTemplate(checkpoint.path),
         )
-        self.methods_on = choose(settings.device)
         self.device = self.methods_on or torch.device("cpu")
         # What a quantised stream lacks of the exact one is less than bfloat16 rounds off, at eight bits a weight.
         self.dtype = torch.float32

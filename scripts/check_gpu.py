@@ -5,11 +5,13 @@
     scripts/check_gpu --device cpu          the same code without a GPU, at small sizes
 
 parity: for every type that is searched for on the device, the share of rows that get the kernels' bytes by the search and by
-GPTQ, and the error over the kernels'; millions of weights that are searched a second. layer: one layer of XVERSE-Ent-A4.2B's
-shapes, on random rows and weights, of which as many experts as are named are worked on together and counted for all 64; the peak
-of memory beside what was planned. end to end: the bundled miniature by the device and by the kernels, with their KL divergence
-from the model. exports: ONNX on the CUDA provider (fp16, bf16) and by onnxruntime-genai, bitsandbytes on CUDA: logits beside the
-CPU's, tokens a second. What is not installed is said and left out. Ends with 1 where a part failed; the others are shown.
+GPTQ, and the error e H eᵀ over the kernels'; millions of weights a second by the search, from the device to bytes. layer: the
+weights of one layer of XVERSE-Ent-A4.2B's shapes on random rows, of which as many experts as are named are worked on together and
+counted for all 64, without attention, norms, routing and files of states; on CUDA the peak of memory, beside the plan for a walk.
+end to end: the bundled miniature by the device and by the kernels, each once, with their KL divergence from the model, and on
+CUDA the peak of memory beside the plan. exports: ONNX on the CUDA provider (fp16, bf16) and by onnxruntime-genai, bitsandbytes
+on CUDA: logits beside the CPU's, tokens a second. What is not installed is said and left out. Ends with 1 where a part failed;
+the others are shown.
 """
 
 import argparse
@@ -113,7 +115,7 @@ def parity(device: torch.device, small: bool) -> dict[str, dict[str, float]]:
         method.quantize_together([Job("warm", many)], kind)
         with clock.phase("search"):
             method.quantize_together([Job("search", many)], kind)
-        found[kind.name] = {**said, "M weights/s searched": many.numel() / clock.spent["search"] / 1e6}
+        found[kind.name] = {**said, "M weights/s to bytes": many.numel() / clock.spent["search"] / 1e6}
     return found
 
 
@@ -131,16 +133,19 @@ def stage(
     method, columns = OnDevice(METHODS["gptq"]("normal"), device), shapes[0][1]
     jobs, mixing = [], torch.randn(columns, columns, device=device) * torch.logspace(0, -1.5, columns, device=device)[:, None]
     for number in range(experts):
-        with clock.phase("rows made for this check", 0):
-            moments = Moments(columns, True, device)
-            exact = torch.randn(rows, columns, device=device) @ mixing
-            drifted = exact + 0.03 * exact.std() * torch.randn(rows, columns, device=device)
-        with clock.phase("upload", factor):
-            memory = [torch.randn(shape) * 0.02 for shape in shapes]
-            weights = [each.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else each for each in memory]
+        # In memory, as a walk's rows are in files: on the device there is a part of them at a time.
+        moments, parts, numbers = Moments(columns, True, device), [], torch.split(torch.arange(rows, device=device), PART_TOKENS)
+        for part in numbers:
+            exact = torch.randn(len(part), columns, device=device) @ mixing
+            parts.append((exact.cpu(), (exact + 0.03 * exact.std() * torch.randn_like(exact)).cpu()))
+        del exact
+        memory = [torch.randn(shape) * 0.02 for shape in shapes]
+        with clock.phase("upload of weights", factor):
+            weights = [(each.pin_memory() if device.type == "cuda" else each).to(device) for each in memory]
         with clock.phase("statistics", factor):
-            for part in torch.split(torch.arange(rows, device=device), PART_TOKENS):
-                moments.add(Batch(drifted[part], part, exact=exact[part]), part % HELD_OUT == 0)
+            for part, states in zip(numbers, parts, strict=True):
+                exact, drifted = (each.to(device) for each in states)
+                moments.add(Batch(drifted, part, exact=exact), part % HELD_OUT == 0)
             statistics = moments.statistics()
         with clock.phase("factorisation", factor):
             assert statistics is not None
@@ -150,12 +155,13 @@ def stage(
             correction = moments.correction(statistics)
             assert correction is not None
             jobs += [Job(f"{number}", each, statistics, correction.pull(0, each)) for each in weights]
-        with clock.phase("forward", factor):
-            for states in (exact, drifted):
-                for part in torch.split(states, PART_TOKENS):
-                    for each in weights:
-                        linear(part, each)
-        del exact, drifted, moments
+        with clock.phase("products with the weights", factor):
+            for states in parts:
+                for each in states:
+                    there = each.to(device)
+                    for weight in weights:
+                        linear(there, weight)
+        del exact, drifted, moments, there
     with clock.phase("rounding and packing", factor):
         method.quantize_together(jobs, kind)
 
@@ -181,13 +187,13 @@ def layer(device: torch.device, options: argparse.Namespace, small: bool) -> dic
     stage(device, Clock(device), [(hidden, hidden)], min(tokens, 2048), 1, kind, 1.0)  # libraries load, memory is taken
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    packing = Clock(device)
+    packing: list[float] = []
     plain = methods._pack
 
     def pack(*arguments: Any) -> None:
         begun = time.perf_counter()
         plain(*arguments)
-        packing.spent["pack"] = packing.spent.get("pack", 0.0) + time.perf_counter() - begun
+        packing.append(time.perf_counter() - begun)
 
     methods._pack = pack
     try:
@@ -202,27 +208,38 @@ def layer(device: torch.device, options: argparse.Namespace, small: bool) -> dic
         "tokens": tokens,
         "experts together": experts,
         "seconds": {name: spent for name, spent in clock.spent.items() if spent},
-        "seconds of threads that pack (of the experts that were run)": packing.spent.get("pack", 0.0),
+        "seconds of threads that pack (of the experts that were run)": sum(packing),
         "seconds a layer": seconds,
-        "peak of device memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "planned": resources.vram(model, 1, 512, room),
-        f"{model.num_layers} layers, without reading": seconds * model.num_layers,
+        "peak of device memory, of one stream's weights": peak(device),
+        "memory planned for a walk with two streams": resources.vram(model, 1, 512, room),
+        f"{model.num_layers} layers, of this alone": seconds * model.num_layers,
     }
 
 
-def end_to_end(name: str, small: bool) -> dict[str, dict[str, float]]:
+def peak(device: torch.device) -> int | None:
+    """Bytes that torch gave out at most since it was last told to count anew."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def end_to_end(name: str, small: bool) -> dict[str, dict[str, Any]]:
     """The miniature by the device and by the kernels."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as room:
         for device in (name, "cpu"):
-            done = pipeline.quantize(
-                None, output=Path(room) / device.replace(":", ""), type="Q4_K_M", tokens="2k" if small else "32k", device=device
-            )
+            options: dict[str, Any] = {"type": "Q4_K_M", "tokens": "2k" if small else "32k", "device": device}
+            counted = choose(device)
+            if counted is not None and counted.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(counted)
+            done = pipeline.quantize(None, output=Path(room) / str(len(found)), **options)
+            taken = None if counted is None else peak(counted)
             report = pipeline.validate(
                 done.exports[0], miniature(), runtime="torch", suites=("XfictionEN",), max_tokens=1024 if small else 20480
             )
             kl = report.suites[0].kl.value
-            found[device] = {"seconds": done.walk_seconds, "KL": kl.value, "standard error": kl.error}
+            found[device] = {"seconds of the walk": done.walk_seconds, "KL": kl.value, "standard error": kl.error}
+            if taken is not None:
+                planned = pipeline.resources(None, output=Path(room) / "plan", **options)[0].vram
+                found[device] |= {"peak of memory": human_bytes(taken), "planned": human_bytes(planned or 0)}
     return found
 
 
@@ -251,13 +268,13 @@ def onnx(device: torch.device, dtype: str) -> dict[str, Any]:
         ids = reference.tokenize("The night is long, and the rain sings in the thin wind. " * 12)[:128]
         model = OnnxModel(folders[dtype], providers=dict.fromkeys((wanted, "CPUExecutionProvider")))
         used = model.session.get_providers()[0]
-        found: dict[str, Any] = {"provider": used, **_agreement(model.logits(ids), reference.logits(ids))}
+        found: dict[str, Any] = {"first provider that loaded": used, **_agreement(model.logits(ids), reference.logits(ids))}
         begun = time.perf_counter()
         model.logits(ids)
         found["prompt tokens/s"] = len(ids) / (time.perf_counter() - begun)
         begun = time.perf_counter()
         made_tokens = generate(folders[dtype], ids, 32, "cuda" if device.type == "cuda" else None)
-        found["genai tokens/s"] = len(made_tokens) / (time.perf_counter() - begun)
+        found["genai tokens/s, loading and prompt among them"] = len(made_tokens) / (time.perf_counter() - begun)
         return found
 
 
@@ -268,11 +285,12 @@ def bitsandbytes(device: torch.device) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as room:
         folder = pipeline.quantize(None, output=Path(room), formats=("bnb",)).exports[0]
         ids = torch.arange(5, 133)[None]
-        said = []
+        said, clock = [], Clock(device)
         for place in ("cpu", str(device)):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=place).eval()
             with torch.inference_mode():
                 model(ids.to(model.device))
+                clock.wait()
                 begun = time.perf_counter()
                 said.append(model(ids.to(model.device)).logits[0].float().cpu().numpy())
                 seconds = time.perf_counter() - begun
@@ -295,7 +313,7 @@ def show(title: str, found: dict[str, Any]) -> None:
     for name, value in found.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {shown(each)}" for key, each in value.items())
-        elif isinstance(value, int) and ("memory" in name or name == "planned"):
+        elif isinstance(value, int) and "memory" in name:
             value = human_bytes(value)
         elif isinstance(value, float) and "layers" in name:
             value = human_seconds(value)

@@ -1,6 +1,7 @@
 """Small random XVERSE checkpoints with a small tokenizer, in the layout of a released one; and how many threads work on them."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from xent_quant.checkpoint.architecture import Architecture
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+"""`--device auto` is the CPU's kernels here, on whatever machine: scripts/check_gpu is for GPUs."""
 
 SPECIALS = ["<sep>", "<pad>", "<|startoftext|>", "<|endoftext|>"]
 TINY: dict[str, Any] = {

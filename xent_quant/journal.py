@@ -23,13 +23,15 @@ PACKAGES = ("torch", "numpy", "numba", "tokenizers", "bitsandbytes")
 @dataclass
 class Journal:
     """`identity` is what the bytes depend on; `done` counts the finished steps (the embedding is the first, the head the last);
-    `swapped` tells which of a stream's two files holds the states; the rest is what the steps behind the next one must know."""
+    `swapped` tells which of a stream's two files holds the states; `room` is `model.sizes.Room` of a run on a device, where
+    it may decide last bits; the rest is what the steps behind the next one must know."""
 
     path: Path
     identity: Mapping[str, Any]
     done: int = 0
     windows: int | None = None
     swapped: bool = False
+    room: dict[str, Any] | None = None
     coverage: list[list[int]] = field(default_factory=list)
     unmeasured: list[list[str]] = field(default_factory=list)
     measured: list[int] = field(default_factory=list)

@@ -128,18 +128,22 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
     architecture, exporters = prepared.checkpoint.architecture, prepared.exporters
     hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
     followers, tokens = sum(hessian) if session else 0, session.text.windows.size if session else 0
-    room = resources.room(architecture, followers, session is not None, wanted.memory_bytes)
-    there = session.methods_on if session else None
-    on_device = None
-    if session and there is not None:
-        on_device = resources.device_room(architecture, followers, session.length, there, wanted.vram_bytes)
+    device, vram = session.methods_on if session else None, None
+    if session is None or device is None:
+        room = resources.room(architecture, followers, session is not None, wanted.memory_bytes)
+        memory = resources.memory(architecture, followers, session is not None, room)
+    else:
+        left, length, limits = bool(resources.left_to_cpu(exporters)), session.length, (wanted.vram_bytes, wanted.memory_bytes)
+        room = resources.device_room(architecture, followers, length, device, limits[0], memory=limits[1], left=left)
+        memory = resources.beside_device(architecture, followers, length, room, device, left)
+        vram = resources.vram(architecture, followers, length, room)
     taken = resources.Resources(
-        memory=resources.memory(architecture, followers, session is not None, room),
+        memory=memory,
         disk=resources.disk(architecture, tokens, followers) if session else 0,
         result=sum(exporter.nbytes for exporter in exporters),
         tokens=tokens,
-        seconds=None if on_device else resources.seconds(architecture, exporters, tokens, hessian),
-        vram=resources.vram(architecture, followers, session.length, on_device) if session and on_device else None,
+        seconds=None if vram else resources.seconds(architecture, exporters, tokens, hessian),
+        vram=vram,
     )
     return taken, session.notes if session else ()
 

@@ -7,21 +7,25 @@ in which that happens goes a way of its own from there on, as good as the other.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from tests.device.card import DEVICE, card
-from xent_quant import formats, linalg
+from xent_quant import formats, linalg, parallel
 from xent_quant.device import curvature as curvatures
+from xent_quant.device import rounding
 from xent_quant.device.curvature import Curvature
 from xent_quant.device.method import Job, OnDevice
 from xent_quant.device.rounding import Rows
 from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.formats._codes import CodedFormat
-from xent_quant.formats.base import weighting
+from xent_quant.formats.base import Effort, weighting
 from xent_quant.formats.int_group import IntGroup
 from xent_quant.methods import METHODS, gptq
 from xent_quant.methods.gptq import GPTQ
@@ -110,20 +114,54 @@ def losses(
     return [((each @ statistics.curvature.hessian) * each).sum(1) for each in errors]
 
 
-@pytest.mark.parametrize("effort", ["normal", pytest.param("high", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=() if kind.name in ("Q6_K", "Q4_K", "Q4_0") else pytest.mark.slow) for kind in KINDS],
-    ids=lambda kind: kind.name,
-)
-def test_whole_weights_are_as_good_as_the_kernels(kind: CodedFormat, effort) -> None:
+class RoundedOnce(TorchFunctionMode):
+    """Products, factorisations and solutions in float64, rounded to float32 at their end: the same numbers in whatever order."""
+
+    INEXACT = (
+        torch.mm,
+        torch.matmul,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        torch.linalg.solve_triangular,
+        torch.linalg.cholesky_ex,
+    )
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function not in self.INEXACT:
+            return function(*args, **(kwargs or {}))
+        args, kwargs = tree_map(lambda each: each.double() if isinstance(each, Tensor) else each, (args, kwargs or {}))
+        return tree_map(lambda each: each.float() if each.is_floating_point() else each, function(*args, **kwargs))
+
+
+def slow_but(*names: str) -> list[Any]:
+    return [pytest.param(kind, marks=() if kind.name in names else pytest.mark.slow) for kind in KINDS]
+
+
+EFFORTS = ["normal", pytest.param("high", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("kind", slow_but("Q6_K", "Q4_K"), ids=lambda kind: kind.name)
+def test_whole_weights_are_the_kernels_where_sums_are(monkeypatch: pytest.MonkeyPatch, kind: CodedFormat, effort: Effort) -> None:
+    """All that the two do otherwise is to add up in other orders: none is left where products are rounded once, and where
+    descent has one order, which is within columns that are turned to TOGETHER."""
+    for module in (gptq, rounding):
+        monkeypatch.setattr(module, "TOGETHER", gptq.LAZY)
+    monkeypatch.setattr(parallel, "run", lambda jobs: [job() for job in jobs])  # a mode is one thread's
+    with RoundedOnce():
+        theirs, ours = (
+            method.quantize(WEIGHTS, kind, known(), name="w", pull=PULL) for method in (GPTQ(effort), OnDevice(GPTQ(effort), CPU))
+        )
+    assert np.array_equal(theirs, ours)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("kind", slow_but("Q6_K", "Q4_K", "Q4_0"), ids=lambda kind: kind.name)
+def test_whole_weights_are_as_good_as_the_kernels(kind: CodedFormat, effort: Effort) -> None:
     method, statistics = GPTQ(effort), known()
     theirs = method.quantize(WEIGHTS, kind, statistics, name="w", pull=PULL)
     ours = OnDevice(method, CPU).quantize(WEIGHTS, kind, statistics, name="w", pull=PULL)
-    same = (theirs == ours).all(1)
-    assert same.mean() > 0.5, f"{same.mean():.3f} of the rows have the same bytes"
     before, after = losses(kind, (theirs, ours), statistics, WEIGHTS, PULL)
-    np.testing.assert_allclose(after[same], before[same], rtol=1e-9)
     assert abs(after.sum() / before.sum() - 1) < 0.01
 
 
@@ -146,8 +184,6 @@ def test_the_real_widths_differ_from_the_kernels_as_these_from_themselves(name: 
     )
     ours = OnDevice(method, CPU).quantize(weights, kind, statistics, name="w", pull=pull)
     exact, yardstick, found = losses(kind, (theirs, moved, ours), statistics, weights, pull)
-    same = (theirs == ours).all(1)
-    np.testing.assert_allclose(found[same], exact[same], rtol=1e-9)
     scatter = (yardstick / exact).std()
     assert (found / exact).std() < 3 * max(scatter, 0.01)
     assert abs((found / exact).mean() - 1) < 0.02

@@ -55,9 +55,12 @@ def test_pieces_of_rows_change_nothing(monkeypatch, name: str) -> None:
     assert np.array_equal(OnDevice(method, CPU).quantize(WEIGHTS, kind, None, name="w"), kind.quantize(WEIGHTS, effort="fast"))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 3e4 * 200])
-def test_what_the_kernels_refuse_is_refused(value: float) -> None:
-    kind, method = formats.get("Q4_0"), Search()
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("Q4_0", np.nan), ("Q4_0", np.inf), ("Q4_0", 3e4 * 200), ("NVFP4", np.nan), ("NVFP4", -2689), ("NVFP4", 1e20)],
+)
+def test_what_the_kernels_refuse_is_refused(name: str, value: float) -> None:
+    kind, method = formats.get(name), Search()
     bad = WEIGHTS.copy()
     bad[2, 3] = value
     with pytest.raises(QuantizationError) as wanted:
@@ -65,6 +68,15 @@ def test_what_the_kernels_refuse_is_refused(value: float) -> None:
     with pytest.raises(QuantizationError) as found:
         OnDevice(method, CPU).quantize(bad, kind, None, name="layer.weight")
     assert str(found.value) == str(wanted.value)
+
+
+def test_of_rows_that_are_worked_on_together_the_right_tensor_is_named() -> None:
+    """q, k and v of the same statistics are rows of one weight, of which k's scales leave float16."""
+    known, bad = InputStatistics(IMPORTANCE, None, 100), WEIGHTS.copy()
+    bad[2, 3] = 3e4 * 200
+    jobs = [Job(name, torch.from_numpy(rows), known) for name, rows in (("q", WEIGHTS), ("k", bad), ("v", WEIGHTS))]
+    with pytest.raises(QuantizationError, match=r"^k: a block's scale exceeds"):
+        OnDevice(Search(), CPU).quantize_together(jobs, formats.get("Q4_0"))
 
 
 def test_types_that_are_not_searched_there_come_from_the_cpu() -> None:

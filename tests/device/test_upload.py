@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.device.card import DEVICE, card
+from xent_quant.device import upload
 from xent_quant.device.upload import ahead
 from xent_quant.errors import CheckpointError
 
@@ -47,3 +48,15 @@ def test_what_reading_raises_comes_where_it_was_read_for() -> None:
     assert [list(next(coming)), list(next(coming))] == [["a", "b"], []]
     with pytest.raises(CheckpointError, match="c: damaged"):
         next(coming)
+
+
+def test_all_copies_to_a_device_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of one stream is not used again for another."""
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", made.append)
+    upload._copier.cache_clear()
+    for number in (0, 0, 1, 0):
+        assert list(ahead(lambda name: np.zeros(1, np.float32), torch.device("cuda", number), [])) == []
+    assert made == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    upload._copier.cache_clear()

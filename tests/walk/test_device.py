@@ -7,19 +7,23 @@ from typing import Any
 import pytest
 import torch
 
+import xent_quant
 from tests.conftest import random_weights, write_checkpoint
 from tests.device.card import card
 from tests.walk.conftest import CONFIG, export, tree
+from xent_quant import pipeline
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.device import choice
 from xent_quant.device.method import OnDevice
-from xent_quant.errors import ConfigError, ExportError
+from xent_quant.errors import ConfigError, ExportError, Interrupted
+from xent_quant.model.sizes import Room
 from xent_quant.model.streaming import StreamingModel
 from xent_quant.progress import Silent
 from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
-from xent_quant.walk import resources
+from xent_quant.walk import collecting, job, resources
 
+CPU = torch.device("cpu")
 FAST = {"effort": "fast", "threads": 1}
 
 
@@ -34,8 +38,7 @@ def smaller(tmp_path: Path) -> Path:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--device cuda` means the GPU that is none, which has 6 GiB."""
     monkeypatch.setattr(choice, "_count", lambda kind: int(kind == "cuda"))
-    monkeypatch.setattr(choice, "free_bytes", lambda device: 6 * 2**30)
-    monkeypatch.setattr(choice, "limit", lambda device, nbytes: None)
+    monkeypatch.setattr(choice, "free_bytes", lambda device: 6 * 2**30 if device.type == "cuda" else None)
 
 
 def test_a_search_on_the_exact_stream_writes_the_kernels_files(smaller: Path, text: Any, tmp_path: Path) -> None:
@@ -82,6 +85,48 @@ def test_a_device_without_memory_is_told_and_the_run_goes_on(model: Path, text: 
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+def test_calibrating_tells_of_memory_that_ran_out(
+    model: Path, text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scarce(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(collecting, "sums", scarce)
+    with pytest.raises(ExportError, match=r"--device cpu: its memory ran out; .* --vram less"):
+        xent_quant.calibrate(model, output=tmp_path / "out.gguf", device="torch-cpu", **text)
+
+
+def test_a_run_that_goes_on_works_on_as_many_experts_as_before(
+    model: Path, text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: Any
+) -> None:
+    """How many are one stack may decide last bits. Where memory is short by then it goes on with fewer, and says so."""
+    options = {"type": "Q4_0", "method": "imatrix", "device": "torch-cpu", **FAST, **text}
+    walk, used, notes = job.Walk, [], []
+
+    class Notes(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    def watched(*arguments: Any) -> Any:
+        used.append(arguments[-1])
+        return walk(*arguments)
+
+    monkeypatch.setattr(job, "Walk", watched)
+    for most, done in ((3, 2), (8, 3)):
+        monkeypatch.setattr(resources, "EXPERTS_TOGETHER", most)
+        interrupt(done)
+        with pytest.raises(Interrupted):
+            export(model, tmp_path / "out", progress=Notes(), **options)
+    assert used == [3, 3]
+    assert not any("less memory" in note for note in notes)
+    planned = resources.vram
+    monkeypatch.setattr(resources, "vram", lambda *each: planned(*each) + 2**40 * (each[-1].experts > 2))
+    interrupt(None)
+    assert export(model, tmp_path / "out", vram="1T", progress=Notes(), **options).resumed
+    assert used == [3, 3, 2]
+    assert any("less memory" in note for note in notes)
+
+
 def test_what_the_cpu_chooses_for_a_device_is_said(smaller: Path, text: Any, tmp_path: Path) -> None:
     """bitsandbytes by GPTQ, with what was measured on the device; the command says so."""
     options = {"formats": ["bnb"], **FAST, **text}
@@ -108,7 +153,12 @@ def test_exports_are_as_near_to_the_model_as_the_kernels(tmp_path: Path, kind: s
     assert found["torch-cpu"] < 1.05 * found["cpu"], found
 
 
-def test_devices_that_are_not_there_are_refused(model: Path, text: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_count", lambda kind: 0)
+
+
+def test_devices_that_are_not_there_are_refused(model: Path, text: Any, tmp_path: Path, no_gpu: None) -> None:
     for device in ("cuda", "cuda:1", "xpu", "mps"):
         with pytest.raises(ConfigError, match=rf"--device {device}: torch \S+ sees no such device; use --device cpu"):
             export(model, tmp_path / "out", device=device, **text)
@@ -116,6 +166,16 @@ def test_devices_that_are_not_there_are_refused(model: Path, text: Any, tmp_path
         with pytest.raises(ConfigError, match=r"--device \S+: choose auto, cpu, cuda"):
             export(model, tmp_path / "out", device=device, **text)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_is_chosen_before_text_is_read(model: Path, tmp_path: Path, no_gpu: None) -> None:
+    """Text that is not there is what would be told else."""
+    options = {"output": tmp_path / "out.gguf", "calib": (str(tmp_path / "no.txt"),), "seqlen": 20}
+    for call in (xent_quant.quantize, xent_quant.calibrate):
+        with pytest.raises(ConfigError, match=r"--vram 8G: has no effect, since --device auto finds no GPU; drop it"):
+            call(model, vram="8G", **options)
+        with pytest.raises(ConfigError, match="--device cuda: torch"):
+            call(model, device="cuda", **options)
 
 
 def test_the_second_card_is_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,13 +196,62 @@ def test_vram_is_kept_or_refused(model: Path, text: Any, tmp_path: Path, gpu: No
         export(model, tmp_path / "out", device="cpu", vram="8G", **text)
 
 
+def real_sizes(hidden: int = 2560, inner: int = 1728, **changes: Any) -> Architecture:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 32, "num_experts": 64, "moe_top_k": 6}
+    return Architecture.from_config({**CONFIG, **sizes, "num_hidden_layers": 28, "vocab_size": 100534, **changes})
+
+
 def test_eight_gigabytes_do_for_the_real_sizes() -> None:
     """Both models, one type: experts together, and fewer of them with less."""
-    for hidden, inner in ((2560, 1728), (3072, 2048)):
-        sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 32, "num_experts": 64, "moe_top_k": 6}
-        model = Architecture.from_config({**CONFIG, **sizes, "num_hidden_layers": 28, "vocab_size": 100534})
-        chosen = {size: resources.device_room(model, 1, 512, torch.device("cpu"), size * 2**30) for size in (5, 7, 24)}
+    for model in (real_sizes(), real_sizes(3072, 2048)):
+        chosen = {size: resources.device_room(model, 1, 512, CPU, size * 2**30) for size in (5, 7, 24)}
         assert 1 <= (chosen[5].experts or 0) <= (chosen[7].experts or 0) <= (chosen[24].experts or 0)
         assert (chosen[7].experts or 0) > 1
         for gigabytes, room in chosen.items():
             assert resources.vram(model, 1, 512, room) <= gigabytes * 2**30
+
+
+def test_a_device_holds_slices_of_the_vocabulary_and_a_layer_of_each_stream() -> None:
+    """Not only what stages of experts hold: weights, their transpose and codes; Σ x xᵀ and drift of a layer's tokens."""
+    small = real_sizes(256, 32, vocab_size=4096)
+    wide = real_sizes(256, 32, vocab_size=65536)
+    assert resources.vram(wide, 0, 32, Room(0, 1)) > 8 * Checkpoint.SLICE + resources.vram(small, 0, 32, Room(0, 1))
+    flat = real_sizes(4096, 32, vocab_size=4096)
+    assert resources.vram(flat, 4, 32, Room(0, 8)) > 3 * 8 * 4096**2 + resources.vram(flat, 1, 32, Room(0, 8))
+
+
+def test_ram_is_kept_beside_a_device() -> None:
+    """Of torch-cpu, which is in it, fewer experts; a GPU leaves less to RAM than the CPU's kernels take."""
+    model, gpu = real_sizes(), torch.device("cuda", 0)
+    free = resources.device_room(model, 1, 512, CPU, None)
+    for gigabytes in (4, 6):
+        room = resources.device_room(model, 1, 512, CPU, None, memory=gigabytes * 2**30)
+        assert (room.experts or 0) < (free.experts or 0)
+        assert resources.vram(model, 1, 512, room) < resources.beside_device(model, 1, 512, room, CPU, False) <= gigabytes * 2**30
+    with pytest.raises(ConfigError, match=r"--memory 2\.00 GiB: about \S+ GiB are needed"):
+        resources.device_room(model, 1, 512, CPU, None, memory=2 * 2**30)
+    assert resources.beside_device(model, 1, 512, free, gpu, True) < resources.vram(model, 1, 512, free)
+
+
+def test_a_dry_run_counts_the_ram_beside_the_device(model: Path, text: Any, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And caps nothing."""
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *arguments: pytest.fail("capped"))
+    taken = {device: pipeline.resources(model, device=device, vram="4G", **text)[0] for device in ("cuda", "torch-cpu")}
+    assert taken["torch-cpu"].memory == taken["cuda"].memory + (taken["cuda"].vram or 0)
+    with pytest.raises(ConfigError, match=r"--memory 500\.0 MiB: about"):
+        pipeline.resources(model, device="torch-cpu", memory="500M", **text)
+
+
+def test_a_limit_is_kept_for_the_run_and_counts_what_torch_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    fractions: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    gpu = torch.device("cuda", 0)
+    assert choice.free_bytes(gpu) == int(0.9 * 8 * 2**30)
+    with choice.memory_of(gpu):
+        assert not fractions
+    with choice.memory_of(gpu, 3 * 2**30):
+        assert fractions == [0.25]
+    assert fractions == [0.25, 1.0]

@@ -48,26 +48,29 @@ def _count(kind: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What may be planned with; None where that is not known (the CPU)."""
+    """What may be planned with, what torch keeps for its next tensors among it; None where that is not known (the CPU)."""
     if device.type == "mps":
         return int(SHARE * (torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()))
     if device.type in ("cuda", "xpu"):
-        return int(SHARE * _module(device.type).mem_get_info(device)[0])
+        module = _module(device.type)
+        cached = module.memory_reserved(device) - module.memory_allocated(device)
+        return int(SHARE * (module.mem_get_info(device)[0] + cached))
     return None
 
 
-def limit(device: torch.device, nbytes: int) -> None:
-    """Let torch fail rather than take more. Of CUDA devices only; elsewhere the plan is all that there is."""
-    if device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
-
-
 @contextmanager
-def memory_of(device: torch.device) -> Iterator[None]:
-    """Raise ExportError where the device has no memory left for the block."""
+def memory_of(device: torch.device, limit: int | None = None) -> Iterator[None]:
+    """Raise ExportError where the device has no memory left for the block. On CUDA devices that is where `limit` bytes more than
+    now would be taken, too; elsewhere the plan is all that there is."""
+    capped = device.type == "cuda" and limit is not None
+    if capped and limit is not None:
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated(device) + limit) / total), device)
     try:
         yield
     except torch.OutOfMemoryError as error:
         remedy = "close what else uses it, or give --vram less than it took, so that less is worked on together"
         raise ExportError(f"--device {device}: its memory ran out; {remedy}, and the same command goes on") from error
+    finally:
+        if capped:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)

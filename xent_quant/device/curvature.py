@@ -9,8 +9,8 @@ from xent_quant.linalg import DAMPING
 
 
 def root(hessians: Tensor) -> Tensor:
-    """U [..., n, n], upper triangular, with hessian = U Uᵀ. In float64, on the CPU, where rounding leaves one not positive
-    definite; raises torch.linalg.LinAlgError where it is not in truth."""
+    """U [..., n, n] float32, upper triangular, with hessian = U Uᵀ. In float64, on the CPU, where rounding leaves one not
+    positive definite; raises torch.linalg.LinAlgError where it is not in truth."""
     turned = hessians.flip(-1, -2)
     lower, failed = torch.linalg.cholesky_ex(turned)
     if bool(failed.any()):
@@ -21,8 +21,8 @@ def root(hessians: Tensor) -> Tensor:
 
 
 class Curvature:
-    """Damped Hessians [stack, n, n] and what is made of them. Right sides and solutions lie column after column,
-    [stack, n, rows].
+    """Damped Hessians [stack, n, n] float32 and what is made of them, on their device. Right sides and solutions lie column after
+    column, [stack, n, rows].
 
     Holds the Hessians, their roots and factors, and the blocks along the diagonals.
     """
@@ -41,12 +41,12 @@ class Curvature:
 
     @cached_property
     def factor(self) -> Tensor:
-        """U, unit upper triangular, with H + λ = U diag(D) Uᵀ."""
+        """U [stack, n, n], unit upper triangular, with H + λ = U diag(D) Uᵀ."""
         return self._root / self._root.diagonal(dim1=1, dim2=2)[:, None]
 
     @classmethod
     def stacked(cls, parts: "list[Curvature]") -> "Curvature":
-        """All of them, as one. What was made of each is not made again."""
+        """All of them, as one. The roots of each are not made again."""
         if len(parts) == 1:
             return parts[0]
         made = cls.__new__(cls)
@@ -55,7 +55,7 @@ class Curvature:
         return made
 
     def solve_columns(self, columns: Tensor) -> Tensor:
-        """(H + λ)⁻¹ columns."""
+        """(H + λ)⁻¹ columns, [stack, n, m] to the same."""
         half = torch.linalg.solve_triangular(self._root, columns, upper=True)
         solved: Tensor = torch.linalg.solve_triangular(self._root.mT, half, upper=False)
         return solved
@@ -65,7 +65,7 @@ class Curvature:
         return self.solve_columns(rows.mT[None])[0].mT
 
     def solve_half(self, columns: Tensor) -> Tensor:
-        """Uᵀ (H + λ)⁻¹ columns for half the price, with U as of `factor`."""
+        """Uᵀ (H + λ)⁻¹ columns, [stack, n, m] to the same, for half the price, with U as of `factor`."""
         half = torch.linalg.solve_triangular(self._root, columns, upper=True)
         scaled: Tensor = half / self._root.diagonal(dim1=1, dim2=2)[:, :, None]
         return scaled

@@ -16,7 +16,7 @@ from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.errors import QuantizationError
 from xent_quant.formats._chunks import LIMIT, NOT_FINITE, TOO_LARGE
 from xent_quant.formats._codes import Found, SearchedFormat
-from xent_quant.formats.base import F32, U8, Effort, Encoding, QuantFormat, weighting
+from xent_quant.formats.base import F32, U8, Effort, Encoding, weighting
 from xent_quant.linalg import row_chunks
 from xent_quant.methods.gptq import EFFORTS, GPTQ
 from xent_quant.methods.interface import Method
@@ -48,28 +48,29 @@ class OnDevice:
 
     def __init__(self, method: Method, device: torch.device) -> None:
         self.device, self._method = device, method
-        self.name, self.needs_hessian = method.name, method.needs_hessian
         self._effort: Effort = method.effort if isinstance(method, GPTQ | Search) else "fast"
 
     @staticmethod
     def here(kind: Encoding) -> bool:
-        """Whether weights of this type are quantised on the device."""
+        """Whether codes of this type are chosen on the device."""
         return isinstance(kind, SearchedFormat) and searches(kind)
 
     def quantize(
         self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
     ) -> U8:
-        """See `Method.quantize`."""
+        """See `Method.quantize`; of one weight [rows, columns] float32 in memory. Raises as `quantize_together`."""
         there = None if pull is None else torch.from_numpy(pull).to(self.device)
         known = (statistics and DeviceStatistics.of(statistics, self.device)) or statistics
         (made,) = self.quantize_together([Job(name, torch.from_numpy(weights).to(self.device), known, there)], kind)
         return made.packed
 
     def quantize_together(self, jobs: Sequence[Job], kind: Encoding) -> list[Made]:
-        """Weights of as many columns, in the order given. Those of the same statistics are rows of one weight here, those of
-        others are stacked where they have as many rows.
+        """Weights of as many columns; what is made of them, in the order given. Those of the same statistics are rows of one
+        weight here, those of others are stacked where they have as many rows.
 
-        Holds about twelve times the weights, and twice the Hessians. Raises QuantizationError naming the tensor.
+        Holds on the device about COPIES times the weights and HESSIANS times the Hessians (`device/rounding.py`). Raises
+        QuantizationError naming the tensor where weights, scales or Hessians are NaN, infinite or too large, or rows are not
+        whole blocks.
         """
         if not jobs:
             return []
@@ -101,16 +102,13 @@ class OnDevice:
             return False
         return known.held_out is not None and known.curvature is not None
 
-    def _check(self, job: Job, kind: QuantFormat) -> None:
+    def _check(self, job: Job, kind: SearchedFormat) -> None:
         """What `QuantFormat.quantize` refuses."""
         try:
             kind.row_bytes(job.weights.shape[1])
         except QuantizationError as error:
             raise QuantizationError(f"{job.name}: {error}") from None
-        low, high = (float(edge) for edge in job.weights.aminmax()) if job.weights.numel() else (0.0, 0.0)
-        if not (low > -LIMIT and high < LIMIT):
-            why = TOO_LARGE if np.isfinite(low) and np.isfinite(high) else NOT_FINITE
-            raise QuantizationError(f"{job.name}: {why}")
+        _check_range(job.name, job.weights, kind)
         known = job.statistics
         if isinstance(known, DeviceStatistics) and not bool(torch.isfinite(known.hessian).all()):
             raise QuantizationError(f"{job.name}: the Hessian holds NaN or infinities; calibrate again")
@@ -144,6 +142,8 @@ class OnDevice:
             known = same[0].statistics
             if isinstance(known, DeviceStatistics) and known.curvature is not None and same[0].pull is not None:
                 rows = rows + known.curvature.solve(torch.cat([job.pull for job in same if job.pull is not None]))
+                for job, part in zip(same, torch.split(rows, [len(job.weights) for job in same]), strict=True):
+                    _check_range(job.name, part, kind)
             wanted.append(rows.mT)
         weights = torch.stack(wanted).contiguous()
         scales = search(kind, weights, self._weighting(group, weights.shape[1]), self._effort)
@@ -180,12 +180,22 @@ class OnDevice:
         found = []
         for number, same in enumerate(group):
             out = np.empty((rows.shape[1], kind.row_bytes(rows.shape[2])), np.uint8)
-            if not (np.abs(outer[number]) <= kind.largest_scale).all():
-                raise QuantizationError(f"{same[0].name}: {TOO_LARGE}")
+            refused = (np.abs(outer[number]) > kind.largest_scale).any((1, 2))
+            if refused.any():
+                owners = np.repeat([job.name for job in same], [len(job.weights) for job in same])
+                raise QuantizationError(f"{owners[refused.argmax()]}: {kind.too_large}")
             work = partial(_pack, kind, rows[number], inner[number], outer[number], out)
             parallel.run([partial(work, part) for part in row_chunks(len(out))])
             found.append(Made(out, read[number]))
         return found
+
+
+def _check_range(name: str, weights: Tensor, kind: SearchedFormat) -> None:
+    low, high = (float(edge) for edge in weights.aminmax()) if weights.numel() else (0.0, 0.0)
+    if not (low > -LIMIT and high < LIMIT):
+        raise QuantizationError(f"{name}: {TOO_LARGE if np.isfinite(low) and np.isfinite(high) else NOT_FINITE}")
+    if max(-low, high) > kind.largest_weight:
+        raise QuantizationError(f"{name}: {kind.too_large}")
 
 
 def _pack(kind: SearchedFormat, codes: U8, inner: F32, outer: F32, out: U8, part: slice) -> None:

@@ -67,7 +67,7 @@ class Rows:
         return [(start, min(start + size, columns)) for start in range(0, columns, size)]
 
     def feed(self) -> None:
-        """The first pass."""
+        """The first pass: fills `codes`, `scales` and `errors`."""
         step, factor = self.kind.block_size, self.curvature.factor
         pulled = self.weights if self.pull is None else self.weights + self.curvature.solve_half(self.pull)
         found = []
@@ -85,7 +85,8 @@ class Rows:
         self.scales = joined(found)
 
     def sweep(self, rounds: int) -> None:
-        """The second pass."""
+        """The second pass, over what `feed` made, with so many rounds of coordinate descent; changes it where that lowers the
+        loss."""
         step, hessian = self.kind.block_size, self.curvature.hessian
         for start, stop in self._lumps():
             gradient = hessian[:, start:stop] @ self.errors  # H e at these columns
@@ -162,7 +163,7 @@ class Rows:
 
 
 def values(kind: CodedFormat, codes: Tensor, scales: Scales) -> Tensor:
-    """What codes [stack, columns, rows] stand for, float32."""
+    """What codes [stack, columns, rows] uint8 stand for, float32 of the same shape."""
     levels = torch.unflatten(torch.from_numpy(kind.levels).to(codes.device)[codes.int()], 1, (-1, kind.group_size))
     found: Tensor = (levels * scales.scale[:, :, None] + scales.offset[:, :, None]).flatten(1, 2)
     return found

@@ -29,7 +29,7 @@ class DeviceStatistics:
         return Curvature(self.hessian.clone()[None]) if bool(self.hessian.any()) else None
 
     def padded(self, columns: int) -> "DeviceStatistics":
-        """The statistics of inputs that are followed by zeros up to `columns`."""
+        """The statistics of inputs that are followed by zeros up to `columns`; these where there are as many."""
         missing = columns - len(self.importance)
         if not missing:
             return self

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ Weights = dict[str, tuple[F32, Tensor]]
 
 
 def ahead(read: Callable[[str], F32], device: torch.device, groups: Iterable[Sequence[str]]) -> Iterator[Weights]:
-    """The tensors of each group of names in turn. Holds those of two groups, and on CUDA a copy in pinned memory of one. Raises
-    what `read` raises."""
-    copy = _Copier(device) if device.type == "cuda" and torch.cuda.is_available() else None
+    """The tensors of each group of names in turn, float32 of the shapes that `read` gives. Holds those of two groups, and on CUDA
+    a copy in pinned memory of one. Raises what `read` raises."""
+    copy = _copier(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
     def fetch(names: Sequence[str]) -> tuple[dict[str, F32], "dict[str, Tensor] | None"]:
         arrays = {name: read(name) for name in names}
@@ -58,3 +59,9 @@ class _Copier:
         """In the thread that computes: the memory is the computing stream's from now on, too."""
         for tensor in copies.values():
             tensor.record_stream(torch.cuda.current_stream(self._device))
+
+
+@cache
+def _copier(device: torch.device) -> _Copier:
+    """One for all layers: what a stream frees is kept for that stream alone, so each new one would take memory of its own."""
+    return _Copier(device)

@@ -121,6 +121,9 @@ class SearchedFormat(CodedFormat):
     """A type whose codes and scales `_search` chooses. Subclasses write `search` and `store_scales`."""
 
     largest_scale = _search.LARGEST
+    largest_weight: float = np.inf
+    too_large = TOO_LARGE
+    """What is said of a weight or a scale beyond these."""
 
     @abstractmethod
     def search(self, weights: F32, importance: F32, effort: Effort) -> Found:
@@ -134,9 +137,11 @@ class SearchedFormat(CodedFormat):
         weighting = np.ones(weights.shape[1], np.float32) if importance is None else importance
 
         def work(part: F32, out: U8) -> str:
+            if self.largest_weight < np.inf and np.abs(part).max() > self.largest_weight:
+                return self.too_large
             found = self.search(part, weighting, effort)
             if not (np.abs(found.outer) <= self.largest_scale).all():
-                return TOO_LARGE
+                return self.too_large
             self.store_scales(out.reshape(-1, self.block_bytes), found)
             self.store_codes(out, found.codes)
             return ""

@@ -20,9 +20,6 @@ from xent_quant.formats._codes import Efforts, Found, Plane, ladder, rises
 from xent_quant.formats.base import F32, U8, Effort
 from xent_quant.formats.mxfp4 import LEVELS, E2M1Format
 
-LARGEST_WEIGHT = 2688
-TOO_LARGE = f"a weight exceeds {LARGEST_WEIGHT}, the largest that NVFP4 holds; keep this tensor in BF16 or F32"
-
 
 class NVFP4Format(E2M1Format):
     name = "NVFP4"
@@ -32,6 +29,8 @@ class NVFP4Format(E2M1Format):
     group_size = 16
     planes = (Plane(4, 36, bits=4, run=8),)
     largest_scale = np.float32(np.inf)
+    largest_weight = 2688
+    too_large = "a weight exceeds 2688, the largest that NVFP4 holds; keep this tensor in BF16 or F32"
     efforts = Efforts(
         fast=(ladder((9, 15, 3)), 1),
         normal=(ladder((8, 16, 6)), 1),
@@ -45,10 +44,6 @@ class NVFP4Format(E2M1Format):
         raw = found.outer * np.float32(2)
         normal = (raw.view(np.uint32) >> np.uint32(20)) - np.uint32((127 - 7) << 3)  # E4M3 has three bits after the point
         blocks[:, :4] = np.where(raw < 2**-6, raw * np.float32(512), normal)
-
-    def quantize_rows(self, weights: F32, importance: F32 | None, packed: U8, effort: Effort) -> str:
-        problem = super().quantize_rows(weights, importance, packed, effort)
-        return problem or (TOO_LARGE if weights.size and max(weights.max(), -weights.min()) > LARGEST_WEIGHT else "")
 
     def search(self, weights: F32, importance: F32, effort: Effort) -> Found:
         rows, groups = weights.shape[0], weights.shape[1] // 16

@@ -16,6 +16,7 @@ from calibration.session import Session
 from xent_quant import journal as journals
 from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.llama_names import HEAD, llama_name
+from xent_quant.device.choice import memory_of
 from xent_quant.errors import ExportError
 from xent_quant.journal import Journal, software
 from xent_quant.model.stages import Stage
@@ -146,9 +147,11 @@ def collect(
     Raises what running the model raises, and ExportError for what cannot be written.
     """
     model = session.checkpoint.architecture
-    room = resources.room(model, 0, True, memory)
-    if session.methods_on is not None:
-        room = resources.device_room(model, 0, session.length, session.methods_on, vram)
+    device = session.methods_on
+    if device is None:
+        room = resources.room(model, 0, True, memory)
+    else:
+        room = resources.device_room(model, 0, session.length, device, vram, memory=memory)
     before = fingerprint(session.checkpoint)
     identity = {
         "checkpoint": before,
@@ -162,6 +165,8 @@ def collect(
             work.clear()
             journal = Journal(path, identity)
         files.enter_context(kept(work, journal))
+        if device is not None:
+            files.enter_context(memory_of(device, vram))
         opened = files.enter_context(ExitStack())
         if done := journal.layers(model.num_layers):
             progress.note(f"Going on with an interrupted run: {done} of {model.num_layers} layers are done.")

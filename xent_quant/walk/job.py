@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,8 @@ from exporters.interface import Exported, Exporter, unmeasured_notes
 from xent_quant import journal as journals
 from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.formats.base import QuantFormat
-from xent_quant.formats.prescaled import Prescaled
 from xent_quant.journal import Journal, software
+from xent_quant.model.sizes import Room
 from xent_quant.progress import Progress, Silent
 from xent_quant.storage import Workspace, check_free_space, publish
 from xent_quant.tensors import StatisticsSource
@@ -75,11 +75,14 @@ def run(
     model, report = checkpoint.architecture, progress or Silent()
     hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
     followers = sum(hessian) if text else 0
-    room = resources.room(model, followers, text is not None, memory)
     device = text.methods_on if text else None
-    if text and device is not None:
-        room = resources.device_room(model, followers, text.length, device, vram)
-        if left := _left_to_cpu(exporters):
+    if text is None or device is None:
+        room = resources.room(model, followers, text is not None, memory)
+    else:
+        left = resources.left_to_cpu(exporters)
+        fitting = partial(resources.device_room, model, followers, text.length, device, vram, memory=memory, left=bool(left))
+        room = fitting()
+        if left:
             report.note(f"{', '.join(left)}: chosen by the CPU's kernels; {device} has no search for them.")
     for exporter in exporters:
         exporter.check(force)
@@ -97,9 +100,16 @@ def run(
         resumed = journal.layers(model.num_layers)
         if resumed:
             report.note(f"Going on with an interrupted run: {resumed} of {model.num_layers} layers are done.")
+        if device is not None:
+            if journal.room is not None:
+                earlier = Room(**journal.room)
+                room = fitting(before=earlier)
+                if room != earlier:
+                    report.note(f"{device} has less memory left than before: other last bits than in one run are possible.")
+            journal.room = vars(room).copy()
         files.enter_context(kept(work, journal))
         if device is not None:
-            files.enter_context(_memory_of(device))
+            files.enter_context(_memory_of(device, vram))
         opened = files.enter_context(ExitStack())
         lanes = []
         for number, exporter in enumerate(exporters):
@@ -129,10 +139,10 @@ def run(
     return Done(tuple(exported), coverage, resumed, journal.seconds)
 
 
-def _memory_of(device: "torch.device") -> AbstractContextManager[None]:
+def _memory_of(device: "torch.device", limit: int | None) -> AbstractContextManager[None]:
     from xent_quant.device.choice import memory_of
 
-    return memory_of(device)
+    return memory_of(device, limit)
 
 
 def _on(device: "torch.device | None", exporter: Exporter) -> "OnDevice | None":
@@ -142,21 +152,6 @@ def _on(device: "torch.device | None", exporter: Exporter) -> "OnDevice | None":
     from xent_quant.device.method import OnDevice
 
     return OnDevice(exporter.method, device)
-
-
-def _left_to_cpu(exporters: Sequence[Exporter]) -> list[str]:
-    """Types whose codes no device chooses."""
-    from xent_quant.device.method import OnDevice
-
-    encodings = {
-        slot.encoding
-        for exporter in exporters
-        if exporter.method
-        for slots in exporter.slots.values()
-        for slot in slots
-        if (isinstance(slot.encoding, QuantFormat) and slot.encoding.block_size > 1) or isinstance(slot.encoding, Prescaled)
-    }
-    return sorted(encoding.name for encoding in encodings if not OnDevice.here(encoding))
 
 
 def _streams(

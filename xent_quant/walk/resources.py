@@ -5,9 +5,9 @@ divided by what this machine does in a few seconds' measurement.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
@@ -16,10 +16,14 @@ from exporters.interface import Exporter
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ConfigError
-from xent_quant.formats.base import F32
+from xent_quant.formats.base import F32, QuantFormat
+from xent_quant.formats.prescaled import Prescaled
 from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS, STATE_FILES, Room
 from xent_quant.tensors import ATTENTION_ROLES, InputStatistics, Role, TensorSpec
 from xent_quant.units import human_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 MIB = 2**20
 PROGRAM = 280 * MIB
@@ -71,7 +75,7 @@ def memory(model: Architecture, followers: int, text: bool, room: Room) -> int:
     if routed:
         inner = 4 * room.kept_rows * model.intermediate_size * streams
         shared = 2 * 4 * model.shared_size * model.hidden_size * streams
-        layer = 8 * model.hidden_size**2 if followers else 0  # sums over all tokens, to make up rare experts
+        layer = followers * 8 * model.hidden_size**2  # sums over all tokens, to make up rare experts
         experts = shared + layer + side_by_side * (inner + _stage(routed, model, streams))
     return int(MARGIN * (rows_of_vocabulary + TORCH + max(for_all, experts)))
 
@@ -91,68 +95,121 @@ def _stage(tensors: Sequence[TensorSpec], model: Architecture, streams: int) -> 
 def room(model: Architecture, followers: int, text: bool, limit: int | None) -> Room:
     """What to hold so that `limit` bytes are not passed. Raises ConfigError where the least would not do."""
     most = numba.get_num_threads() if text and followers and model.num_experts else 1
-    for experts in range(most, 0, -1):
-        for rows in (KEPT_ROWS, KEPT_ROWS // 2, KEPT_ROWS // 4, 0):
-            if limit is None or memory(model, followers, text, Room(rows, experts)) <= limit:
-                return Room(rows, experts)
-    least = memory(model, followers, text, Room(0, 1))
+    for chosen in _rooms(most):
+        if limit is None or memory(model, followers, text, chosen) <= limit:
+            return chosen
+    raise _too_little(limit or 0, memory(model, followers, text, Room(0, 1)), followers, text)
+
+
+def _rooms(experts: int) -> Iterator[Room]:
+    """From so many experts side by side to the least."""
+    for number in range(experts, 0, -1):
+        yield from (Room(rows, number) for rows in (KEPT_ROWS, KEPT_ROWS // 2, KEPT_ROWS // 4, 0))
+
+
+def _too_little(limit: int, least: int, followers: int, text: bool) -> ConfigError:
     remedy = "use --method imatrix, or one format at a time" if followers else "use --method rtn" if text else "give it more"
-    raise ConfigError(f"--memory {human_bytes(limit or 0)}: about {human_bytes(least)} are needed; {remedy}")
+    return ConfigError(f"--memory {human_bytes(limit)}: about {human_bytes(least)} are needed; {remedy}")
+
+
+def _stages(model: Architecture) -> Iterator[tuple[int, int, bool]]:
+    """Of what reads the same rows in a layer, which is one weight to a device: weights, columns, whether it is a routed
+    expert's."""
+    one = replace(model, num_layers=1).tensors().values()
+    for roles in TOGETHER_ON_DEVICE:
+        for expert in (None, 0):
+            same = [t for t in one if t.layer is not None and t.role in roles and t.expert == expert]
+            if same:
+                yield sum(tensor.n_weights for tensor in same), max(tensor.shape[-1] for tensor in same), expert is not None
+
+
+def _slice(model: Architecture) -> int:
+    """Weights of the embedding or the head that are worked on at a time."""
+    return min(Checkpoint.SLICE, model.embedding.n_weights)
 
 
 def vram(model: Architecture, followers: int, length: int, room: Room) -> int:
     """Peak of a device's bytes of a walk with so many quantised streams over windows of `length` tokens, when methods compute
     there on `room.experts` experts together."""
+    from calibration.moments import HELD_OUT_ROWS
     from xent_quant.device.rounding import COPIES, HESSIANS
     from xent_quant.device.search import HELD, MAX_LANES
 
-    streams, together = 1 + followers, room.experts or 1
-    one = replace(model, num_layers=1).tensors().values()
-    in_layer = [tensor for tensor in one if tensor.layer is not None and len(tensor.shape) > 1]
-    searched = 4 * HELD * MAX_LANES
+    streams, together, hidden = 1 + followers, room.experts or 1, model.hidden_size
 
-    def stage(tensors: Sequence[TensorSpec], number: int) -> int:
-        """Of the one that needs most: what reads the same rows is one weight to a device."""
-        most = 0
-        for roles in TOGETHER_ON_DEVICE:
-            same = [tensor for tensor in tensors if tensor.role in roles and tensor.expert in (None, 0)]
-            weights, columns = sum(tensor.n_weights for tensor in same), max((tensor.shape[-1] for tensor in same), default=0)
-            rows = 4 * PART_TOKENS * (4 * model.hidden_size + 3 * columns)
-            most = max(most, rows + 4 * number * (weights * (streams + COPIES) + HESSIANS * columns**2 * bool(followers)))
-        return most
+    def stage(weights: int, columns: int, number: int = 1) -> int:
+        rows = 4 * PART_TOKENS * (4 * hidden + 3 * columns)
+        return rows + 4 * number * (weights * (streams + COPIES) + HESSIANS * columns**2 * bool(followers))
 
-    routed = [tensor for tensor in in_layer if tensor.expert is not None]
-    for_all = stage([tensor for tensor in in_layer if tensor.expert is None], 1)
+    every = list(_stages(model))
+    for_all = max(stage(weights, columns) for weights, columns, routed in every if not routed)
     scores = 2 * 4 * PART_TOKENS * length * model.num_heads
     experts = 0
-    if routed:
+    if model.num_experts:
         inner = 4 * room.kept_rows * model.intermediate_size * streams * together
-        shared = 2 * 4 * model.shared_size * model.hidden_size * streams
-        layer = 2 * 4 * model.hidden_size**2 if followers else 0
-        experts = inner + shared + layer + stage(routed, together)
-    return int(MARGIN * (searched + max(for_all + scores, experts)))
+        shared = 2 * 4 * model.shared_size * hidden * streams
+        layer = followers * 2 * 4 * (hidden**2 + HELD_OUT_ROWS * hidden)  # to make up rare experts, with drift
+        experts = inner + shared + layer + max(stage(weights, columns, together) for weights, columns, routed in every if routed)
+    return int(MARGIN * (4 * HELD * MAX_LANES + max(for_all + scores, experts, stage(_slice(model), hidden))))
 
 
-def device_room(model: Architecture, followers: int, length: int, device: Any, limit: int | None) -> Room:
-    """What to hold on a device so that `limit` bytes of its memory are not passed, or what is free there. Raises ConfigError
-    where the least would not do, or less is free than the limit."""
+def beside_device(model: Architecture, followers: int, length: int, room: Room, device: "torch.device", left: bool) -> int:
+    """Peak of resident bytes of such a walk, what the driver takes apart; `left`: the CPU's kernels choose codes of some types.
+    Where the device is the CPU, that of the device is among them."""
+    columns, number = max(model.hidden_size, model.intermediate_size, model.shared_size), room.experts or 1
+    # float32 of two stages, one of them being read, and in pinned memory; codes and bytes.
+    weights = 14 * max(_slice(model), *(each * (number if routed else 1) for each, _, routed in _stages(model)))
+    rows = 2 * 4 * PART_TOKENS * columns
+    kernels = 4 * (7 * columns**2 + 5 * max(each for each, *_ in _stages(model))) if left else 0
+    there = vram(model, followers, length, room) if device.type == "cpu" else 0
+    return there + int(MARGIN * (PROGRAM + VOCABULARY * model.vocab_size + TORCH + weights + rows + kernels))
+
+
+def device_room(
+    model: Architecture,
+    followers: int,
+    length: int,
+    device: "torch.device",
+    limit: int | None,
+    *,
+    memory: int | None = None,
+    left: bool = False,
+    before: Room | None = None,
+) -> Room:
+    """What to hold on a device so that `limit` bytes of its memory are not passed, or what is free there, nor `memory` bytes
+    beside it: what an earlier run held (`before`), else the most. Raises ConfigError where the least would not do, or less is
+    free than the limit."""
     from xent_quant.device.choice import free_bytes
-    from xent_quant.device.choice import limit as keep_within
 
     free = free_bytes(device)
     if limit is not None and free is not None and limit > free:
         raise ConfigError(f"--vram {human_bytes(limit)}: only {human_bytes(free)} are free on {device}; give it less")
     most = limit if limit is not None else free
-    for experts in range(EXPERTS_TOGETHER, 0, -1):
-        for rows in (KEPT_ROWS, KEPT_ROWS // 2, KEPT_ROWS // 4, 0):
-            chosen = Room(rows, experts)
-            if most is None or vram(model, followers, length, chosen) <= most:
-                if most is not None:
-                    keep_within(device, most)
-                return chosen
+    for chosen in (*([before] if before else []), *_rooms(EXPERTS_TOGETHER)):
+        if most is not None and vram(model, followers, length, chosen) > most:
+            continue
+        if memory is None or beside_device(model, followers, length, chosen, device, left) <= memory:
+            return chosen
     least = vram(model, followers, length, Room(0, 1))
+    if memory is not None and (most is None or least <= most):
+        raise _too_little(memory, beside_device(model, followers, length, Room(0, 1), device, left), followers, True)
     said = f"--vram {human_bytes(limit)}" if limit is not None else f"--device {device}: {human_bytes(free or 0)} are free"
     raise ConfigError(f"{said}: about {human_bytes(least)} are needed; use --device cpu, or one format at a time")
+
+
+def left_to_cpu(exporters: Sequence[Exporter]) -> list[str]:
+    """Types whose codes no device chooses."""
+    from xent_quant.device.method import OnDevice
+
+    encodings = {
+        slot.encoding
+        for exporter in exporters
+        if exporter.method
+        for slots in exporter.slots.values()
+        for slot in slots
+        if (isinstance(slot.encoding, QuantFormat) and slot.encoding.block_size > 1) or isinstance(slot.encoding, Prescaled)
+    }
+    return sorted(encoding.name for encoding in encodings if not OnDevice.here(encoding))
 
 
 def disk(model: Architecture, tokens: int, followers: int) -> int:
