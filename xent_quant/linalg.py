@@ -19,6 +19,9 @@ Matrix = TypeVar("Matrix", F32, "Tensor")
 DAMPING = 0.01
 """Added to a Hessian's diagonal before it is factorised, as a share of the diagonal's mean."""
 
+FEW_ROWS = 2.0
+"""Rows for each column with which half is believed of what a Hessian has beside its diagonal."""
+
 CHUNK_ROWS = 512
 """Of a weight, that are solved or rounded as one job."""
 
@@ -69,6 +72,12 @@ def _solved(rows: F32, triangle: F32, *, upper: bool) -> F32:
     return found
 
 
+def believed(rows: int, importance: F32) -> float:
+    """Share of what a Hessian of so many rows has beside its diagonal that is no accident of these rows, about. Its columns
+    without `importance` [n] are padding."""
+    return rows / (rows + FEW_ROWS * np.count_nonzero(importance))
+
+
 class Curvature:
     """A damped Hessian [n, n] and what is made of it, each thing once and when it is first asked for.
 
@@ -79,9 +88,11 @@ class Curvature:
     rounding, has a condition of 10⁵ at most in practice.
     """
 
-    def __init__(self, hessian: F32) -> None:
-        self.hessian = hessian.copy()
+    def __init__(self, hessian: F32, share: float = 1.0) -> None:
+        """Takes what `hessian` has beside its diagonal at `share`."""
+        self.hessian = hessian * np.float32(share)
         """H + λ."""
+        np.fill_diagonal(self.hessian, hessian.diagonal())
         self.hessian[np.diag_indices_from(hessian)] += np.float32(DAMPING * hessian.diagonal().mean(dtype=np.float64))
         self._blocks: dict[tuple[int, int], tuple[F32, F32, F32, F32]] = {}
 

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from xent_quant.linalg import Curvature
+from xent_quant.linalg import Curvature, believed
 
 
 class Role(StrEnum):
@@ -104,8 +104,10 @@ class InputStatistics:
 
     @cached_property
     def curvature(self) -> Curvature | None:
-        """Of the Hessian; None where there is none, or all of it is 0."""
-        return Curvature(self.hessian) if self.hessian is not None and self.hessian.any() else None
+        """Of the Hessian, as far as so few rows are believed; None where there is none, or all of it is 0."""
+        if self.hessian is None or not self.hessian.any():
+            return None
+        return Curvature(self.hessian, believed(self.rows, self.importance))
 
     @cached_property
     def reaching(self) -> NDArray[np.float32]:

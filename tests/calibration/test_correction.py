@@ -8,7 +8,7 @@ import torch
 
 from calibration.correction import Correction
 from calibration.moments import Moments
-from xent_quant.linalg import DAMPING
+from xent_quant.linalg import DAMPING, FEW_ROWS
 from xent_quant.model.stages import Batch
 
 RANDOM = np.random.default_rng(5)
@@ -50,9 +50,11 @@ def test_equals_ridge_regression_on_all_rows(gaps) -> None:
     correction, (exact, inputs, gap), (exact_apart, inputs_apart, gap_apart) = corrected(400, 0.3, gaps)
     weights = RANDOM.normal(size=(ROWS, COLUMNS)).astype(np.float32)
     wide = inputs.astype(np.float64)
-    ridge = np.sqrt(DAMPING * np.square(wide).sum(0).mean()) * np.eye(COLUMNS)
+    products = wide.T @ wide
+    share = 400 / (400 + FEW_ROWS * COLUMNS)
+    ridge = share * products + np.diag((1 - share) * products.diagonal() + DAMPING * products.diagonal().mean())
     wish = (exact - wide) @ weights.T + (gap if gaps else 0)
-    change = np.linalg.lstsq(np.concatenate([wide, ridge]), np.concatenate([wish, np.zeros((COLUMNS, ROWS))]))[0].T
+    change = np.linalg.solve(ridge, wide.T @ wish).T
     reach = inputs_apart @ change.T
     wish = (exact_apart - inputs_apart) @ weights.T + (gap_apart if gaps else 0)
     share = min((wish * reach).sum() / np.square(reach).sum(), 1)

@@ -14,7 +14,7 @@ from tests.reference.forward import forward
 from tests.walking import measured
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CalibrationError
-from xent_quant.linalg import DAMPING
+from xent_quant.linalg import DAMPING, FEW_ROWS
 from xent_quant.model.stages import Stage
 from xent_quant.model.streaming import StreamingModel
 from xent_quant.tensors import InputStatistics
@@ -177,7 +177,8 @@ def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, 
             judged = [token for token in own[name] if token >= apart and token in exact[name]]
             if all(token in exact[name] for token in own[name]) and "o_proj" not in name and "down_proj" not in name:
                 drift = np.array([exact[name][token] for token in rows]) - inputs
-                damped = found.hessian + DAMPING * np.diag(np.full(len(product), found.hessian.trace() / len(product)))
+                believed = np.where(off, len(inputs) / (len(inputs) + FEW_ROWS * len(product)), 1)
+                damped = believed * found.hessian + DAMPING * found.hessian.trace() / len(product) * ~off
                 change = np.linalg.solve(damped, (weights @ (drift.T @ inputs / len(inputs))).T).T
                 held = np.array([own[name][token] for token in judged])
                 wish = (np.array([exact[name][token] for token in judged]) - held) @ weights.T

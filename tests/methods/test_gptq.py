@@ -1,6 +1,7 @@
 """GPTQ against the paper's loop, its invariants, and what it is for: less output error on inputs that it has not seen."""
 
 import itertools
+from dataclasses import replace
 
 import numba
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from tests.reference import gptq as reference
 from xent_quant import formats
+from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.formats._eights import ShiftedFormat
 from xent_quant.formats.base import QuantFormat
 from xent_quant.formats.int_group import IntGroup
@@ -44,6 +46,25 @@ def fed(kind: gptq.Gridded, columns: int = COLUMNS, count: int = len(WEIGHTS)) -
     rows = Rows(weights, kind, Curvature(known.hessian), known.importance, "fast", "w")
     rows.feed()
     return rows
+
+
+@pytest.mark.parametrize("rows", [3, 500])
+def test_of_few_rows_little_is_believed_beside_the_diagonal(rows) -> None:
+    """A share of rows / (rows + 2 · columns), in memory and on a device, whether columns of zeros follow or not."""
+    known = statistics(64)
+    assert known.hessian is not None
+    known, wanted = replace(known, rows=rows), known.hessian.astype(np.float64) * rows / (rows + 2 * 64)
+    np.fill_diagonal(wanted, known.hessian.diagonal() + 0.01 * known.hessian.diagonal().mean(dtype=np.float64))
+    device = DeviceStatistics.of(known, torch.device("cpu"))
+    assert known.curvature is not None
+    assert device is not None
+    assert device.curvature is not None
+    padded = known.padded(96).curvature
+    assert padded is not None
+    np.testing.assert_allclose(known.curvature.hessian, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(device.curvature.hessian[0].numpy(), known.curvature.hessian)
+    beside = ~np.eye(64, dtype=bool)
+    np.testing.assert_array_equal(padded.hessian[:64, :64][beside], known.curvature.hessian[beside])
 
 
 def loss(rows: Rows) -> np.ndarray:

@@ -27,12 +27,13 @@ class Curvature:
     Holds the Hessians, their roots and factors, and the blocks along the diagonals.
     """
 
-    def __init__(self, hessians: Tensor) -> None:
-        """Takes `hessians` over and changes them."""
-        self.hessian = hessians
+    def __init__(self, hessians: Tensor, share: float = 1.0) -> None:
+        """Takes what `hessians` have beside their diagonals at `share`."""
+        self.hessian = hessians * share
         """H + λ."""
         diagonal = hessians.diagonal(dim1=1, dim2=2)
-        diagonal += (DAMPING * diagonal.cpu().double().mean(1, keepdim=True)).float().to(hessians.device)
+        damping = (DAMPING * diagonal.cpu().double().mean(1, keepdim=True)).float().to(hessians.device)
+        self.hessian.diagonal(dim1=1, dim2=2).copy_(diagonal + damping)
         self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
 
     @cached_property

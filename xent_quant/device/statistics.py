@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xent_quant.device.curvature import Curvature
 from xent_quant.formats.base import F32
+from xent_quant.linalg import believed
 from xent_quant.tensors import InputStatistics
 
 
@@ -25,8 +26,10 @@ class DeviceStatistics:
 
     @cached_property
     def curvature(self) -> Curvature | None:
-        """Of the Hessian; None where all of it is 0."""
-        return Curvature(self.hessian.clone()[None]) if bool(self.hessian.any()) else None
+        """Of the Hessian, as far as so few rows are believed; None where all of it is 0."""
+        if not bool(self.hessian.any()):
+            return None
+        return Curvature(self.hessian[None], believed(self.rows, self.importance))
 
     def padded(self, columns: int) -> "DeviceStatistics":
         """The statistics of inputs that are followed by zeros up to `columns`; these where there are as many."""
