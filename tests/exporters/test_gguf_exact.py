@@ -12,6 +12,7 @@ import xent_quant
 from exporters.gguf import plan as plan_module
 from tests.reference.forward import forward
 from xent_quant import formats
+from xent_quant.methods import METHODS
 from xent_quant.validation.llama_cpp import LlamaCpp
 
 CASES = {
@@ -87,7 +88,9 @@ def test_every_type_computes_what_its_weights_say(checkpoint, tmp_path: Path, ki
     blocks = xent_quant.quantize(folder, method="rtn", type="F32", tensor_types=types, output=tmp_path / "blocks").files[0]
     file = folder / "model.safetensors"
     weights = {
-        name: formats.get(kind).dequantize(formats.get(kind).quantize(value, effort="fast")) if "_proj" in name else value
+        name: formats.get(kind).dequantize(METHODS["rtn"]("fast").quantize(value, formats.get(kind), None, name=name))
+        if "_proj" in name
+        else value
         for name, value in load_file(file).items()
     }
     save_file(weights, file)

@@ -106,7 +106,8 @@ def test_a_tied_embedding_is_followed_as_the_rows_that_are_looked_up(tmp_path: P
     checkpoint = Checkpoint.open(folder)
     weights = checkpoint.read(checkpoint.architecture.embedding.name)
     coarse, fine = (
-        formats.get(kind).dequantize(formats.get(kind).quantize(weights, effort="fast", name="")) for kind in ("Q2_K", "Q6_K")
+        kind.dequantize(METHODS["imatrix"]("fast").quantize(weights, kind, None, name=""))
+        for kind in map(formats.get, ("Q2_K", "Q6_K"))
     )
     assert np.abs(coarse - fine).max() > 0.01
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from xent_quant import parallel
 from xent_quant.device.curvature import Curvature
-from xent_quant.device.rounding import Rows, values
-from xent_quant.device.search import Scales, encode, search, searches
+from xent_quant.device.rounding import Rows
+from xent_quant.device.search import Scales, encode, search, searches, unshrunk, values
 from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.errors import QuantizationError
 from xent_quant.formats._chunks import LIMIT, NOT_FINITE, TOO_LARGE
@@ -134,6 +134,12 @@ class OnDevice:
                     row[start : start + step] = found
         return torch.from_numpy(rows).to(self.device)
 
+    def _search(self, weights: Tensor, kind: SearchedFormat, weighting: Tensor) -> tuple[Tensor, Scales]:
+        """Codes and scales; see `methods.search.Search`."""
+        scales = search(kind, weights, weighting, self._effort)
+        codes = encode(kind, weights, scales)
+        return codes, unshrunk(kind, weights, weighting, scales)
+
     def _searched(self, group: Sequence[Sequence[Job]], kind: SearchedFormat) -> list[Made]:
         """The weighted search for what a pull makes of the weights."""
         wanted = []
@@ -146,8 +152,7 @@ class OnDevice:
                     _check_range(job.name, part, kind)
             wanted.append(rows.mT)
         weights = torch.stack(wanted).contiguous()
-        scales = search(kind, weights, self._weighting(group, weights.shape[1]), self._effort)
-        return self._made(group, kind, encode(kind, weights, scales), scales)
+        return self._made(group, kind, *self._search(weights, kind, self._weighting(group, weights.shape[1])))
 
     def _gptq(self, group: Sequence[Sequence[Job]], kind: SearchedFormat) -> list[Made]:
         """See `methods.gptq.GPTQ`."""
@@ -156,8 +161,7 @@ class OnDevice:
         pull = _pulls(group)
         curvature = Curvature.stacked([each.curvature for each in known if isinstance(each, DeviceStatistics) and each.curvature])
         columns = weights.shape[1]
-        plain = search(kind, weights, self._weighting(group, columns), self._effort)
-        codes = encode(kind, weights, plain)
+        codes, plain = self._search(weights, kind, self._weighting(group, columns))
         rows = Rows(weights, kind, curvature, self._weighting(group, kind.block_size), self._effort, pull)
         rows.feed()
         sweeps, rounds, _ = EFFORTS[self._effort]

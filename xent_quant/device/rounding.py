@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xent_quant.device.curvature import Curvature
-from xent_quant.device.search import Scales, joined, search, table
+from xent_quant.device.search import Scales, joined, search, table, unshrunk
 from xent_quant.formats._codes import CodedFormat
 from xent_quant.formats.base import F32, Effort
 from xent_quant.methods.gptq import LAZY, TOGETHER
@@ -99,7 +99,9 @@ class Rows:
             self._descend(start, stop, gradient, rounds)
 
     def _search(self, targets: Tensor, first: int, last: int) -> Scales:
-        return search(self.kind, targets, self._weighting[:, first:last], self._effort)
+        weighting = self._weighting[:, first:last]
+        scales = search(self.kind, targets, weighting, self._effort)
+        return unshrunk(self.kind, targets, weighting, scales)
 
     def _round(self, weights: Tensor, targets: Tensor, factor: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
         """Codes with error feedback for these scales: (codes uint8, errors). Changes `targets`."""
@@ -160,10 +162,3 @@ class Rows:
                     errors[:, j], changes[:, j - first] = error, change
                     near += hessian[:, first:last, j, None] * change[:, None]
                 gradient += hessian[:, :, first:last] @ changes
-
-
-def values(kind: CodedFormat, codes: Tensor, scales: Scales) -> Tensor:
-    """What codes [stack, columns, rows] uint8 stand for, float32 of the same shape."""
-    levels = torch.unflatten(torch.from_numpy(kind.levels).to(codes.device)[codes.int()], 1, (-1, kind.group_size))
-    found: Tensor = (levels * scales.scale[:, :, None] + scales.offset[:, :, None]).flatten(1, 2)
-    return found

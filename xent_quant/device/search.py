@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from xent_quant.formats._codes import AffineFormat, CodedFormat, SymmetricFormat, rises
+from xent_quant.formats._gain import MOST
 from xent_quant.formats._search import HUGE, LARGEST, TINY
 from xent_quant.formats.base import F32, Effort
 from xent_quant.formats.int_group import EFFORTS, IntGroup
@@ -119,6 +120,39 @@ def encode(kind: CodedFormat, weights: Tensor, scales: Scales) -> Tensor:
             codes = wanted.round_().clamp_(float(levels[0]), float(levels[-1])) - float(levels[0])
         codes = codes + kind.unused
     return codes.to(torch.uint8).flatten(1, 2)
+
+
+def unshrunk(kind: CodedFormat, weights: Tensor, weighting: Tensor, scales: Scales) -> Scales:
+    """See `QuantFormat.unshrunk`: for the codes that these scales give; shapes as of `search`."""
+    if not kind.outer_halves:
+        return scales
+    groups = kind.block_size // kind.group_size
+
+    def apart(columns: Tensor) -> Tensor:
+        """[stack, columns, …] to [group_size, stack, groups, …]."""
+        return torch.unflatten(columns, 1, (-1, kind.group_size)).movedim(2, 0)
+
+    found = values(kind, encode(kind, weights, scales), scales)
+    energy, kept = torch.zeros_like(scales.scale), torch.zeros_like(scales.scale)
+    for w, x, value in zip(apart(weighting[..., None]), apart(weights), apart(found), strict=True):
+        weighted = w * x
+        energy += weighted * x
+        kept += weighted * value
+    energy, kept = _folded(energy, groups), _folded(kept, groups)
+    gain = torch.where(kept > 0, (energy / kept).clamp(max=float(MOST)), 1.0)
+    outer = half((scales.outer * gain[:, :, None]).clamp(-float(LARGEST), float(LARGEST)))
+    d = [_spread(each, groups) for each in outer.unbind(2)]
+    if scales.inner.shape[2]:
+        integers = torch.unflatten(scales.inner, 2, (-1, groups)).unbind(2)
+        d = [each * _flat(own) for each, own in zip(d, integers, strict=True)]
+    return Scales(scales.inner, outer, d[0], 0 - d[1] if len(d) > 1 else torch.zeros_like(d[0]))
+
+
+def values(kind: CodedFormat, codes: Tensor, scales: Scales) -> Tensor:
+    """What codes [stack, columns, rows] uint8 stand for, float32 of the same shape."""
+    levels = torch.unflatten(torch.from_numpy(kind.levels).to(codes.device)[codes.int()], 1, (-1, kind.group_size))
+    found: Tensor = (levels * scales.scale[:, :, None] + scales.offset[:, :, None]).flatten(1, 2)
+    return found
 
 
 def half(value: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from xent_quant.compilation import jit
 from xent_quant.formats._chunks import TOO_LARGE, in_chunks
 from xent_quant.formats._codes import Efforts
+from xent_quant.formats._gain import stretched, within_float16
 from xent_quant.formats._lanes import WIDTH, absolute, half, larger, load, rint, smaller, spread, store, store_bytes, where_less
 from xent_quant.formats._search import HUGE, LARGEST, ONE, TINY, TWO, ZERO, empty, fill
 from xent_quant.formats._vectors import Choice, Flags, Vectors, chosen, closest, costs, inverted
@@ -173,6 +174,15 @@ class CodebookFormat(QuantFormat):
             return ""
 
         return in_chunks(weights, packed, work)
+
+    def unshrunk(self, packed: U8, weights: F32, importance: F32 | None) -> U8:
+        """See `QuantFormat.unshrunk`."""
+        return stretched(self, packed, weights, importance)
+
+    def stretch(self, blocks: U8, gains: F32) -> None:
+        """See `Stretched`."""
+        found = self.load(blocks)
+        self.store(blocks, found._replace(d=within_float16(found.d * gains)))
 
     def search(self, magnitudes: F32, importance: F32, effort: Effort) -> tuple[U16, U8, F32]:
         """Point numbers [rows, columns / dim], s [rows, blocks · groups] and d [rows, blocks] for magnitudes [rows, columns]."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from xent_quant.formats import _search
 from xent_quant.formats._chunks import TOO_LARGE, in_chunks
+from xent_quant.formats._gain import stretched, within_float16
 from xent_quant.formats.base import F32, U8, Effort, Grid, QuantFormat
 
 
@@ -57,6 +58,8 @@ class CodedFormat(QuantFormat):
     levels: F32
     group_size: int
     flip: int = 0
+    outer_halves: tuple[int, ...] = ()
+    """Where a block has the float16 that all its weights are multiples of; none where `unshrunk` changes nothing."""
 
     @abstractmethod
     def scales(self, blocks: U8) -> tuple[F32, F32 | None]:
@@ -93,6 +96,15 @@ class CodedFormat(QuantFormat):
         if offset is not None:
             values += offset[:, :, None]
         return values.reshape(len(packed), -1)
+
+    def unshrunk(self, packed: U8, weights: F32, importance: F32 | None) -> U8:
+        """See `QuantFormat.unshrunk`."""
+        return stretched(self, packed, weights, importance) if self.outer_halves else packed
+
+    def stretch(self, blocks: U8, gains: F32) -> None:
+        """See `Stretched`."""
+        for start in self.outer_halves:
+            blocks[:, start : start + 2] = half_bytes(within_float16(halves(blocks[:, start : start + 2]) * gains))
 
     def grid(self, packed: U8) -> Grid:
         scale, offset = self.scales(packed.reshape(-1, self.block_bytes))

@@ -128,6 +128,11 @@ class QuantFormat(ABC):
             raise QuantizationError(f"{self.name}: packed rows must be 2-D uint8 of a multiple of {self.block_bytes} bytes")
         return self.dequantize_rows(np.ascontiguousarray(packed))
 
+    def unshrunk(self, packed: U8, weights: F32, importance: F32 | None) -> U8:
+        """Packed `weights` [rows, columns] with the codes that they have and scales that make up for what few bits take off all
+        weights (`_gain`); `packed` itself where bits are many, or scales too coarse for that."""
+        return packed
+
     def read(self, packed: U8, shape: tuple[int, int]) -> F32:
         """See `Encoding.read`."""
         return self.dequantize(packed)

@@ -26,6 +26,7 @@ class Q10(SymmetricFormat):
     group_size = 128
     planes = (Plane(2, 18, bits=1, run=1),)
     levels = np.array([-1, 1], np.float32)
+    outer_halves = (0,)
     efforts = Efforts(fast=(ladder((1, 1, 1)), 1), normal=(ladder((1, 1, 1)), 1), high=(ladder((1, 1, 1)), 1))
 
     def scales(self, blocks: U8) -> tuple[F32, None]:

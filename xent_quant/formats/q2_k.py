@@ -21,6 +21,7 @@ class Q2K(AffineFormat):
     group_size = 16
     planes = (Plane(16, 80, bits=2, run=32),)
     levels = integers(0, 3)
+    outer_halves = (80, 82)
     scale_top = 15
     efforts = Efforts(
         fast=(plane(3, 0.9, 4, 0.5, 3), 1),

@@ -26,6 +26,7 @@ class Q3K(SymmetricFormat):
     group_size = 16
     planes = (Plane(32, 96, bits=2, run=32), Plane(0, 32, bits=1, run=32))
     levels = integers(-4, 3)
+    outer_halves = (108,)
     scale_low = -32
     efforts = Efforts(
         fast=(ladder((-3.6, -6, 3), (2.6, 5, 3)), 1),

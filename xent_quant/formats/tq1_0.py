@@ -38,6 +38,7 @@ class TQ10(SymmetricFormat):
     block_bytes = 54
     group_size = 256
     levels = integers(-1, 1)
+    outer_halves = (52,)
     efforts = EFFORTS
 
     def scales(self, blocks: U8) -> tuple[F32, None]:

@@ -25,6 +25,7 @@ class TQ20(SymmetricFormat):
     group_size = 256
     planes = (Plane(0, 64, bits=2, run=32),)
     levels = integers(-1, 2)
+    outer_halves = (64,)
     unused_above = 1
     efforts = EFFORTS
 

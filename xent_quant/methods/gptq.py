@@ -337,7 +337,9 @@ class Rows:
     def _search(self, targets: F32, first: int, last: int) -> U8:
         if self._scaled is not None:
             return np.ascontiguousarray(self._scaled[:, self._bytes(first, last)])
-        return self.kind.quantize(targets, self.importance[first:last], effort=self.effort, name=self.name)
+        importance = self.importance[first:last]
+        packed = self.kind.quantize(targets, importance, effort=self.effort, name=self.name)
+        return self.kind.unshrunk(packed, targets, importance)
 
     def _round(self, weights: F32, targets: F32, factor: F32, pivots: F32, packed: U8) -> tuple[U8, F32]:
         """Codes with error feedback within the grid of `packed`: (bytes, errors)."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from xent_quant.formats.base import F32, U8, Encoding
+from xent_quant.formats.base import F32, U8, Encoding, QuantFormat
 from xent_quant.tensors import InputStatistics
 
 
@@ -17,4 +17,5 @@ class RoundToNearest:
         self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
     ) -> U8:
         """See `Method.quantize`."""
-        return kind.quantize(weights, effort="fast", name=name)
+        packed = kind.quantize(weights, effort="fast", name=name)
+        return kind.unshrunk(packed, weights, None) if isinstance(kind, QuantFormat) else packed

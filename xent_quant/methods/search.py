@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from xent_quant.formats.base import F32, U8, Effort, Encoding
+from xent_quant.formats.base import F32, U8, Effort, Encoding, QuantFormat
 from xent_quant.tensors import InputStatistics
 
 
@@ -18,4 +18,6 @@ class Search:
         self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
     ) -> U8:
         """See `Method.quantize`."""
-        return kind.quantize(weights, statistics.importance if statistics else None, effort=self.effort, name=name)
+        importance = statistics.importance if statistics else None
+        packed = kind.quantize(weights, importance, effort=self.effort, name=name)
+        return kind.unshrunk(packed, weights, importance) if isinstance(kind, QuantFormat) else packed
