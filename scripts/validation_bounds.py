@@ -36,9 +36,9 @@ from xent_quant.validation.validate import validate
 from xent_quant.validation.weights import BLOCK, block_errors, compare
 
 MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
-SCALE_AT = {"Q6_K": 208, "Q3_K": 108, "Q2_K": 80}
+SCALE_AT = {"Q6_K": 208, "Q3_K": 108, "Q2_K": 80, "TQ2_0": 64}
 """Byte of a block at which its float16 scale is; 0 in the other types."""
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "Q2_K")
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "Q2_K", "TQ2_0", "IQ1_S", "Q1_0")
 
 
 class Values:

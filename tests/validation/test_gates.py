@@ -50,7 +50,7 @@ def test_tier_of_a_file(mix: str | None, bits: float, name: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "bits"),
     [("Q4_K", 4), ("IQ4_NL", 4), ("NF4", 4), ("MXFP4", 4), ("NVFP4", 4), ("INT8", 8), ("F16", 16), ("Q6_K", 6), ("IQ2_XXS", 2),
-     ("TQ2_0", 2), ("TQ1_0", 2), ("IQ1_M", 2), ("Q1_0", 2)],
+     ("TQ2_0", 1), ("TQ1_0", 1), ("IQ1_M", 1), ("Q1_0", 1)],
 )  # fmt: skip
 def test_bits_of_a_type(kind: str, bits: int) -> None:
     assert gates.bits_of(kind) == bits

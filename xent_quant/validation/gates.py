@@ -47,12 +47,14 @@ WEIGHTS: dict[int, tuple[float, float]] = {
     4: (0.3, 0.9),
     3: (0.6, 1.6),
     2: (0.95, 3.0),
+    1: (3.0, 9.0),
 }
 """Bits to the largest relative error of a tensor and of a block of 32 weights: bits of the tensor's type or, for a weight that
 calibration moves to make up for others, of the coarsest type in the export. What that does to the miniature, whose weights
 differ two to four times as much as after plain rounding, stays below them by a factor of 1.07 (Q4_0) to 1.7. A doubled scale
 gives an error of 1 or more: it is seen in every block of 8 to 5 bits, of Q4_K and IQ4_XS, and in 99 of 100 of Q4_0; at 3 and 2
-bits a single wrong scale mostly passes, a wrong tensor does not. scripts/validation_bounds.py prints all of these."""
+bits a single wrong scale mostly passes, a wrong tensor does not. At 1 bit even a tensor of zeros passes, for moved weights differ
+by more than their norm: there only what the model says is judged. scripts/validation_bounds.py prints all of these."""
 
 ROW_WISE = ("INT8",)
 """Types with one scale for a whole row: a block of small weights in it may lose everything."""
@@ -63,8 +65,10 @@ activations to 8 bits, which costs 0.0003 and under 0.005 on the miniature at an
 
 
 def bits_of(kind: str) -> int:
-    """Bits of a type by its name: Q4_K, IQ4_XS, NF4, INT8, BF16 …; 16 for floats. Types of 1 bit are held to the bounds of 2."""
+    """Bits of a type by its name: Q4_K, IQ4_XS, NF4, INT8, BF16 …; 16 for floats, 1 for ternary types."""
     match = re.search(r"\d+", kind)
+    if kind.startswith("TQ"):
+        return 1
     bits = int(match[0]) if match else 16
     return min((known for known in WEIGHTS if known >= min(bits, 16)), default=16)
 
@@ -72,7 +76,7 @@ def bits_of(kind: str) -> int:
 def tier(kind: str | None, bits_per_weight: float) -> Tier:
     """The tier of a file: by the name of its mix (Q4_K_M), else by its bits per weight."""
     bits = bits_of(kind) if kind else max((bits for bits in (2, 3, 4, 5, 6, 8) if bits <= bits_per_weight), default=2)
-    return TIERS[f"{min(bits, 8)}bit"]
+    return TIERS[f"{min(max(bits, 2), 8)}bit"]
 
 
 def parse(text: str, default: Tier) -> Tier:
