@@ -13,7 +13,7 @@ import numpy as np
 from xent_quant.compilation import jit
 from xent_quant.formats._chunks import in_chunks
 from xent_quant.formats._search import LARGEST
-from xent_quant.formats.base import F32, U8, weighting
+from xent_quant.formats.base import F32, U8, Grid, weighting
 
 MOST = np.float32(2)
 """A block is not stretched by more: its bytes then say next to nothing of its weights."""
@@ -30,6 +30,10 @@ class Stretched(Protocol):
 
     @property
     def group_size(self) -> int: ...
+
+    def grid(self, packed: U8) -> Grid | None: ...
+
+    def codes(self, packed: U8) -> U8: ...
 
     def dequantize_rows(self, packed: U8) -> F32: ...
 
@@ -55,6 +59,19 @@ def gains(weights, values, importance, block, group, out):  # type: ignore[no-un
             out[row, number] = min(energy / kept, MOST) if kept > 0 else np.float32(1)
 
 
+@jit
+def gains_of_codes(weights, codes, scale, offset, levels, importance, block, out):  # type: ignore[no-untyped-def]
+    """The same of codes [rows, columns] uint8 on the `Grid` of these scales."""
+    group = weights.shape[1] // scale.shape[1]
+    values = np.empty((1, weights.shape[1]), np.float32)
+    for row in range(weights.shape[0]):
+        for number in range(scale.shape[1]):
+            s, m = scale[row, number], offset[row, number]
+            for i in range(number * group, (number + 1) * group):
+                values[0, i] = s * levels[codes[row, i]] + m
+        gains(weights[row : row + 1], values, importance, block, group, out[row : row + 1])
+
+
 def stretched(kind: Stretched, packed: U8, weights: F32, importance: F32 | None) -> U8:
     """See the module: a copy of packed `weights` [rows, columns]; `importance` as of `QuantFormat.quantize`."""
     known = None if importance is None else weighting(importance)
@@ -64,7 +81,10 @@ def stretched(kind: Stretched, packed: U8, weights: F32, importance: F32 | None)
     def work(part: F32, out: U8) -> str:
         blocks = out.reshape(-1, kind.block_bytes)
         found = np.empty((len(part), part.shape[1] // kind.block_size), np.float32)
-        gains(part, kind.dequantize_rows(out), weights_of, kind.block_size, kind.group_size, found)
+        if (grid := kind.grid(out)) is None:
+            gains(part, kind.dequantize_rows(out), weights_of, kind.block_size, kind.group_size, found)
+        else:
+            gains_of_codes(part, kind.codes(out), grid.scale, grid.offset, grid.levels, weights_of, kind.block_size, found)
         kind.stretch(blocks, found.reshape(-1, 1))
         return ""
 

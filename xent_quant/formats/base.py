@@ -145,6 +145,10 @@ class QuantFormat(ABC):
         """The grid of packed rows [rows, row_bytes]; None for types without one code per weight (floats, codebooks)."""
         return None
 
+    def codes(self, packed: U8) -> U8:
+        """Of packed rows, [rows, columns] uint8: indices into the grid's levels."""
+        raise NotImplementedError(f"{self.name} has no grid")
+
     def with_codes(self, packed: U8, codes: U8) -> U8:
         """A copy of `packed` that keeps every scale and holds `codes` [rows, columns] uint8, indices into the grid's levels."""
         raise NotImplementedError(f"{self.name} has no grid")
