@@ -7,7 +7,8 @@ Both sides run in turn, the best of `--repeats`; stock ggml_quantize_chunk is si
 many Python threads over row ranges (it releases the interpreter lock), on fewer rows where it is slow. "of peak" is the
 larger of two shares of what this machine reaches with as many threads, both measured here: float32 operations (those of the
 search's passes over the weights, counted in `operations`; peak: independent multiplications and additions in registers),
-and memory (4 bytes read and the packed bytes written per weight; peak: a copy of 256 MB). Sources of the error columns:
+and memory (4 bytes read and the packed bytes written per weight; peak: a copy of 256 MB). Ours stretches the scales of few bits,
+as methods do (`formats/_gain.py`); errors are those of the search before it. Sources of the error columns:
 the miniature's expert weights, Gaussian, and heavy-tailed with outlier columns; below stock is below 1.
 """
 
@@ -141,13 +142,13 @@ def main() -> None:
         for columns in options.columns:
             weights = (random.standard_normal((options.rows, columns)) * 0.02).astype(np.float32)
             importance = random.exponential(size=columns).astype(np.float32)
-            kind.quantize(weights[:2], importance, effort=options.effort)  # compiles
+            kind.unshrunk(kind.quantize(weights[:2], importance, effort=options.effort), weights[:2], importance)  # compiles
             for threads in options.threads:
                 numba.set_num_threads(threads)
                 theirs = stock_speed(kind, weights, importance, threads, options.repeats)
 
                 def run(kind: QuantFormat = kind, weights: np.ndarray = weights, importance: np.ndarray = importance) -> None:
-                    kind.quantize(weights, importance, effort=options.effort)
+                    kind.unshrunk(kind.quantize(weights, importance, effort=options.effort), weights, importance)
 
                 ours = weights.size / best_of(run, options.repeats)
                 arithmetic, memory = limits[threads]

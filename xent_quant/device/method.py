@@ -184,7 +184,7 @@ class OnDevice:
         found = []
         for number, same in enumerate(group):
             out = np.empty((rows.shape[1], kind.row_bytes(rows.shape[2])), np.uint8)
-            refused = (np.abs(outer[number]) > kind.largest_scale).any((1, 2))
+            refused = ~(np.abs(outer[number]) <= kind.largest_scale).all((1, 2))
             if refused.any():
                 owners = np.repeat([job.name for job in same], [len(job.weights) for job in same])
                 raise QuantizationError(f"{owners[refused.argmax()]}: {kind.too_large}")
