@@ -265,6 +265,24 @@ def test_a_sentencepiece_model_whose_complaint_is_no_text(model: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"vocab": [["a", -1.0], ["<0x61>", -2.0]], "unk_id": None, "byte_fallback": True},
+            "there is text that it cannot tokenise",
+        ),
+        ({"vocab": [["<unk>", 0.0], ["a", 1e308]], "unk_id": 0}, "token 'a' has the score 1e+308, which float32 does not hold"),
+    ],
+    ids=["unknown", "score"],
+)
+def test_unigram_tokenizers(model: Path, tmp_path: Path, refused: Callable[..., str], changes: Any, said: str) -> None:
+    file = model / "tokenizer.json"
+    file.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "Unigram", **changes}}))
+    (model / "tokenizer_config.json").write_text("{}")
+    assert said in refused(file, model, "--method", "rtn", "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
     "odd", [bytes([3 << 3, 5]), message(1, message(1, b"x") + message(2, b"score"))], ids=["normaliser", "score"]
 )
 def test_a_sentencepiece_model_with_a_field_of_another_kind(
@@ -337,6 +355,21 @@ def test_onnx_external_data(exported: Path, refused: Callable[..., str], key: st
         file.write_bytes(graph.SerializeToString())
         assert tensor.name in refused(file, "inspect", exported)
         refused(file, *validation(exported, exported.parent / "model", "onnxruntime"))
+    finally:
+        file.write_bytes(good)
+
+
+def test_experts_without_scales_in_an_onnx_graph(exported: Path, refused: Callable[..., str]) -> None:
+    """ONNX Runtime loads it, and ends the process."""
+    onnx = pytest.importorskip("onnx")
+    file = exported / "model.onnx"
+    good = file.read_bytes()
+    try:
+        graph = onnx.load_model_from_string(good)
+        node = next(node for node in graph.graph.node if node.op_type == "QMoE")
+        scales, node.input[6] = node.input[6], ""
+        file.write_bytes(graph.SerializeToString())
+        assert f"'{scales}': does not go where" in refused(file, *validation(exported, exported.parent / "model", "onnxruntime"))
     finally:
         file.write_bytes(good)
 

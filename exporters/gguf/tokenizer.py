@@ -32,6 +32,7 @@ from exporters.gguf.tokenizer_spec import (
 from xent_quant.checkpoint import special_tokens
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.chat_template import chat_template
+from xent_quant.checkpoint.headers import DAMAGED
 from xent_quant.checkpoint.special_tokens import SpecialTokens
 from xent_quant.checkpoint.tokenizer import charsmap, from_value, tokenizer_path, tokenizer_value, vocabulary
 from xent_quant.errors import CheckpointError, UnsupportedError
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 WRITTEN_ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 UNUSED_SCORE = -10000.0
+LARGEST_SCORE = 3.4e38
 
 Inexact = Callable[[str], None]
 
@@ -62,7 +64,7 @@ def load(folder: Path, architecture: Architecture, *, strict: bool = True) -> To
     spec = replace(spec, chat_template=chat_template(folder))
     kind, parts = value["model"].get("type", "BPE"), _parts(value.get("pre_tokenizer"))
     if kind == "Unigram":
-        candidates = _unigram(spec, value)
+        candidates = _unigram(path, spec, value)
     elif kind == "BPE" and value["model"].get("byte_fallback"):
         candidates = _byte_fallback(path, spec, value, reference, inexact)
     elif kind == "BPE" and "ByteLevel" in [part.get("type") for part in (*parts, *_parts(value.get("decoder"), "decoders"))]:
@@ -170,8 +172,13 @@ def _merges(value: dict[str, Any]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(reversed(pairs)))[::-1]
 
 
-def _unigram(spec: TokenizerSpec, value: dict[str, Any]) -> Iterator[TokenizerSpec]:
+def _unigram(path: Path, spec: TokenizerSpec, value: dict[str, Any]) -> Iterator[TokenizerSpec]:
     scores = [float(score) for _, score in value["model"]["vocab"]]
+    for (token, _), score in zip(value["model"]["vocab"], scores, strict=True):
+        if not abs(score) <= LARGEST_SCORE:
+            raise CheckpointError(
+                f"{path}: token {token[:100]!r} has the score {score:g}, which float32 does not hold; {DAMAGED}"
+            )
     every = [UNUSED_SCORE if kind == UNUSED else 0.0 for kind in spec.types]
     every[: len(scores)] = scores
     table = charsmap(value.get("normalizer"))

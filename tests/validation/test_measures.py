@@ -1,6 +1,7 @@
 """Every measure against its definition, computed one value at a time in float64."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -67,6 +68,17 @@ def test_small_vocabulary_is_exact() -> None:
     p, q = (measures.log_softmax(x) for x in draw(7, 100, 0.4))
     got = measures.kl_from_summary(measures.summarise(p, top_k=128), q)
     np.testing.assert_allclose(got, measures.kl_divergence(p, q), rtol=1e-5)
+
+
+def test_a_model_that_is_certain_of_what_never_comes_is_far_off_and_no_more() -> None:
+    """A damaged one puts everything on a token of the tail: a finite number, without a warning."""
+    p = np.full((1, 2000), -1500.0)
+    p[0, :128] = -np.log(128)
+    q = np.full((1, 2000), -1e30)
+    q[0, measures.summarise(p, top_k=128).sample_ids[0, 0]] = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 1e20 < measures.kl_from_summary(measures.summarise(p, top_k=128), q)[0] < np.inf
 
 
 def test_summary_by_hand() -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_TOKEN = 65_536  # characters; the longest that tokenizers have are some hundred spaces
 MAX_ID = 1 << 24
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+EVERY_BYTE = "".join(map(chr, (*range(1, 0x801), *range(0x1000, 0x10000, 0x1000), *range(0x10000, 0x100001, 0x30000))))
+"""Characters with every byte of UTF-8. Where one is no token and there is none for what is unknown, tokenizers raises."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -53,6 +55,12 @@ def from_value(path: Path, value: dict[str, Any]) -> "Tokenizer":
             )
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    try:
+        tokenizer.encode(EVERY_BYTE, add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise CheckpointError(f"{path}: there is text that it cannot tokenise ({_one_line(error)}); {DAMAGED}") from error
     return tokenizer
 
 

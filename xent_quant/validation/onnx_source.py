@@ -159,6 +159,9 @@ class OnnxSource:
             if stored.zeros is not None:
                 each = stored.columns(stored.zeros)
                 right = right and each == -(-blocks * stored.bits // 8) and prod(stored.zeros.dims) == each * stored.rows
+        for part in (stored.scales, stored.zeros):  # ONNX Runtime's process may end where an operator gets one without the other
+            if part is not None and self._attributes.get(part.name) is not self._attributes.get(stored.values.name):
+                raise self._refuse(part.name, f"does not go where {stored.values.name} does")
         if not right:
             raise self._refuse(stored.values.name, f"its shape {list(stored.values.dims)} does not fit {name} {list(shape)}")
 
