@@ -64,20 +64,23 @@ def part(place: str) -> str:
     return re.sub(r"^blk\.\d+\.", "", place)
 
 
-_MEASURED = {"Q8_0": 0.64, "Q6_K": 0.54, "Q5_K": 0.61, "Q4_K": 0.58, "IQ4_XS": 0.54, "Q4_0": 0.53, "Q3_K": 0.52, "Q2_K": 0.42}
-_LIKE = {
-    "Q5_1": "Q5_K",
-    "Q5_0": "Q5_K",
-    "Q4_1": "Q4_0",
-    "IQ4_NL": "IQ4_XS",
-    "IQ3_S": "Q3_K",
-    "IQ3_XXS": "Q3_K",
-    "IQ2_S": "Q2_K",
-    "IQ2_XS": "Q2_K",
-    "IQ2_XXS": "Q2_K",
+_MEASURED = {
+    "Q8_0": 0.77,
+    "Q6_K": 0.65,
+    "Q5_K": 0.67,
+    "Q4_K": 0.61,
+    "IQ4_XS": 0.57,
+    "Q4_0": 0.56,
+    "Q3_K": 0.58,
+    "Q2_K": 0.56,
+    "IQ3_S": 0.55,
+    "IQ2_S": 0.55,
+    "IQ2_XS": 0.55,
+    "IQ2_XXS": 0.61,
 }
+_LIKE = {"Q5_1": "Q5_K", "Q5_0": "Q5_K", "Q4_1": "Q4_0", "IQ4_NL": "IQ4_XS", "IQ3_XXS": "IQ3_S"}
 RECOVERY = {kind: _MEASURED[_LIKE.get(kind, kind)] for kind in TYPES}
-"""What is left of a type's loss when GPTQ chooses the codes: KL divergence of whole files over that of stock's search on the
+"""What is left of a type's loss when GPTQ chooses the codes: KL divergence of whole files over that of the search alone on the
 miniature (docs/calibration.md, `scripts/bench_quality.py`). Types that the table lacks have the share of a like one that it has.
 `scripts/check_sensitivity.py --types … --methods imatrix gptq` measures each by itself."""
 
