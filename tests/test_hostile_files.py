@@ -374,6 +374,19 @@ def test_experts_without_scales_in_an_onnx_graph(exported: Path, refused: Callab
         file.write_bytes(good)
 
 
+def test_a_dimension_of_an_onnx_graph_whose_name_is_no_text(exported: Path, refused: Callable[..., str]) -> None:
+    onnx = pytest.importorskip("onnx")
+    file = exported / "model.onnx"
+    good = file.read_bytes()
+    try:
+        graph = onnx.load_model_from_string(good)
+        graph.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "nameless"
+        file.write_bytes(graph.SerializeToString().replace(b"nameless", b"nameles\xe8"))
+        refused(file, *validation(exported, exported.parent / "model", "onnxruntime"))
+    finally:
+        file.write_bytes(good)
+
+
 def test_a_tokenizer_of_an_onnx_export(exported: Path, refused: Callable[..., str]) -> None:
     pytest.importorskip("onnxruntime")
     file = exported / "tokenizer.json"

@@ -61,10 +61,10 @@ class OnnxModel:
             raise ValidationError(f"{path}: no such file")
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+            vocab_size = self.session.get_outputs()[0].shape[-1:]  # names in it may be no UTF-8
+            self._past = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values")]
         except self._failures as error:
             raise ValidationError(f"{path}: ONNX Runtime refuses it: {_first_line(error)}") from error
-        vocab_size = self.session.get_outputs()[0].shape[-1:]
-        self._past = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values")]
         if not self._past or not (vocab_size and isinstance(vocab_size[0], int)):
             raise ValidationError(f"{path}: has not the inputs and outputs of our exports; export it again")
         self._path, self.vocab_size = path, vocab_size[0]
