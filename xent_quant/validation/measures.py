@@ -59,13 +59,9 @@ def nll(log_q: F64, targets: I64) -> F64:
     return -log_q[np.arange(len(targets)), targets]
 
 
-LARGEST_EXPONENT = 600.0
-"""Sums of many such powers are finite in float64: a damaged model's measures are numbers, too."""
-
-
 def exponential(value: float) -> float:
-    """exp, of LARGEST_EXPONENT beyond it."""
-    return exp(min(value, LARGEST_EXPONENT))
+    """exp, of 700 beyond 700: a damaged model's perplexity is a number, too."""
+    return exp(min(value, 700.0))
 
 
 def perplexity(nlls: F64) -> float:
@@ -166,7 +162,7 @@ def kl_from_summary(p: Summary, log_q: F64) -> F64:
     log_ratio = np.log(tail_p / tail_q)
     at_samples = np.take_along_axis(log_q, p.sample_ids.astype(np.int64), 1)
     log_r = _single(at_samples) - p.sample_log_p.astype(np.float64) + log_ratio[:, None]
-    log_r = np.minimum(log_r, LARGEST_EXPONENT)
+    log_r = np.minimum(log_r, 600.0)  # of a damaged model; sums of such powers are finite
     within = (np.expm1(log_r) - log_r).mean(axis=1)
     result: F64 = exact + np.where(p.tail > MASS_FLOOR, p.tail * (log_ratio + within), 0.0)
     return result
