@@ -51,7 +51,7 @@ WEIGHTS: dict[int, tuple[float, float]] = {
 }
 """Bits to the largest relative error of a tensor and of a block of 32 weights: bits of the tensor's type or, for a weight that
 calibration moves to make up for others, of the coarsest type in the export. What that does to the miniature, whose weights
-differ two to four times as much as after plain rounding, stays below them by a factor of 1.07 (Q4_0) to 1.7. A doubled scale
+differ twice as much as after plain rounding, stays below them by a factor of 1.28 (Q1_0) to 2.3 (Q8_0). A doubled scale
 gives an error of 1 or more: it is seen in every block of 8 to 5 bits, of Q4_K and IQ4_XS, and in 99 of 100 of Q4_0; at 3 and 2
 bits a single wrong scale mostly passes, a wrong tensor does not. At 1 bit even a tensor of zeros passes, for moved weights differ
 by more than their norm: there only what the model says is judged. scripts/validation_bounds.py prints all of these."""
