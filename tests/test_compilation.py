@@ -119,6 +119,16 @@ def test_damaged_kernels_are_compiled_again(
     assert len(third.stats.cache_hits) == 1
 
 
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+def test_a_file_without_an_end_is_not_read(kept: Path, tmp_path: Path, suffix: str) -> None:
+    module = tmp_path / "source" / "module.py"
+    assert kernel(module)(21) == 42
+    (file,) = kept.rglob(f"*{suffix}")
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    assert kernel(module)(21) == 42
+
+
 def test_a_changed_neighbour_makes_kernels_stale(kept: Path, tmp_path: Path) -> None:
     """Kernels of other files of a folder are compiled into a kernel."""
     module = tmp_path / "source" / "module.py"

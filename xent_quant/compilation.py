@@ -23,6 +23,8 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataC
 
 log = logging.getLogger(__name__)
 
+LARGEST = 1 << 28
+"""Bytes of a file of the cache; a damaged one may be any size."""
 DIGEST_BYTES = 32
 KERNELS = Path(__file__).with_name("formats")
 """Whose kernels others call."""
@@ -124,8 +126,11 @@ class _Sealed(IndexDataCacheFile):  # type: ignore[misc]
         return hashlib.sha256(repr(stamp).encode() + content).digest()
 
     def _read(self, name: str) -> bytes | None:
+        path = Path(self._cache_path, name)
         try:
-            raw = Path(self._cache_path, name).read_bytes()
+            if not path.is_file() or path.stat().st_size > LARGEST:
+                return None
+            raw = path.read_bytes()
         except OSError:
             return None
         digest, content = raw[:DIGEST_BYTES], raw[DIGEST_BYTES:]
