@@ -28,6 +28,7 @@ from xent_quant.formats._codebook import CodebookFormat
 from xent_quant.formats._codes import AffineFormat, SearchedFormat, SymmetricFormat, rises
 from xent_quant.formats._eights import EightsFormat, ShiftedFormat
 from xent_quant.formats._lanes import WIDTH, load, store
+from xent_quant.formats._vectors import VectorFormat
 from xent_quant.formats.base import Effort, QuantFormat
 from xent_quant.validation.llama_cpp import quantize_chunk
 
@@ -162,7 +163,7 @@ def main() -> None:
     print("\nWeighted squared error, ours / stock\n" + f"{'type':7} {'effort':7}" + "".join(f" {name:>10}" for name in sources))
     for name in options.types:
         kind = formats.get(name)
-        slow = isinstance(kind, CodebookFormat | ShiftedFormat)
+        slow = isinstance(kind, VectorFormat)
         parts = {key: weights[: 8 if slow else None] for key, weights in sources.items()}
         scales = {key: random.exponential(size=weights.shape[1]).astype(np.float32) for key, weights in parts.items()}
         theirs = {}

@@ -10,7 +10,8 @@ import resource
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,24 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "onnx"
 
 
+@contextmanager
+def changed(file: Path) -> Iterator[bytes]:
+    """Its bytes, to write others in their place for a while."""
+    good = file.read_bytes()
+    try:
+        yield good
+    finally:
+        file.write_bytes(good)
+
+
+@contextmanager
+def changed_graph(exported: Path) -> Iterator[tuple[Path, Any]]:
+    """model.onnx, and its graph, which is there to be changed and written."""
+    onnx = pytest.importorskip("onnx")
+    with changed(exported / "model.onnx") as good:
+        yield exported / "model.onnx", onnx.load_model_from_string(good)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -345,67 +364,43 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_onnx_external_data(exported: Path, refused: Callable[..., str], key: str, value: str) -> None:
-    onnx = pytest.importorskip("onnx")
-    file = exported / "model.onnx"
-    good = file.read_bytes()
-    try:
-        graph = onnx.load_model_from_string(good)
-        tensor = next(tensor for tensor in graph.graph.initializer if tensor.external_data)
+    with changed_graph(exported) as (file, model):
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
         next(entry for entry in tensor.external_data if entry.key == key).value = value
-        file.write_bytes(graph.SerializeToString())
+        file.write_bytes(model.SerializeToString())
         assert tensor.name in refused(file, "inspect", exported)
         refused(file, *validation(exported, exported.parent / "model", "onnxruntime"))
-    finally:
-        file.write_bytes(good)
 
 
 def test_experts_without_scales_in_an_onnx_graph(exported: Path, refused: Callable[..., str]) -> None:
     """ONNX Runtime loads it, and ends the process."""
-    onnx = pytest.importorskip("onnx")
-    file = exported / "model.onnx"
-    good = file.read_bytes()
-    try:
-        graph = onnx.load_model_from_string(good)
-        node = next(node for node in graph.graph.node if node.op_type == "QMoE")
+    with changed_graph(exported) as (file, model):
+        node = next(node for node in model.graph.node if node.op_type == "QMoE")
         scales, node.input[6] = node.input[6], ""
-        file.write_bytes(graph.SerializeToString())
+        file.write_bytes(model.SerializeToString())
         assert f"'{scales}': does not go where" in refused(file, *validation(exported, exported.parent / "model", "onnxruntime"))
-    finally:
-        file.write_bytes(good)
 
 
 def test_a_dimension_of_an_onnx_graph_whose_name_is_no_text(exported: Path, refused: Callable[..., str]) -> None:
-    onnx = pytest.importorskip("onnx")
-    file = exported / "model.onnx"
-    good = file.read_bytes()
-    try:
-        graph = onnx.load_model_from_string(good)
-        graph.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "nameless"
-        file.write_bytes(graph.SerializeToString().replace(b"nameless", b"nameles\xe8"))
+    with changed_graph(exported) as (file, model):
+        model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "nameless"
+        file.write_bytes(model.SerializeToString().replace(b"nameless", b"nameles\xe8"))
         refused(file, *validation(exported, exported.parent / "model", "onnxruntime"))
-    finally:
-        file.write_bytes(good)
 
 
 def test_a_tokenizer_of_an_onnx_export(exported: Path, refused: Callable[..., str]) -> None:
     pytest.importorskip("onnxruntime")
     file = exported / "tokenizer.json"
-    good = file.read_bytes()
-    try:
+    with changed(file) as good:
         file.write_bytes(good.replace(b'"id": 3', b'"id": -3', 1))
         refused(file, *validation(exported, exported.parent / "model", "onnxruntime"))
-    finally:
-        file.write_bytes(good)
 
 
 def test_an_onnx_export_of_65535_layers(exported: Path, refused: Callable[..., str]) -> None:
     file = exported / "config.json"
-    good = file.read_bytes()
-    try:
+    with changed(file) as good:
         file.write_bytes(json.dumps(json.loads(good) | {"num_hidden_layers": 65535}).encode())
         assert "layers.2.attention.norm" in refused(exported / "model.onnx", "inspect", exported)
-    finally:
-        file.write_bytes(good)
 
 
 ROWS = np.ones((1, 64), np.float32)

@@ -73,8 +73,9 @@ def _solved(rows: F32, triangle: F32, *, upper: bool) -> F32:
 
 
 def believed(rows: int, importance: F32) -> float:
-    """Share of what a Hessian of so many rows has beside its diagonal that is no accident of these rows, about. Its columns
-    without `importance` [n] are padding."""
+    """Share, 0 to 1, of what a Hessian of so many rows has beside its diagonal that is no accident of these rows, about. Its
+    columns without `importance` [n] float32 are padding. A covariance is so shrunk after Ledoit and Wolf (2004); how far, was
+    measured (docs/calibration.md, Few rows)."""
     return rows / (rows + FEW_ROWS * np.count_nonzero(importance))
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 WRITTEN_ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 UNUSED_SCORE = -10000.0
 LARGEST_SCORE = 3.4e38
+"""Of those that float32, as which GGUF has them, holds; about."""
 
 Inexact = Callable[[str], None]
 

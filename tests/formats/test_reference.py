@@ -11,10 +11,11 @@ from xent_quant import formats
 from xent_quant.formats._codebook import CodebookFormat
 from xent_quant.formats._codes import AffineFormat, SearchedFormat
 from xent_quant.formats._eights import EightsFormat, ShiftedFormat
+from xent_quant.formats._vectors import VectorFormat
 from xent_quant.formats.base import Effort
 from xent_quant.validation import llama_cpp
 
-Searched = SearchedFormat | CodebookFormat | ShiftedFormat
+Searched = SearchedFormat | VectorFormat
 TYPES = [name for name in formats.NAMES if isinstance(formats.get(name), Searched)]
 SIZE_ONLY = {"Q1_0"}
 """gguf-py knows the size of their blocks and cannot read them; stock ggml can."""

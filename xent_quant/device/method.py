@@ -138,7 +138,7 @@ class OnDevice:
         """Codes and scales; see `methods.search.Search`."""
         scales = search(kind, weights, weighting, self._effort)
         codes = encode(kind, weights, scales)
-        return codes, unshrunk(kind, weights, weighting, scales)
+        return codes, unshrunk(kind, weights, weighting, scales, codes)
 
     def _searched(self, group: Sequence[Sequence[Job]], kind: SearchedFormat) -> list[Made]:
         """The weighted search for what a pull makes of the weights."""

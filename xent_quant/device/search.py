@@ -122,8 +122,8 @@ def encode(kind: CodedFormat, weights: Tensor, scales: Scales) -> Tensor:
     return codes.to(torch.uint8).flatten(1, 2)
 
 
-def unshrunk(kind: CodedFormat, weights: Tensor, weighting: Tensor, scales: Scales) -> Scales:
-    """See `QuantFormat.unshrunk`: for the codes that these scales give; shapes as of `search`."""
+def unshrunk(kind: CodedFormat, weights: Tensor, weighting: Tensor, scales: Scales, codes: Tensor | None = None) -> Scales:
+    """See `QuantFormat.unshrunk`: for the codes that these scales give, where they are not made yet; shapes as of `search`."""
     if not kind.outer_halves:
         return scales
     groups = kind.block_size // kind.group_size
@@ -132,7 +132,7 @@ def unshrunk(kind: CodedFormat, weights: Tensor, weighting: Tensor, scales: Scal
         """[stack, columns, …] to [group_size, stack, groups, …]."""
         return torch.unflatten(columns, 1, (-1, kind.group_size)).movedim(2, 0)
 
-    found = values(kind, encode(kind, weights, scales), scales)
+    found = values(kind, encode(kind, weights, scales) if codes is None else codes, scales)
     energy, kept = torch.zeros_like(scales.scale), torch.zeros_like(scales.scale)
     for w, x, value in zip(apart(weighting[..., None]), apart(weights), apart(found), strict=True):
         weighted = w * x

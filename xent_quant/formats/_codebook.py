@@ -13,7 +13,6 @@ Signs are free, or (IQ3_XXS, IQ2_XS, IQ2_XXS) an even number of a vector's eight
 held for the other sign. There is no zero: a zero weight beside others becomes ± the least magnitude, unlike in the other types.
 """
 
-from abc import abstractmethod
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +21,10 @@ from numpy.typing import NDArray
 from xent_quant.compilation import jit
 from xent_quant.formats._chunks import TOO_LARGE, in_chunks
 from xent_quant.formats._codes import Efforts
-from xent_quant.formats._gain import stretched, within_float16
 from xent_quant.formats._lanes import WIDTH, absolute, half, larger, load, rint, smaller, spread, store, store_bytes, where_less
 from xent_quant.formats._search import HUGE, LARGEST, ONE, TINY, TWO, ZERO, empty, fill
-from xent_quant.formats._vectors import Choice, Flags, Vectors, chosen, closest, costs, inverted
-from xent_quant.formats.base import F32, U8, Effort, QuantFormat
+from xent_quant.formats._vectors import Choice, Flags, VectorFormat, Vectors, chosen, closest, costs, inverted
+from xent_quant.formats.base import F32, U8, Effort
 
 U16 = NDArray[np.uint16]
 HALF, TOP = np.float32(0.5), np.float32(15)
@@ -137,25 +135,14 @@ class Points(NamedTuple):
     d: F32
 
 
-class CodebookFormat(QuantFormat):
-    """Subclasses set what follows, and write `store` and `load`, each other's inverse."""
+class CodebookFormat(VectorFormat):
+    """Subclasses set what follows, and write `store` and `load` of `Points`."""
 
-    block_size = 256
-    has_zero = False
     points: F32
     """[points, 4 or 8] float32, ggml's grid."""
-    group_size: int
     unit: np.float32
     even_signs = False
     efforts: Efforts
-
-    @abstractmethod
-    def store(self, blocks: U8, points: Points) -> None:
-        """Fill blocks [n, block_bytes]."""
-
-    @abstractmethod
-    def load(self, blocks: U8) -> Points:
-        """What blocks hold."""
 
     def quantize_rows(self, weights: F32, importance: F32 | None, packed: U8, effort: Effort) -> str:
         weighting = np.ones(weights.shape[1], np.float32) if importance is None else importance
@@ -175,15 +162,6 @@ class CodebookFormat(QuantFormat):
 
         return in_chunks(weights, packed, work)
 
-    def unshrunk(self, packed: U8, weights: F32, importance: F32 | None) -> U8:
-        """See `QuantFormat.unshrunk`."""
-        return stretched(self, packed, weights, importance)
-
-    def stretch(self, blocks: U8, gains: F32) -> None:
-        """See `Stretched`."""
-        found = self.load(blocks)
-        self.store(blocks, found._replace(d=within_float16(found.d * gains)))
-
     def search(self, magnitudes: F32, importance: F32, effort: Effort) -> tuple[U16, U8, F32]:
         """Point numbers [rows, columns / dim], s [rows, blocks · groups] and d [rows, blocks] for magnitudes [rows, columns]."""
         rows, columns = magnitudes.shape
@@ -199,7 +177,7 @@ class CodebookFormat(QuantFormat):
         return points.d * self.unit * (2 * points.s.astype(np.float32) + 1)
 
     def vectors(self, packed: U8) -> Vectors:
-        """Packed rows [rows, row_bytes], to choose anew within their scales."""
+        """See `VectorFormat.vectors`."""
         return SignedVectors(self, packed)
 
     def dequantize_rows(self, packed: U8) -> F32:

@@ -19,7 +19,6 @@ The search, sixteen rows in SIMD lanes as in `_search`:
    best round stays.
 """
 
-from abc import abstractmethod
 from typing import NamedTuple
 
 import numpy as np
@@ -29,11 +28,10 @@ from xent_quant.compilation import jit
 from xent_quant.formats._chunks import TOO_LARGE, in_chunks
 from xent_quant.formats._codebook import CodebookFormat
 from xent_quant.formats._codes import Efforts
-from xent_quant.formats._gain import stretched, within_float16
 from xent_quant.formats._lanes import WIDTH, absolute, half, larger, load, rint, smaller, spread, store, store_bytes, where_less
 from xent_quant.formats._search import HUGE, LARGEST, ONE, TINY, TWO, ZERO, empty, fill
-from xent_quant.formats._vectors import Choice, Flags, Vectors, chosen, inverted
-from xent_quant.formats.base import F32, U8, Effort, QuantFormat
+from xent_quant.formats._vectors import Choice, Flags, VectorFormat, Vectors, chosen, inverted
+from xent_quant.formats.base import F32, U8, Effort
 
 HALF = np.float32(0.5)
 HALVES = 81
@@ -348,14 +346,11 @@ class ShiftedPoints(NamedTuple):
     d: F32
 
 
-class ShiftedFormat(QuantFormat):
-    """w = d·(2s+1)·(level ± delta), levels −1, 0 and 1, s in 0…7. Subclasses set what follows, and write `store` and `load`,
-    each other's inverse."""
+class ShiftedFormat(VectorFormat):
+    """w = d·(2s+1)·(level ± delta), levels −1, 0 and 1, s in 0…7. Subclasses set what follows, and write `store` and `load`
+    of `ShiftedPoints`."""
 
-    block_size = 256
-    has_zero = False
     delta = np.float32(0.125)
-    group_size: int
     run: int
     """Vectors of eight that share a sign of delta."""
     points: F32
@@ -369,14 +364,6 @@ class ShiftedFormat(QuantFormat):
     )
     """Candidates as of EightsFormat. 2048 points are nearly all that there is to find: looking among them earlier than for the
     weights themselves costs half of the speed and takes half a hundredth off the error."""
-
-    @abstractmethod
-    def store(self, blocks: U8, points: ShiftedPoints) -> None:
-        """Fill blocks [n, block_bytes]."""
-
-    @abstractmethod
-    def load(self, blocks: U8) -> ShiftedPoints:
-        """What blocks hold."""
 
     def quantize_rows(self, weights: F32, importance: F32 | None, packed: U8, effort: Effort) -> str:
         weighting = np.ones(weights.shape[1], np.float32) if importance is None else importance
@@ -401,21 +388,12 @@ class ShiftedFormat(QuantFormat):
 
         return in_chunks(weights, packed, work)
 
-    def unshrunk(self, packed: U8, weights: F32, importance: F32 | None) -> U8:
-        """See `QuantFormat.unshrunk`."""
-        return stretched(self, packed, weights, importance)
-
-    def stretch(self, blocks: U8, gains: F32) -> None:
-        """See `Stretched`."""
-        found = self.load(blocks)
-        self.store(blocks, found._replace(d=within_float16(found.d * gains)))
-
     def scale(self, points: ShiftedPoints) -> F32:
         """Of every group, [n, groups]."""
         return points.d * (2 * points.s.astype(np.float32) + 1)
 
     def vectors(self, packed: U8) -> Vectors:
-        """As of CodebookFormat."""
+        """See `VectorFormat.vectors`."""
         return ShiftedVectors(self, packed)
 
     def dequantize_rows(self, packed: U8) -> F32:

@@ -5,15 +5,16 @@ among all points, x being what the weights should be.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant.compilation import jit
+from xent_quant.formats._gain import stretched, within_float16
 from xent_quant.formats._lanes import WIDTH, load, smaller, spread, store, where_less
 from xent_quant.formats._search import HUGE, ONE, TWO, ZERO, empty, fill
-from xent_quant.formats.base import F32, U8
+from xent_quant.formats.base import F32, U8, QuantFormat
 
 U16 = NDArray[np.uint16]
 Flags = NDArray[np.bool_]
@@ -112,6 +113,36 @@ class Vectors(ABC):
     @abstractmethod
     def packed(self) -> U8:
         """Bytes with what was kept."""
+
+
+class VectorFormat(QuantFormat):
+    """A type that shares codes among weights. Subclasses write `store` and `load`, each other's inverse, and `vectors`; what they
+    hold has the float16 scales `d` [n, 1] of blocks."""
+
+    block_size = 256
+    has_zero = False
+    group_size: int
+
+    @abstractmethod
+    def store(self, blocks: U8, points: Any) -> None:
+        """Fill blocks [n, block_bytes]."""
+
+    @abstractmethod
+    def load(self, blocks: U8) -> Any:
+        """What blocks hold."""
+
+    @abstractmethod
+    def vectors(self, packed: U8) -> Vectors:
+        """Packed rows [rows, row_bytes], to choose anew within their scales."""
+
+    def unshrunk(self, packed: U8, weights: F32, importance: F32 | None) -> U8:
+        """See `QuantFormat.unshrunk`."""
+        return stretched(self, packed, weights, importance)
+
+    def stretch(self, blocks: U8, gains: F32) -> None:
+        """See `Stretched`."""
+        found = self.load(blocks)
+        self.store(blocks, found._replace(d=within_float16(found.d * gains)))
 
 
 def chosen(values: F32, weights: F32, points: F32) -> tuple[U16, F32]:

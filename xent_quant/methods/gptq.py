@@ -28,9 +28,7 @@ from numpy.typing import NDArray
 from xent_quant import parallel
 from xent_quant.compilation import jit
 from xent_quant.errors import QuantizationError
-from xent_quant.formats._codebook import CodebookFormat
 from xent_quant.formats._codes import CodedFormat
-from xent_quant.formats._eights import ShiftedFormat
 from xent_quant.formats._lanes import (
     WIDTH,
     absolute,
@@ -43,11 +41,11 @@ from xent_quant.formats._lanes import (
     store_bytes,
     where_less,
 )
-from xent_quant.formats._vectors import Vectors
+from xent_quant.formats._vectors import VectorFormat, Vectors
 from xent_quant.formats.base import F32, U8, Effort, Encoding
 from xent_quant.formats.prescaled import Prescaled
 from xent_quant.linalg import Curvature, product, row_chunks
-from xent_quant.methods.search import Search
+from xent_quant.methods.search import Search, searched
 from xent_quant.tensors import InputStatistics
 
 F64 = NDArray[np.float64]
@@ -61,7 +59,7 @@ LAZY = 256
 EFFORTS: dict[Effort, tuple[int, int, int]] = {"fast": (0, 0, 0), "normal": (1, 3, 1), "high": (3, 3, 3)}
 """Sweeps, and rounds of coordinate descent in each: of codes, and of vectors, which take longer."""
 
-Gridded = CodedFormat | CodebookFormat | ShiftedFormat
+Gridded = CodedFormat | VectorFormat
 """What is rounded here."""
 
 
@@ -337,9 +335,7 @@ class Rows:
     def _search(self, targets: F32, first: int, last: int) -> U8:
         if self._scaled is not None:
             return np.ascontiguousarray(self._scaled[:, self._bytes(first, last)])
-        importance = self.importance[first:last]
-        packed = self.kind.quantize(targets, importance, effort=self.effort, name=self.name)
-        return self.kind.unshrunk(packed, targets, importance)
+        return searched(targets, self.kind, self.importance[first:last], self.effort, self.name)
 
     def _round(self, weights: F32, targets: F32, factor: F32, pivots: F32, packed: U8) -> tuple[U8, F32]:
         """Codes with error feedback within the grid of `packed`: (bytes, errors)."""

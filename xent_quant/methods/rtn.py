@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from xent_quant.formats.base import F32, U8, Encoding, QuantFormat
+from xent_quant.formats.base import F32, U8, Encoding
+from xent_quant.methods.search import searched
 from xent_quant.tensors import InputStatistics
 
 
@@ -17,5 +18,4 @@ class RoundToNearest:
         self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
     ) -> U8:
         """See `Method.quantize`."""
-        packed = kind.quantize(weights, effort="fast", name=name)
-        return kind.unshrunk(packed, weights, None) if isinstance(kind, QuantFormat) else packed
+        return searched(weights, kind, None, "fast", name)

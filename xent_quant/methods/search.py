@@ -18,6 +18,11 @@ class Search:
         self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
     ) -> U8:
         """See `Method.quantize`."""
-        importance = statistics.importance if statistics else None
-        packed = kind.quantize(weights, importance, effort=self.effort, name=name)
-        return kind.unshrunk(packed, weights, importance) if isinstance(kind, QuantFormat) else packed
+        return searched(weights, kind, statistics.importance if statistics else None, self.effort, name)
+
+
+def searched(weights: F32, kind: Encoding, importance: F32 | None, effort: Effort, name: str) -> U8:
+    """Weights [rows, columns] as the type's search encodes them, and no smaller for it: see `QuantFormat.quantize`, which raises,
+    and `QuantFormat.unshrunk`."""
+    packed = kind.quantize(weights, importance, effort=effort, name=name)
+    return kind.unshrunk(packed, weights, importance) if isinstance(kind, QuantFormat) else packed

@@ -137,12 +137,10 @@ class Sensing:
         with self._files:
             self._report.start("Measuring sensitivity", model.num_layers, "layers")
             self._embedding()
-            every = places(model)
             for layer in range(model.num_layers):
                 self._report.phase(f"layer {layer + 1} of {model.num_layers}")
-                for name in every:
-                    if name.startswith(f"blk.{layer}."):
-                        self._begin(name)
+                for name in dict.fromkeys(place(spec) for spec in model.layer(layer).tensors() if spec.measured):
+                    self._begin(name)
                 for measured, run in zip(self.exact.layer(layer), self.rounded.layer(layer), strict=True):
                     self._stage(measured, run)
                 self._report.advance(1)
