@@ -50,6 +50,7 @@ def twice(x):
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder for compiled kernels, an empty one of this test's own."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python's own cache takes a change within a second for none
     compilation.folder.cache_clear()
     compilation._sources.cache_clear()
     yield tmp_path / "xent-quant" / "kernels"
