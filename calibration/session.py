@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 from calibration import text
 from calibration.chat import ChatTemplate
 from calibration.coverage import Coverage
-from calibration.text import CalibrationText
+from calibration.supplement import supplemented
 from xent_quant.checkpoint.llama_names import llama_name
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
@@ -96,28 +97,24 @@ class Session:
             )
         self.checkpoint = checkpoint
         tokenizer = load_tokenizer(checkpoint.path)
-        chinese = text.is_chinese(tokenizer)
-        self.text: CalibrationText = text.load(
-            text.sources(settings.calib, settings.calib_mix, chinese, settings.seed),
-            tokenizer,
-            tokens=settings.n_tokens,
-            length=settings.seqlen,
-            seed=settings.seed,
-            bos=checkpoint.architecture.bos_token_id,
-            text_field=settings.text_field,
-            spare=SPARE * settings.n_tokens if spare and checkpoint.architecture.num_experts else 0,
-            chat=ChatTemplate(checkpoint.path),
+        chinese, tokens = text.is_chinese(tokenizer), settings.n_tokens
+        room = SPARE * tokens if spare and checkpoint.architecture.num_experts else 0
+        load = partial(
+            text.load, tokenizer=tokenizer, length=settings.seqlen, seed=settings.seed, bos=checkpoint.architecture.bos_token_id
         )
+        named = text.sources(settings.calib, settings.calib_mix, chinese, settings.seed)
+        chat = ChatTemplate(checkpoint.path)
+        own = load(named, tokens=tokens, spare=room, text_field=settings.text_field, chat=chat)
+        self.text = supplemented(own, tokenizer, load, mix=settings.calib_mix, tokens=tokens, spare=room, chinese=chinese)
         self.device = self.methods_on or torch.device("cpu")
         # What a quantised stream lacks of the exact one is less than bfloat16 rounds off, at eight bits a weight.
         self.dtype = torch.float32
         self.length = settings.seqlen
-        self._languages = text.one_language(tokenizer, self.text.windows, chinese)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of the text before it is run."""
-        model, said = self.checkpoint.architecture, (*self.text.notes, *self._languages)
+        model, said = self.checkpoint.architecture, self.text.notes
         if not model.num_experts:
             return said
         columns = max(model.hidden_size, model.intermediate_size)

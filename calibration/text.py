@@ -7,8 +7,8 @@ A source is a file or folder that `calibration.documents` reads, a dataset on th
 import logging
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,12 +46,6 @@ HEAVY = 3.0
 CHINESE_SHARE = 0.25
 """A vocabulary with at least this share of tokens with Chinese characters is a Chinese model's."""
 
-ONE_LANGUAGE = 0.02
-"""With fewer than this share of English words, or of Chinese characters, among both, text is said to lack the language."""
-
-LOOKED_AT = 64
-"""Windows, or some more, that tell a text's languages."""
-
 CARDS = ["README.md", "dataset_infos.json", "*/.*", ".*"]
 """Files of a Hub dataset that describe it."""
 
@@ -81,6 +75,12 @@ class CalibrationText:
     names: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
+    def told(self, *notes: str) -> "CalibrationText":
+        """With more notes."""
+        for note in notes:
+            log.info(note)
+        return replace(self, notes=(*self.notes, *notes))
+
 
 def suite_path(suite: str) -> Path:
     domain, language = suite.split("-")
@@ -92,19 +92,6 @@ def is_chinese(tokenizer: "Tokenizer") -> bool:
     vocab = tokenizer.get_vocab(with_added_tokens=False)
     decoded = tokenizer.decode_batch([[index] for index in vocab.values()])
     return sum(bool(re.search("[一-鿿]", token)) for token in decoded) >= CHINESE_SHARE * len(vocab)
-
-
-def one_language(tokenizer: "Tokenizer", windows: NDArray[np.int64], chinese: bool) -> tuple[str, ...]:
-    """What a person should know where text [n, length] is all but only in one language, and the model knows another."""
-    text = "".join(tokenizer.decode_batch(windows[:: len(windows) // LOOKED_AT + 1].tolist()))
-    words = {"zh": len(re.findall("[一-鿿]", text)), "en": len(re.findall("[A-Za-z]+", text))}
-    for language, called in (("zh", "Chinese"), ("en", "English")):
-        if words[language] < ONE_LANGUAGE * sum(words.values()) and (chinese or language == "en"):
-            return (
-                f"the text has next to no {called}: experts that are chosen for {called} see few rows, which costs quality "
-                f"there; add --calib entertainment-{language}",
-            )
-    return ()
 
 
 def parse_mix(mix: str) -> dict[str, float]:
@@ -119,22 +106,37 @@ def parse_mix(mix: str) -> dict[str, float]:
     return weights
 
 
+def weights_of(mix: str | None, chinese: bool) -> dict[str, float]:
+    """Of languages, domains and suites; without a mix HEAVY for the model's own language. Raises CalibrationError."""
+    return parse_mix(mix) if mix else {("zh" if chinese else "en"): HEAVY}
+
+
+def weight_of(suite: str, weights: Mapping[str, float]) -> float:
+    """What is said of the suite, its domain and its language, multiplied; 1 of what nothing is said."""
+    return float(np.prod([weights.get(key, 1.0) for key in (suite, *suite.split("-"))]))
+
+
+def bundled(weights: Mapping[str, float], without: Container[str] = ()) -> list[Source]:
+    """The bundled suites that have a weight, but those of names `without`."""
+    every = [Source(suite, suite_path(suite), weight_of(suite, weights)) for suite in SUITES if suite not in without]
+    return [source for source in every if source.weight]
+
+
 def sources(calib: Sequence[str], mix: str | None, chinese: bool, seed: int = 0) -> list[Source]:
     """The sources of `--calib`; nothing named is the preset entertainment. Of presets on the Hub `seed` chooses the files, which
     are downloaded. Raises CalibrationError naming what is not there.
 
-    A suite weighs what `mix` says of it, its domain and its language, multiplied; without a mix HEAVY in the model's own
-    language, 1 in the other.
+    A suite's weight is `weight_of`'s.
     """
-    weights = parse_mix(mix) if mix else {("zh" if chinese else "en"): HEAVY}
+    weights = weights_of(mix, chinese)
     named = [(item, PRESETS.get(item.removeprefix(PREFIX), ())) for item in calib or ("entertainment",)]
     mixed = {key for _, suites in named for suite in suites for key in (suite, *suite.split("-"))}
-    if mix and (idle := weights.keys() - mixed):
+    if mix and (idle := {key for key, weight in weights.items() if weight} - mixed):
         raise CalibrationError(f"--calib-mix {min(idle)}: has no effect, since it is in no preset of --calib; drop it")
     found: list[Source] = []
     for item, suites in named:
         for suite in suites:
-            weight = float(np.prod([weights.get(key, 1.0) for key in (suite, *suite.split("-"))]))
+            weight = weight_of(suite, weights)
             if weight and item.startswith(PREFIX):
                 path = download(suite, seed)
                 found.append(Source(PREFIX + suite, path, weight, suite, f"{HUB[suite].origin}, {path.name}"))
@@ -221,18 +223,15 @@ def load(
     shares = _shares([len(stream) for stream in streams], [source.weight / total for source in found], tokens)
     chosen = _cut([stream[:share] for stream, share in zip(streams, shares, strict=True)], length)
     rest = _cut([stream[share:] for stream, share in zip(streams, shares, strict=True)], length)[: spare // length]
-    there = sum(map(len, streams))
     if not len(chosen):
+        there = sum(map(len, streams))
         remedy = "give more text" if there <= tokens else "raise --tokens"
         raise CalibrationError(
             f"--calib {', '.join(source.name for source in found)}: {min(there, tokens)} tokens do not fill one window of "
             f"{length}; {remedy}, or lower --seqlen"
         )
-    told = (*notes.lines(), *_shortage(there, tokens, found))
-    for note in told:
-        log.info(note)
     names = tuple(plain(f"{source.name} ({source.origin})" if source.origin else source.name) for source in found)
-    return CalibrationText(chosen, rest, names, told)
+    return CalibrationText(chosen, rest, names).told(*notes.lines())
 
 
 def _first(texts: Iterator[str], room: int) -> list[str]:
@@ -242,16 +241,6 @@ def _first(texts: Iterator[str], room: int) -> list[str]:
         found.append(text[:room])
         room -= len(text)
     return found
-
-
-def _shortage(there: int, wanted: int, found: Sequence[Source]) -> list[str]:
-    if there >= wanted:
-        return []
-    more = more_text(source.name for source in found)
-    return [
-        f"--tokens asks for {wanted:,}, the text has {there:,}: experts that are rarely chosen see fewer rows than their weights "
-        f"have columns, which costs quality; more text ({more}) would bring them closer"
-    ]
 
 
 def more_text(names: Iterable[str]) -> str:

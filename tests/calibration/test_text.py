@@ -88,21 +88,6 @@ def test_mix_follows_the_models_language_or_the_option() -> None:
     assert not is_chinese(small_tokenizer())
 
 
-def test_text_of_one_language_is_told_where_the_model_knows_two() -> None:
-    tokenizer = load_tokenizer(miniature())
-
-    def told(*calib: str, chinese: bool = True) -> tuple[str, ...]:
-        found = load(sources(calib, None, chinese), tokenizer, tokens=3000, length=64)
-        return text.one_language(tokenizer, found.windows, chinese)
-
-    assert told() == told("entertainment-en", chinese=False) == ()
-    (english,), (chinese,) = told("fiction-en"), told("fiction-zh")
-    assert "no Chinese" in english
-    assert english.endswith("--calib entertainment-zh")
-    assert "no English" in chinese
-    assert chinese.endswith("--calib entertainment-en")
-
-
 def test_windows_keep_shares_order_and_seed(tmp_path: Path) -> None:
     tokenizer = small_tokenizer()
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
