@@ -33,7 +33,7 @@ from xent_quant.recipes import recipe
 from xent_quant.validation import measures, suites
 
 LENGTH = 256
-MIXES = ["Q6_K", "XENT5", "Q5_K_M", "XENT4", "Q4_K_M", "IQ4_XS", "XENT3", "Q3_K_M", "XENT2", "Q2_K"]
+MIXES = ["XENT6", "Q6_K", "XENT5", "Q5_K_M", "XENT4", "Q4_K_M", "IQ4_XS", "XENT3", "Q3_K_M", "XENT2", "Q2_K"]
 BUDGETS = ["Q6_K", "XENT5", "XENT4", "XENT3", "XENT2", "Q2_K"]
 
 

@@ -298,7 +298,8 @@ def test_bits_and_names() -> None:
         3: "Q3_K_M",
         2: "Q2_K",
     }
-    assert recipe(type="q4_k_m").name == recipe(type="Q4_K").name == "Q4_K_M"
+    assert [recipe(bits=bits, experts=True).name for bits in BITS] == ["Q8_0", "XENT6", "XENT5", "XENT4", "XENT3", "XENT2"]
+    assert recipe(type="q4_k_m", experts=True).name == recipe(type="q4_k_m").name == recipe(type="Q4_K").name == "Q4_K_M"
     assert recipe(type="Q5_K_S").mix.number == 16
     with pytest.raises(ConfigError, match=r"--bits 7: .*2, 3, 4, 5, 6, 8"):
         recipe(bits=7)
@@ -320,7 +321,13 @@ def test_file_type_numbers_are_llama_cpp_s() -> None:
 
 @pytest.mark.parametrize(
     ("name", "experts", "active"),
-    [("XENT5", "Q5_K", "Q8_0"), ("XENT4", "IQ4_XS", "Q8_0"), ("XENT3", "IQ3_S", "Q8_0"), ("XENT2", "IQ2_S", "Q6_K")],
+    [
+        ("XENT6", "Q6_K", "Q8_0"),
+        ("XENT5", "Q5_K", "Q8_0"),
+        ("XENT4", "IQ4_XS", "Q8_0"),
+        ("XENT3", "IQ3_S", "Q8_0"),
+        ("XENT2", "IQ2_S", "Q6_K"),
+    ],
 )
 def test_own_mixes_tell_what_every_token_uses_from_what_few_do(name: str, experts: str, active: str) -> None:
     chosen = recipe(type=name)

@@ -90,7 +90,7 @@ class TargetOptions(_Choices):
     """What to make."""
 
     bits: Literal[2, 3, 4, 5, 6, 8, 16] | str = 4
-    """Bits per weight, roughly; picks the mix. Or the name of one, as --type."""
+    """Bits per weight, roughly; picks the mix, for a mixture of experts XENT4 and the like. Or the name of one, as --type."""
     formats: tuple[Literal["gguf", "onnx", "bnb"], ...] = ("gguf",)
     """File format; repeatable."""
     bnb_type: Literal["nf4", "fp4"] = "nf4"
@@ -121,7 +121,7 @@ class TextOptions(_Choices):
     calib: tuple[str, ...] = ()
     """Text or conversations to calibrate on: .txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .epub, packed (.gz, .zst) or not, a folder, a Hub data set, or a preset: entertainment (default), fiction, conversation, webcc, each with -en or -zh too, and with hub: before it from the Hub; repeatable."""  # noqa: E501  (--help keeps line ends)
     calib_mix: str | None = None
-    """Weights within presets, such as zh=3,webcc=0. Default: 3 for the model's own language."""
+    """Weights of presets, and of bundled text beside yours, such as zh=3,webcc=0. Default: 3 for the model's own language."""
     text_field: str = "text"
     """Field or column that holds the text; without it, the only one of messages and conversations."""
     tokens: int | str = "128k"

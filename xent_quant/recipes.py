@@ -236,6 +236,7 @@ def _fine_grained(number: int, experts: str, active: str) -> Mix:
 
 
 OWN = {
+    "XENT6": _fine_grained(18, "Q6_K", "Q8_0"),
     "XENT5": _fine_grained(16, "Q5_K", "Q8_0"),
     "XENT4": _fine_grained(30, "IQ4_XS", "Q8_0"),
     "XENT3": _fine_grained(26, "IQ3_S", "Q8_0"),
@@ -248,6 +249,9 @@ ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 """Type names that llama-quantize reads as the name of a mix."""
 
 BITS: dict[int, str] = {8: "Q8_0", 6: "Q6_K", 5: "Q5_K_M", 4: "Q4_K_M", 3: "Q3_K_M", 2: "Q2_K"}
+"""The mix of so many bits for dense models."""
+BITS_OF_EXPERTS = {bits: f"XENT{bits}" if f"XENT{bits}" in OWN else name for bits, name in BITS.items()}
+"""And for mixtures of experts: fewer bytes than llama.cpp's mix of as many bits, and a fraction of its loss."""
 
 FALLBACK = {
     "Q6_K": "Q8_0",
@@ -328,14 +332,16 @@ class Recipe:
                 return not self.imatrix
 
 
-def recipe(*, bits: int = 4, type: str | None = None, tensor_types: Sequence[str] = (), imatrix: bool = False) -> Recipe:
-    """The recipe for `--bits`, `--type` and `--tensor-type REGEX=TYPE`; `imatrix` tells whether there is one, which some
-    of llama-quantize's rules ask. Raises ConfigError naming the option.
+def recipe(
+    *, bits: int = 4, type: str | None = None, tensor_types: Sequence[str] = (), imatrix: bool = False, experts: bool = False
+) -> Recipe:
+    """The recipe for `--bits` (of a model with `experts`), `--type` and `--tensor-type REGEX=TYPE`; `imatrix` tells whether there
+    is one, which some of llama-quantize's rules ask. Raises ConfigError naming the option.
     """
     if type is None:
         if bits not in BITS:
             raise ConfigError(f"--bits {bits}: there are {', '.join(map(str, sorted(BITS)))}")
-        name = BITS[bits]
+        name = (BITS_OF_EXPERTS if experts else BITS)[bits]
     else:
         name = ALIASES.get(type.upper(), type.upper())
     mix = MIXES.get(name)

@@ -97,7 +97,13 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
         return
     done: set[str] = set()
     for kind in options.mixes or (None,):
-        chosen = recipe(bits=options.n_bits, type=kind, tensor_types=options.tensor_types, imatrix=methods.use_statistics)
+        chosen = recipe(
+            bits=options.n_bits,
+            type=kind,
+            tensor_types=options.tensor_types,
+            imatrix=methods.use_statistics,
+            experts=checkpoint.architecture.num_experts > 0,
+        )
         if chosen.name in done:
             continue
         done.add(chosen.name)

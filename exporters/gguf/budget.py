@@ -24,7 +24,7 @@ from xent_quant.units import human_bytes
 
 NEIGHBOURS = {"an eighth smaller": 7 / 8, "an eighth larger": 9 / 8}
 """Budgets that are planned for comparison, as shares of the plan's."""
-NAMED = ("Q8_0", "Q6_K", "XENT5", "Q5_K_M", "XENT4", "Q4_K_M", "IQ4_XS", "XENT3", "Q3_K_M", "XENT2", "Q2_K")
+NAMED = ("Q8_0", "XENT6", "Q6_K", "XENT5", "Q5_K_M", "XENT4", "Q4_K_M", "IQ4_XS", "XENT3", "Q3_K_M", "XENT2", "Q2_K")
 """Mixes that are shown for comparison."""
 
 

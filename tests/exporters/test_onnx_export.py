@@ -138,7 +138,7 @@ def test_slices_change_no_byte_and_bound_the_memory(checkpoint, tmp_path: Path, 
 def test_both_formats_from_one_pass(checkpoint, tmp_path: Path) -> None:
     source = checkpoint()
     done = xent_quant.quantize(source, method="rtn", formats=["gguf", "onnx"], output=tmp_path / "both", effort="fast", threads=1)
-    assert {"model-Q4_K_M.gguf", "model.onnx.data"} <= {path.name for path in done.files}
+    assert {"model-XENT4.gguf", "model.onnx.data"} <= {path.name for path in done.files}
     assert [summary.format for summary in done.plans] == ["gguf", "onnx"]
     alone = xent_quant.quantize(source, method="rtn", formats=["onnx"], output=tmp_path / "one", effort="fast", threads=2)
     assert all(path.is_file() for path in alone.files)

@@ -177,4 +177,4 @@ def test_the_miniature_is_exported_with_defaults_and_validated(tmp_path: Path) -
     assert result.returncode == 0, result.stderr
     (report,) = json.loads(result.stdout)["validation"]
     assert report["verdict"] == "within"
-    assert (tmp_path / "validation" / "xent-mini-Q4_K_M" / "report.html").is_file()
+    assert (tmp_path / "validation" / "xent-mini-XENT4" / "report.html").is_file()
