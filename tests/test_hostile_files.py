@@ -10,6 +10,7 @@ import resource
 import struct
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -305,6 +306,19 @@ def test_a_pickle_is_not_advised_to_be_run(model: Path, refused: Callable[..., s
     torch.save({"model.norm.weight": os.system}, model / "pytorch_model.bin")
     line = refused(model / "pytorch_model.bin", "inspect", model)
     assert "weights_only" not in line
+
+
+def test_a_pickle_that_ends_within_a_word(model: Path, refused: Callable[..., str]) -> None:
+    """torch raises struct.error then."""
+    import torch
+
+    (model / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": torch.ones(2)}, model / "whole.bin")
+    with zipfile.ZipFile(model / "whole.bin") as whole, zipfile.ZipFile(model / "pytorch_model.bin", "w") as cut:
+        for name in whole.namelist():
+            data = whole.read(name)
+            cut.writestr(name, data[: data.index(b"model.norm") - 2] if name.endswith("data.pkl") else data)
+    assert "torch cannot map it" in refused(model / "pytorch_model.bin", "inspect", model)
 
 
 def test_a_lora_of_something_odd(model: Path, refused: Callable[..., str]) -> None:

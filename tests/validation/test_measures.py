@@ -36,6 +36,13 @@ def test_log_softmax_nll_perplexity_and_bits_per_byte() -> None:
     assert measures.bits_per_byte(got, 11) == pytest.approx(math.fsum(wanted) / 11 / math.log(2), rel=1e-13)
 
 
+def test_relative_errors_by_layer() -> None:
+    exact = [np.array([[[3.0, 4]], [[1, 0]]], np.float32), np.array([[[0.0, 0]], [[0, 1]]], np.float32)]
+    found = [np.array([[[3.0, 3]], [[1, 0]]], np.float32), np.array([[[0.0, 0]], [[0, -3e38]]], np.float32)]
+    with warnings.catch_warnings(action="error"):
+        assert measures.relative_errors(found, exact) == pytest.approx((1 / 5, 3e38 / 2**0.5), rel=1e-6)
+
+
 def test_full_kl_divergence() -> None:
     p, q = draw(6, 50, 0.3)
     got = measures.kl_divergence(measures.log_softmax(p), measures.log_softmax(q))

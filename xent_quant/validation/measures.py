@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from xent_quant.errors import ValidationError
 
+F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 Logits = NDArray[np.float32] | NDArray[np.float64]
@@ -62,6 +63,15 @@ def nll(log_q: F64, targets: I64) -> F64:
 def exponential(value: float) -> float:
     """exp, of 700 beyond 700: a damaged model's perplexity is a number, too."""
     return exp(min(value, 700.0))
+
+
+def relative_errors(found: Sequence[F32], exact: Sequence[F32]) -> tuple[float, ...]:
+    """Of the residual stream behind each layer: the root of Σ (found − exact)² over Σ exact² of all pairs
+    [layers, positions, hidden]."""
+    wide = [each.astype(np.float64) for each in exact]  # a damaged model's squares are beyond float32
+    differences = sum(((a - b) ** 2).sum(axis=(1, 2)) for a, b in zip(found, wide, strict=True))
+    norms = sum((each**2).sum(axis=(1, 2)) for each in wide)
+    return tuple(float(value) for value in np.sqrt(differences / norms))
 
 
 def perplexity(nlls: F64) -> float:

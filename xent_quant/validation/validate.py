@@ -204,7 +204,7 @@ def validate(
         suspicions=tuple(suspects),
         cross_check=check,
         cross_verdict=cross,
-        layer_errors=_layer_errors(exact.run, known),
+        layer_errors=measures.relative_errors(exact.run.layers, [each.layers for each in known]),
         coverage=exact.coverage,
         nbytes=opened.nbytes,
         reference_bytes=reference.nbytes,
@@ -373,13 +373,6 @@ def _averages(results: Sequence[SuiteResult], bounds: gates.Tier) -> list[SuiteR
             )
         )
     return found
-
-
-def _layer_errors(done: Streamed, known: Sequence[Reference]) -> tuple[float, ...]:
-    """Relative error of the residual stream behind each layer, over all suites' kept positions."""
-    differences = sum(((a - b.layers) ** 2).sum(axis=(1, 2)) for a, b in zip(done.layers, known, strict=True))
-    norms = sum((b.layers**2).sum(axis=(1, 2)) for b in known)
-    return tuple(float(value) for value in np.sqrt(differences / norms))
 
 
 def _versions() -> dict[str, str]:
