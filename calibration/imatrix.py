@@ -185,14 +185,16 @@ class Imatrix(StatisticsSource):
             return None
         rows = float(entry.counts[expert])
         missing = missing_rows(rows, FEWEST_ROWS)
-        average = entry.sums.sum(axis=0, dtype=np.float64) / total  # [n_columns]
+        sums = entry.sums[expert].astype(np.float64)
         if entry.layer is not None and entry.layer_counts is not None:
             sampled = float(entry.layer_counts[expert])
-            average = entry.layer[expert].astype(np.float64) / max(1.0, sampled)
             missing = missing if sampled else 0.0
+            sums += missing * (entry.layer[expert].astype(np.float64) / max(1.0, sampled))
+        elif missing:  # a sum over all experts, for each of them
+            sums += missing * (entry.sums.sum(axis=0, dtype=np.float64) / total)
         if not rows + missing:
             return None
-        means = (entry.sums[expert] + missing * average) / (rows + missing)
+        means = sums / (rows + missing)
         if means.max() > np.finfo(np.float32).max:
             raise CalibrationError(f"{self.source}: {name}: means up to {means.max():g}, beyond float32; calibrate again")
         return floored(means)

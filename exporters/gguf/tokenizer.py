@@ -141,7 +141,7 @@ def _type(index: int, token: str | None, added: dict[int, Any], byte_fallback: b
         return UNKNOWN
     if index in added:
         return CONTROL if added[index]["special"] else USER_DEFINED
-    if byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+    if byte_fallback and token.startswith("<0x") and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
         return BYTE
     return NORMAL
 
@@ -281,7 +281,7 @@ def _refuse_tokens_across_splits(path: Path, reference: "Tokenizer", spec: Token
     if _Splits(reference, tokenizer_check.sample()).all_alike(PRE_TOKENIZERS[spec.pre]):
         return
     texts = [decoded(token) for token, kind in zip(spec.tokens, spec.types, strict=True) if kind == NORMAL]
-    difference = tokenizer_check.first_difference(reference, spec, [text for text in texts if text])
+    difference = tokenizer_check.first_difference(reference, LlamaTokenizer(spec), [text for text in texts if text])
     if difference:
         inexact(f"{path}: llama.cpp's pre-tokenizer {spec.pre} is the nearest, and forms tokens otherwise, at {difference}")
 

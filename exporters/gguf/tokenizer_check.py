@@ -65,13 +65,12 @@ def with_special_tokens(spec: TokenizerSpec) -> list[str]:
 
 
 def first_difference(
-    reference: "Tokenizer", spec: TokenizerSpec, texts: Iterable[str], *, special: bool = False, around: bool = False
+    reference: "Tokenizer", ours: LlamaTokenizer, texts: Iterable[str], *, special: bool = False, around: bool = False
 ) -> str | None:
     """Where the two tokenise one of `texts` differently: the text around, for a message; None where all ids are equal.
 
     `special`: special tokens inside a text are parsed. `around`: those that are added at its ends are compared, too.
     """
-    ours = LlamaTokenizer(spec)
     for text in texts:
         wanted = reference.encode(text, add_special_tokens=around).ids
         got = ours.encode(text, parse_special=special, add_special=around)
@@ -133,7 +132,7 @@ def verify(folder: Path, spec: TokenizerSpec, *, strict: bool = True) -> tuple[s
     Raises UnsupportedError where they differ, unless `strict` is false.
     """
     path = tokenizer_path(folder)
-    reference, notes = load_tokenizer(folder), list(spec.notes)
+    reference, ours, notes = load_tokenizer(folder), LlamaTokenizer(spec), list(spec.notes)
 
     def refuse(message: str) -> None:
         message = f"{path}: {message}"
@@ -145,15 +144,15 @@ def verify(folder: Path, spec: TokenizerSpec, *, strict: bool = True) -> tuple[s
         text = sentencepiece_model.difference(path, reference, sample())
         if text is not None:
             refuse(f"cannot be reproduced, at {text[:60]!r}")
-    ordinary = difference = first_difference(reference, spec, sample())
+    ordinary = difference = first_difference(reference, ours, sample())
     if difference:
         refuse(f"llama.cpp will tokenise differently ({_kind(folder)}), first at {difference}")
-    difference = first_difference(reference, spec, with_special_tokens(spec), special=True)
+    difference = first_difference(reference, ours, with_special_tokens(spec), special=True)
     if difference and spec.add_space_prefix:
         notes.append(f"Text after a special token gets a space from llama.cpp, not from Hugging Face: first at {difference}")
     elif difference:
         refuse(f"llama.cpp will tokenise text around special tokens differently, first at {difference}")
-    difference = None if ordinary else first_difference(reference, spec, beyond())
+    difference = None if ordinary else first_difference(reference, ours, beyond())
     if difference:
         notes.append(
             "Token ids equal Hugging Face's on English and Chinese; other text llama.cpp may split differently "

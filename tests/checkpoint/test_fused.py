@@ -55,6 +55,10 @@ def test_one_expert_is_read_at_a_time(tmp_path: Path, monkeypatch) -> None:
         checkpoint.read("model.layers.1.mlp.experts.2.up_proj.weight")
         checkpoint.read("model.layers.1.mlp.experts.2.down_proj.weight")
     assert max(read) == 2 * WIDTH * HIDDEN
+    read.clear()
+    for _, piece in checkpoint.pieces("model.layers.1.mlp.experts.2.up_proj.weight", 1):
+        piece()
+    assert read == [2 * WIDTH * HIDDEN]  # of one that lies the other way each piece would read all
 
 
 @pytest.mark.parametrize("change", [{"num_experts": 4}, {"num_experts": 2}, {"intermediate_size": 95}, {"hidden_size": 32}])

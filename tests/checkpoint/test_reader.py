@@ -12,6 +12,7 @@ from tests.conftest import TINY, random_weights, write_checkpoint
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.sources import widen
 from xent_quant.errors import CheckpointError, UnsupportedError
+from xent_quant.values import largest
 
 CONFIG = {**TINY, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_experts": 2}
 ROUTER = "model.layers.0.mlp.router.weight"
@@ -69,6 +70,31 @@ def test_slices_make_the_tensor(slice_: int, folder: Path, monkeypatch) -> None:
     ((start, vector),) = checkpoint.slices("model.norm.weight")
     assert start == 0
     np.testing.assert_array_equal(vector, checkpoint.read("model.norm.weight")[None])
+
+
+def test_pieces_are_of_whole_steps_and_read_when_called_for(folder: Path, monkeypatch) -> None:
+    name = "model.layers.0.mlp.experts.1.down_proj.weight"  # [32, 16]
+    checkpoint = Checkpoint.open(folder)
+    for weights, step, rows in ((1, 8, 8), (9 * 16, 8, 8), (24 * 16 + 15, 8, 24), (10**6, 8, 10**6), (5 * 16, 1, 5)):
+        pieces = list(checkpoint.pieces(name, weights, step))
+        assert [start for start, _ in pieces] == list(range(0, 32, rows))
+        np.testing.assert_array_equal(np.concatenate([read() for _, read in pieces]), checkpoint.read(name))
+    pieces = list(checkpoint.pieces("model.norm.weight", 1))
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read too early"))
+    assert len(pieces) == 1
+    assert len(list(checkpoint.pieces(name, 16))) == 32
+
+
+def test_the_largest_magnitude() -> None:
+    for values, wanted in (
+        ([1, -3.5, 2], 3.5),
+        ([-0.0, 0.0], 0),
+        ([], 0),
+        ([1e-45, -2e-45], np.float32(2e-45)),
+        ([1, -np.inf, 3e38], np.inf),
+        ([np.inf, -np.nan, 1], np.nan),
+    ):
+        np.testing.assert_equal(largest(np.array(values, np.float32)), np.float32(wanted))
 
 
 def test_widening_is_exact() -> None:

@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from shutil import copytree, rmtree
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from calibration.correction import NOTHING
 from calibration.imatrix import Imatrix
@@ -16,10 +18,11 @@ from tests.conftest import random_weights, write_checkpoint
 from tests.walk.conftest import CONFIG, export, tree
 from xent_quant import formats
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.errors import ExportError
+from xent_quant.errors import CheckpointError, ExportError
 from xent_quant.methods import METHODS
 from xent_quant.model.streams import Streams
 from xent_quant.recipes import recipe
+from xent_quant.walk import loop
 from xent_quant.walk.lanes import Lane
 from xent_quant.walk.loop import Walk
 
@@ -38,6 +41,32 @@ def test_exports_of_one_walk_are_those_made_alone(model: Path, text: Any, tmp_pa
         export(model, tmp_path / "each", **one, **FAST, **text)
     assert tree(tmp_path / "all") == tree(tmp_path / "each")
     assert told(tmp_path / "all") == ["Model-Q4_0", "Model-Q8_0"]
+
+
+@pytest.mark.parametrize("formats", [["gguf"], ["onnx", "bnb"]], ids=" ".join)
+def test_pieces_side_by_side_change_no_byte(formats: list[str], model: Path, tmp_path: Path, monkeypatch) -> None:
+    made = {}
+    for threads, piece in ((1, loop.PIECE), (1, 1000), (2, 1000)):
+        monkeypatch.setattr(loop, "PIECE", piece)
+        export(model, tmp_path / "out", formats=formats, bits=4, method="rtn", threads=threads)
+        made[threads, piece] = tree(tmp_path / "out")
+        rmtree(tmp_path / "out")
+    whole, *others = made.values()
+    assert all(other == whole for other in others)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_of_two_damaged_tensors_the_first_is_named(threads: int, model: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "PIECE", 1000)
+    folder, layer = tmp_path / "Model", "model.layers.1.mlp.experts"
+    copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name, row in ((f"{layer}.0.down_proj.weight", 63), (f"{layer}.1.gate_proj.weight", 0)):
+        weights[name][row, 0] = np.nan
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{re.escape(layer)}\.0\.down_proj\.weight: NaN or infinite weight in row 63;"):
+        export(folder, tmp_path / "out", type="Q8_0", method="rtn", threads=threads)
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.slow

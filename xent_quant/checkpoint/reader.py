@@ -1,7 +1,8 @@
 """A checkpoint folder, opened from headers and read one tensor, or one slice of rows, at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +18,7 @@ from xent_quant.checkpoint.quantised import Scheme
 from xent_quant.checkpoint.sources import Floats, Source, Transposed
 from xent_quant.errors import CheckpointError, UnsupportedError
 from xent_quant.tensors import Role, TensorInfo, TensorSpec
+from xent_quant.values import largest
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +94,7 @@ class Checkpoint:
         """
         source, shape = self.sources[name], self.infos[name].shape
         values = source.rows(start, shape[0] if stop is None else stop)
-        if not np.isfinite(values).all():
+        if not np.isfinite(largest(values)):
             row = int(np.argwhere(~np.isfinite(values))[0][0]) + start
             file = source.locations[0].file
             raise CheckpointError(f"{file}: {name}: NaN or infinite weight in row {row}; the checkpoint is damaged")
@@ -101,13 +103,18 @@ class Checkpoint:
     def slices(self, name: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """(first row, rows) of a tensor in order, as float32 [rows, columns], a vector as [1, n]; in one piece unless it
         is larger than SLICE weights. Raises as `read`."""
-        shape = self.infos[name].shape
+        for start, read in self.pieces(name, self.SLICE):
+            yield start, read()
+
+    def pieces(self, name: str, weights: int, step: int = 1) -> Iterator[tuple[int, Callable[[], NDArray[np.float32]]]]:
+        """As `slices`, each read when it is called for: of at most so many weights, but of `step` rows or a multiple of them."""
+        shape, source = self.infos[name].shape, self.sources[name]
         if len(shape) == 1:
-            yield 0, self.read(name)[None]
+            yield 0, lambda: self.read(name)[None]
             return
-        rows = max(1, self.SLICE // prod(shape[1:]))
+        rows = shape[0] if isinstance(source, Transposed) else max(1, weights // prod(shape[1:]) // step) * step
         for start in range(0, shape[0], rows):
-            yield start, self.read(name, start, min(start + rows, shape[0]))
+            yield start, partial(self.read, name, start, min(start + rows, shape[0]))
 
     def read_torch(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """The whole tensor for torch; float32 unless `dtype` is given. Raises as `read`."""

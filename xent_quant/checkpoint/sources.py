@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from xent_quant.checkpoint.headers import Location
 from xent_quant.errors import CheckpointError
 from xent_quant.tensors import ITEM_SIZE
+from xent_quant.values import from_bfloat16
 
 if TYPE_CHECKING:
     import torch
@@ -220,9 +221,7 @@ E4M3 = _e4m3()
 def widen(raw: U8, dtype: str) -> F32:
     """Little-endian bytes of F32, F16, BF16, F8_E4M3, F8_E8M0, I8 or U8 to float32, exactly."""
     if dtype == "BF16":  # the upper half of a float32
-        wide = raw.view("<u2").astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
+        return from_bfloat16(raw.view("<u2"))
     if dtype == "F8_E4M3":
         return E4M3[raw]
     if dtype == "F8_E8M0":  # an exponent alone

@@ -8,6 +8,7 @@ import numpy as np
 from xent_quant import parallel
 from xent_quant.formats._lanes import WIDTH
 from xent_quant.formats.base import F32, U8
+from xent_quant.values import largest
 
 NOT_FINITE = "NaN or infinite weight; the checkpoint is damaged"
 TOO_LARGE = "a block's scale exceeds float16 (65504); keep this tensor in BF16 or F32"
@@ -22,9 +23,9 @@ def in_chunks(weights: F32, packed: U8, work: Callable[[F32, U8], str]) -> str:
 
     def chunk(start: int) -> str:
         part = weights[start : start + rows]
-        low, high = part.min(), part.max()  # NaN where there is one
-        if not (low > -LIMIT and high < LIMIT):
-            return TOO_LARGE if np.isfinite(low) and np.isfinite(high) else NOT_FINITE
+        magnitude = largest(part)
+        if not magnitude < LIMIT:
+            return TOO_LARGE if np.isfinite(magnitude) else NOT_FINITE
         return work(part, packed[start : start + rows])
 
     if not weights.size:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xent_quant.compilation import jit
 from xent_quant.formats import _search
 from xent_quant.formats._chunks import TOO_LARGE, in_chunks
 from xent_quant.formats._gain import stretched, within_float16
@@ -35,17 +36,25 @@ class Plane(NamedTuple):
         shifts = np.arange(0, 8, self.bits, dtype=np.uint8)[:, None]
         return ((raw >> shifts) & np.uint8(2**self.bits - 1)).reshape(len(blocks), -1)
 
-    def write(self, blocks: U8, codes: U8) -> None:
-        """The inverse: the low `bits` bits of codes [n, block_size]."""
+    def write(self, blocks: U8, codes: U8, shift: int = 0) -> None:
+        """The inverse: `bits` bits, from bit `shift` up, of codes [n, block_size]."""
         if self.bits == self.run == 1:
-            blocks[:, self.start : self.stop] = np.packbits(codes & 1, axis=1, bitorder="little")
+            blocks[:, self.start : self.stop] = np.packbits(codes >> np.uint8(shift) & 1, axis=1, bitorder="little")
             return
-        parts = codes.reshape(len(codes), -1, 8 // self.bits, self.run)
-        mask = np.uint8(2**self.bits - 1)
-        joined = parts[:, :, 0] & mask
-        for index in range(1, 8 // self.bits):
-            joined |= (parts[:, :, index] & mask) << np.uint8(index * self.bits)
-        blocks[:, self.start : self.stop] = joined.reshape(len(codes), -1)
+        _joined(codes, np.uint8(shift), self.bits, self.run, blocks[:, self.start : self.stop])
+
+
+@jit
+def _joined(codes, shift, bits, run, out):  # type: ignore[no-untyped-def]
+    """`Plane.write` of codes [n, block_size] into out [n, bytes]."""
+    each, mask = 8 // bits, np.uint8(2**bits - 1)
+    for block in range(len(out)):
+        for part in range(out.shape[1] // run):
+            for position in range(each):
+                first, up = (part * each + position) * run, np.uint8(position * bits)
+                for i in range(run):
+                    code = np.uint8(np.uint8(codes[block, first + i] >> shift & mask) << up)
+                    out[block, part * run + i] = code if not position else out[block, part * run + i] | code
 
 
 class CodedFormat(QuantFormat):
@@ -85,7 +94,7 @@ class CodedFormat(QuantFormat):
             codes = codes ^ np.uint8(self.flip)
         shift = 0
         for plane in self.planes:
-            plane.write(blocks, codes >> np.uint8(shift) if shift else codes)
+            plane.write(blocks, codes, shift)
             shift += plane.bits
 
     def dequantize_rows(self, packed: U8) -> F32:

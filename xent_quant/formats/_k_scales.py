@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from xent_quant.compilation import jit
 from xent_quant.formats.base import U8
 
 
@@ -17,7 +18,12 @@ def scales_and_minima(raw: U8) -> tuple[U8, U8]:
     return scales, minima
 
 
-def packed_scales_and_minima(scales: U8, minima: U8) -> U8:
-    """The inverse: [n, 8] each to [n, 12] uint8."""
-    a, b = (values[:, :4] | ((values[:, 4:] >> 4) << 6) for values in (scales, minima))
-    return np.concatenate([a, b, (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)], axis=1)
+@jit
+def pack_scales_and_minima(found, raw):  # type: ignore[no-untyped-def]
+    """The inverse, of scales and then minima [n, 16] uint8, into raw [n, 12] uint8."""
+    for block in range(len(raw)):
+        for i in range(4):
+            scale, minimum = found[block, 4 + i], found[block, 12 + i]
+            raw[block, i] = found[block, i] | scale >> 4 << 6
+            raw[block, 4 + i] = found[block, 8 + i] | minimum >> 4 << 6
+            raw[block, 8 + i] = scale & 15 | (minimum & 15) << 4

@@ -144,6 +144,7 @@ def affine(weights, importance, ladder, rounds, block_size, groups, top, scale_t
         np.empty(shape, np.float32),
     )
     zero = spread(ZERO)
+    lowest = top - top  # a 0 that the compiler does not see: `larger` is then one instruction, and sums stay in registers
     for first in range(0, weights.shape[0], WIDTH):
         for block in range(weights.shape[1] // block_size):
             fill(weights, first, block * block_size, block_size, x)
@@ -162,7 +163,7 @@ def affine(weights, importance, ladder, rounds, block_size, groups, top, scale_t
                 for k in range(len(ladder)):
                     inverse = where_less(TINY, span, ladder[k, 0] / span, ZERO)
                     base = low - span * ladder[k, 1]
-                    sl, sll, sxl = sums(x, w, g * size, size, base, inverse, ZERO, top)
+                    sl, sll, sxl = sums(x, w, g * size, size, base, inverse, lowest, top)
                     determinant = sw_g * sll - sl * sl
                     try_a = (sw_g * sxl - sx_g * sl) / determinant
                     try_b = (sll * sx_g - sl * sxl) / determinant
@@ -207,10 +208,10 @@ def affine(weights, importance, ladder, rounds, block_size, groups, top, scale_t
                         inverse = where_less(ZERO, a, ONE / a, ZERO)
                         try_m = spread(ONE)
                         if nested:
-                            sl, sll, sxl = sums(x, w, g * size, size, b_g, inverse, ZERO, top)
+                            sl, sll, sxl = sums(x, w, g * size, size, b_g, inverse, lowest, top)
                             try_m = larger(smaller(rint((a * sl - sx_g) / sw_g * inverse_dmin), scale_top), ZERO)
                         b = zero - dmin * try_m
-                        sl, sll, sxl = sums(x, w, g * size, size, b, inverse, ZERO, top)
+                        sl, sll, sxl = sums(x, w, g * size, size, b, inverse, lowest, top)
                         error = sxx_g + a * a * sll + b * b * sw_g + TWO * (a * b * sl - a * sxl - b * sx_g)
                         s_g, m_g = where_less(error, error_g, try_s, s_g), where_less(error, error_g, try_m, m_g)
                         sl_g, sll_g = where_less(error, error_g, sl, sl_g), where_less(error, error_g, sll, sll_g)
@@ -240,7 +241,7 @@ def affine(weights, importance, ladder, rounds, block_size, groups, top, scale_t
                 s_g, m_g = load(best_s, g), load(best_m, g)
                 a, b = best_d * s_g, best_dmin * m_g
                 inverse = where_less(ZERO, a, ONE / a, ZERO)
-                encode(x, g * size, size, zero - b, inverse, ZERO, top, quads)
+                encode(x, g * size, size, zero - b, inverse, lowest, top, quads)
                 store_bytes(inner_bytes, g, s_g)
                 store_bytes(inner_bytes, groups + g, m_g)
             store(outer_floats, 0, best_d)

@@ -38,4 +38,4 @@ class IQ4XS(SymmetricFormat):
         codes: U8 = found.inner + np.uint8(32)
         blocks[:, 0:2] = half_bytes(found.outer)
         LOW.write(blocks, codes)
-        HIGH.write(blocks, codes >> np.uint8(4))
+        HIGH.write(blocks, codes, 4)

@@ -41,5 +41,5 @@ class Q3K(SymmetricFormat):
     def store_scales(self, blocks: U8, found: Found) -> None:
         codes: U8 = found.inner + np.uint8(32)
         LOW.write(blocks, codes)
-        HIGH.write(blocks, codes >> np.uint8(4))
+        HIGH.write(blocks, codes, 4)
         blocks[:, 108:110] = half_bytes(found.outer)

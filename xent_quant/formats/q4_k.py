@@ -11,7 +11,7 @@ Source of truth: `block_q4_K` in ggml-common.h.
 """
 
 from xent_quant.formats._codes import AffineFormat, Efforts, Found, Plane, half_bytes, halves, integers, plane
-from xent_quant.formats._k_scales import packed_scales_and_minima, scales_and_minima
+from xent_quant.formats._k_scales import pack_scales_and_minima, scales_and_minima
 from xent_quant.formats.base import F32, U8
 
 
@@ -36,4 +36,4 @@ class Q4K(AffineFormat):
 
     def store_scales(self, blocks: U8, found: Found) -> None:
         blocks[:, 0:4] = half_bytes(found.outer)
-        blocks[:, 4:16] = packed_scales_and_minima(found.inner[:, :8], found.inner[:, 8:])
+        pack_scales_and_minima(found.inner, blocks[:, 4:16])

@@ -1,9 +1,11 @@
-"""How much of a text is in memory at a time while a model runs over it; torch need not be there to ask."""
+"""How much of a text, or of weights alone, is in memory at a time; torch need not be there to ask."""
 
 from dataclasses import dataclass
 
 PART_TOKENS = 4096
 """Tokens that go through a weight together (one window at least through attention); bounds what is held besides the states."""
+PIECE = 1 << 20
+"""Weights that a thread reads, quantises and writes at a time where no text is run: most of the way they are in its cache."""
 KEPT_ROWS = 16384
 """Rows of an expert's inner activations that are kept between the looks at them, at most; above, they are computed again."""
 

@@ -21,8 +21,10 @@ import numpy as np
 from calibration.correction import NOTHING, Measured
 from xent_quant import parallel
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.formats._lanes import WIDTH
 from xent_quant.formats.base import F32
 from xent_quant.journal import Journal
+from xent_quant.model.sizes import PIECE
 from xent_quant.progress import Progress, Silent
 from xent_quant.tensors import ATTENTION_ROLES, Role, TensorSpec
 from xent_quant.walk.lanes import Given, Lane
@@ -44,7 +46,8 @@ class Walk:
     """One pass over a checkpoint for any number of lanes. Every tensor of it is read once for each stage that needs it.
 
     Holds an expert for each thread, one layer's attention or shared MLP, or a slice of `Checkpoint.SLICE` weights, with what each
-    lane makes of it and what its method holds; and what `Streams` holds. Raises what reading, measuring and quantising raise.
+    lane makes of it and what its method holds; and what `Streams` holds. Without text a piece of PIECE weights for each thread,
+    or a tensor for lanes that take it whole. Raises what reading, measuring and quantising raise.
     """
 
     def __init__(
@@ -112,20 +115,20 @@ class Walk:
 
     def _embedding(self) -> None:
         tensor = self.checkpoint.architecture.embedding
+        if not self.streams:
+            self._pass([tensor], self.lanes)
+            return
         for start, rows in self.checkpoint.slices(tensor.name):
-            if self.streams:
-                self.streams.embed(0, start, rows)
+            self.streams.embed(0, start, rows)
             for lane in self.lanes:
                 read = lane.put(tensor, start, rows, NOTHING)
-                if self.streams and lane.stream and read is not None:
+                if lane.stream and read is not None:
                     self.streams.embed(lane.stream, start, read)
             self._report.advance(rows.size)
 
     def _layer(self, index: int) -> None:
         tensors = [tensor for tensor in self._tensors.values() if tensor.layer == index]
-        for tensor in tensors:
-            if not self.streams or tensor.role is Role.NORM:
-                self._pass(tensor, self.lanes)
+        self._pass([tensor for tensor in tensors if not self.streams or tensor.role is Role.NORM], self.lanes)
         if not self.streams:
             return
         stages = self.streams.run.layer(index)
@@ -176,26 +179,44 @@ class Walk:
                 self.journal.coverage = [*self.journal.coverage[:index], self.streams.run.expert_tokens(listened)]
 
     def _head(self) -> None:
-        self._pass(self.checkpoint.architecture.final_norm, self.lanes)
+        self._pass([self.checkpoint.architecture.final_norm], self.lanes)
         tensor = self.checkpoint.architecture.head
         stage = self.streams.run.head() if self.streams else None
         for number, lanes in self._by_stream.items():
             wanted = [lane for lane in lanes if lane.slots(tensor, head=True)]
             if wanted:
-                self._pass(tensor, wanted, self._measure(number, stage) if stage else NOTHING, head=True)
+                self._pass([tensor], wanted, self._measure(number, stage) if stage else NOTHING, head=True)
 
-    def _pass(self, tensor: TensorSpec, lanes: Sequence[Lane], known: Measured = NOTHING, *, head: bool = False) -> None:
-        """A tensor that no stream goes on with: in slices to all lanes that take them, whole to the others."""
-        sliced = [lane for lane in lanes if lane.takes_slices(tensor)]
-        for start, rows in self.checkpoint.slices(tensor.name) if sliced else ():
-            for lane in sliced:
-                lane.put(tensor, start, rows, known, head=head)
-        if len(sliced) < len(lanes):
-            weights = self.checkpoint.read(tensor.name)
-            for lane in lanes:
-                if lane not in sliced:
-                    lane.put(tensor, 0, weights, NOTHING, head=head)
-        self._report.advance(tensor.n_weights * len(lanes) // len(self.lanes))
+    def _pass(
+        self, tensors: Sequence[TensorSpec], lanes: Sequence[Lane], known: Measured = NOTHING, *, head: bool = False
+    ) -> None:
+        """Tensors that no stream goes on with: in slices to all lanes that take them, whole to the others. Where no text tells
+        anything of them the slices are small and go side by side."""
+        jobs: list[Callable[[], None]] = []
+        for tensor in tensors:
+            sliced = [lane for lane in lanes if lane.takes_slices(tensor)]
+            size = (PIECE, WIDTH) if known is NOTHING else (self.checkpoint.SLICE, 1)
+            for start, read in self.checkpoint.pieces(tensor.name, *size) if sliced else ():
+                jobs.append(partial(self._give, tensor, start, read, sliced, known, head))
+        if known is NOTHING:
+            parallel.run(jobs)
+        else:
+            for job in jobs:
+                job()
+        for tensor in tensors:
+            whole = [lane for lane in lanes if not lane.takes_slices(tensor)]
+            if whole:
+                self._give(tensor, 0, partial(self.checkpoint.read, tensor.name), whole, NOTHING, head)
+
+    def _give(
+        self, tensor: TensorSpec, start: int, read: Callable[[], F32], lanes: Sequence[Lane], known: Measured, head: bool
+    ) -> None:
+        parallel.check()
+        rows = read()
+        for lane in lanes:
+            lane.put(tensor, start, rows, known, head=head)
+        with self._reporting:
+            self._report.advance(rows.size * len(lanes) // len(self.lanes))
 
     def _stage(self, stages: "tuple[Stage, ...]", exact: "Weights") -> None:
         assert self.streams is not None

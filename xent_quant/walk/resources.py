@@ -16,9 +16,10 @@ from exporters.interface import Exporter
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ConfigError
+from xent_quant.formats._lanes import WIDTH
 from xent_quant.formats.base import F32, QuantFormat
 from xent_quant.formats.prescaled import Prescaled
-from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS, STATE_FILES, Room
+from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS, PIECE, STATE_FILES, Room
 from xent_quant.tensors import ATTENTION_ROLES, InputStatistics, Role, TensorSpec
 from xent_quant.units import human_bytes
 
@@ -64,8 +65,10 @@ def memory(model: Architecture, followers: int, text: bool, room: Room) -> int:
     tensors = list(model.tensors().values())
     rows_of_vocabulary = PROGRAM + VOCABULARY * model.vocab_size
     if not text:
-        # Stored bytes, float32, checks and packed rows of a slice, or of a tensor that is read whole.
-        return int(MARGIN * (rows_of_vocabulary + 12 * min(Checkpoint.SLICE, max(t.n_weights for t in tensors))))
+        # Stored bytes, float32, padded rows and packed ones: of each thread's piece, or of a tensor that is read whole.
+        piece = max(PIECE, WIDTH * max(t.shape[-1] for t in tensors))
+        whole = min(Checkpoint.SLICE, max(t.n_weights for t in tensors))
+        return int(MARGIN * (rows_of_vocabulary + 12 * max(whole, numba.get_num_threads() * piece)))
     in_layer = [tensor for tensor in tensors if tensor.layer is not None and len(tensor.shape) > 1]
     routed = [tensor for tensor in in_layer if tensor.expert is not None]
     streams = 1 + followers
