@@ -95,9 +95,11 @@ def _nvml() -> list[tuple[str, int, int]]:
     """Of every NVIDIA card its name, and bytes in all and free; nothing without the package pynvml or a driver."""
     try:
         import pynvml
-
+    except ImportError:
+        return []
+    try:
         pynvml.nvmlInit()
-    except Exception:  # its errors are its own
+    except pynvml.NVMLError:
         return []
     found = []
     for index in range(pynvml.nvmlDeviceGetCount()):
@@ -211,10 +213,11 @@ def _text(file: Path) -> str:
         return ""
 
 
-def read(*, fit: bool, ram: bool, beside_ram: bool, system: System | None = None) -> tuple[dict[str, str], str]:
-    """What this machine has, as options: for a plan that asks for its VRAM (`fit`), its RAM (`ram`), or that has RAM beside
-    (`beside_ram`), how fast that is read; and what to say of it. Memory is all that there is, not what is free at the moment,
-    so that the same command gives the same plan. Raises ConfigError that says what to write where the system does not tell."""
+def read(*, fit: bool, ram: bool, beside_ram: bool, measure: bool, system: System | None = None) -> tuple[dict[str, str], str]:
+    """What this machine has, as options, and what to say of it: its VRAM for a plan that asks for that (`fit`), its RAM (`ram`),
+    and how fast that is read (`measure`). `beside_ram`: the plan has RAM, asked for or given. Memory is all that there is, not
+    what is free at the moment, so that the same command gives the same plan. Raises ConfigError that says what to write where
+    the system does not tell."""
     asked = system or System()
     found, said = {}, []
     if fit:
@@ -237,7 +240,7 @@ def read(*, fit: bool, ram: bool, beside_ram: bool, system: System | None = None
             raise ConfigError("--ram auto: the system does not tell how much there is; write it, such as --ram 32GiB")
         found["ram"] = _gib(nbytes)
         said.append(f"{found['ram']} of RAM")
-    if beside_ram:
+    if measure:
         found["ram_bandwidth"] = f"{asked.read_bandwidth() / 1e9:.2g}GB/s"
         said.append(f"which is read with {found['ram_bandwidth']}, measured")
     return found, f"This machine: {', '.join(said)}."

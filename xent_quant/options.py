@@ -85,7 +85,7 @@ def _quantity(option: str, text: int | str, base: int, what: str) -> int:
     return number
 
 
-def _bandwidth(option: str, text: float | str) -> float:
+def _bandwidth(option: str, text: str) -> float:
     """Bytes a second: a number with GB/s or TB/s, or of GB/s. Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(?:([GT])(?:B(?:/s)?)?)?", str(text).strip(), re.IGNORECASE)
     if not match or not float(match[1]):
@@ -219,11 +219,11 @@ class TensorOptions(_Choices):
     ram: int | str | None = None
     """RAM beside it, such as 32GiB, where the experts of some layers stay if need be (--n-cpu-moe of llama.cpp); without --fit, RAM for all of it. auto: this machine's."""  # noqa: E501
     speed: float | None = None
-    """Tokens per second that the memories' bandwidth must allow (--fit, --ram). Default with --ram: half the loss is worth twice the time."""  # noqa: E501
-    vram_bandwidth: int | float | str | None = None
-    """Of the GPU's memory, such as 360GB/s. Default: the card's with --fit auto, else 360."""
-    ram_bandwidth: int | float | str | None = None
-    """Of RAM, such as 80GB/s. Default: measured with auto, else 51.2, two channels of DDR4-3200."""
+    """Tokens per second that the memories' bandwidth must allow (--fit, --ram). Default: with --ram, what makes half the loss worth twice the time; without, any."""  # noqa: E501
+    vram_bandwidth: str | None = None
+    """Of the GPU's memory. Default: the card's own with --fit auto where it is known; 360GB/s, an RTX 3060's."""
+    ram_bandwidth: str | None = None
+    """Of RAM. Default: measured with auto; 51.2GB/s, two channels of DDR4-3200."""
     context: int | None = None
     """Tokens of context that must fit beside it (--fit, --ram). Default: 8192, or the model's where that is less."""
     kv: Literal["f16", "q8_0"] = "f16"

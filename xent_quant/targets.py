@@ -120,7 +120,9 @@ def _with_this_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
         return options, ()
     from xent_quant import machine
 
-    found, said = machine.read(fit="fit" in asked, ram="ram" in asked, beside_ram=options.ram is not None)
+    beside_ram = options.ram is not None
+    measure = beside_ram and options.ram_bandwidth is None
+    found, said = machine.read(fit="fit" in asked, ram="ram" in asked, beside_ram=beside_ram, measure=measure)
     kept = {field: value for field, value in options.given.items() if value is not None and field not in asked}
     return Options(**found | kept), (said,)
 
