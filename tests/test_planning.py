@@ -1,6 +1,7 @@
 """The planner against exhaustive search, and against dynamic programming over every single byte."""
 
 from dataclasses import replace
+from functools import partial
 from math import inf
 
 import numpy as np
@@ -83,57 +84,72 @@ def test_equals_dynamic_programming_over_bytes_where_there_are_many_groups() -> 
     assert found.loss == pytest.approx(least[budget], rel=1e-9)
 
 
+def beside_ram(seed: int) -> list[Problem]:
+    """The shape of a model on a machine, one problem for each number of experts in RAM: groups that are read whole, experts on
+    the card, and those in RAM, where a byte takes more or less time; of some, whole groups take room in both. Seconds are
+    binary fractions, so that sums are exact."""
+    random = np.random.default_rng(seed)
+    groups = tuple(random_groups(seed))
+    whole, experts = groups[: len(groups) // 2], groups[len(groups) // 2 :]
+    slow = [2.0 ** -int(power) for power in random.integers(1, 8, 3)]
+    both = ((0,), (0, 1))[seed % 3 == 0]
+    return [
+        Problem(
+            (Part(whole, both, slow[0]), Part(experts[moved:], (0,), slow[1]), Part(experts[:moved], (1,), slow[2])),
+            (inf, inf),
+            fixed=(1 + moved) / 16,
+        )
+        for moved in range(len(experts) + 1)
+    ]
+
+
+def everything(problem: Problem) -> np.ndarray:
+    """Of all combinations what they take of both memories, their seconds, and losses: [4, combinations]."""
+    sums = np.array([[0.0], [0.0], [problem.fixed], [0.0]])
+    for part in problem.parts:
+        nbytes, losses = every(list(part.groups))
+        more = np.array([nbytes * (0 in part.memories), nbytes * (1 in part.memories), nbytes * part.seconds, losses])
+        sums = (sums[:, :, None] + more[:, None, :]).reshape(4, -1)
+    return sums
+
+
+def taken(problem: Problem, found: Chosen) -> np.ndarray:
+    """The same of a solution."""
+    choices = iter(found.choices)
+    fixed = [
+        Part(tuple(Group(group.label, (next(choices),)) for group in part.groups), part.memories, part.seconds)
+        for part in problem.parts
+    ]
+    return everything(replace(problem, parts=tuple(fixed)))[:, 0]
+
+
 def test_several_memories_and_the_time_of_a_token_equal_exhaustive_search_in_200_random_cases() -> None:
-    """The shape of a model beside a card: groups that are read whole, experts on the card, and in RAM, where a byte takes more
-    time; how many of them are where is to be found too. Seconds and rates are binary fractions, so that sums are exact."""
-    limited = {"card": 0, "ram": 0, "seconds": 0}
+    narrow = np.zeros(3)
     for seed in range(200):
         random = np.random.default_rng(seed)
-        groups = random_groups(seed)
-        always, experts = groups[: len(groups) // 2], groups[len(groups) // 2 :]
-        slow = [2.0 ** -int(power) for power in random.integers(1, 8, 3)]
-        problems, all_of_them = [], []
-        for moved in range(len(experts) + 1):
-            parts = [Part(tuple(always), (0,), slow[0]), Part(tuple(experts[moved:]), (0,), slow[1])]
-            parts += [Part(tuple(experts[:moved]), (1,), slow[2])]
-            fixed = (1 + moved) / 16
-            card, ram, seconds, losses = np.zeros(1), np.zeros(1), np.full(1, fixed), np.zeros(1)
-            for part in parts:
-                nbytes, loss = every(list(part.groups))
-                card, ram = (np.add.outer(each, nbytes * (i in part.memories)).ravel() for i, each in enumerate((card, ram)))
-                seconds, losses = np.add.outer(seconds, part.seconds * nbytes).ravel(), np.add.outer(losses, loss).ravel()
-            problems.append(Problem(tuple(parts), (inf, inf), fixed=fixed))
-            all_of_them.append((card, ram, seconds, losses))
-        for round in range(3):
-            one = all_of_them[int(random.integers(len(problems)))]
-            case = int(random.integers(len(one[0])))
-            card, ram, seconds = (float(each[case]) * float(random.choice([1, 1.25, inf])) for each in one[:3])
-            card, ram, seconds = (inf if limit != limit else limit for limit in (card, ram, seconds))  # 0 · inf
-            bounded = [replace(problem, memory=(card, ram), seconds=seconds) for problem in problems]
-            allowed = np.concatenate(
-                [np.array(of)[:, (of[0] <= card) & (of[1] <= ram) & (of[2] <= seconds)] for of in all_of_them], 1
-            )
-            rate = 2.0 ** -int(random.integers(2, 12))
-            for found, value in (
-                (planning.least_loss(bounded), lambda seconds, loss: loss),
-                (planning.least_loss(bounded, rate), lambda seconds, loss, rate=rate: loss + rate * seconds),
-                *([(planning.least_product(bounded), lambda seconds, loss: loss * seconds)] if round == 0 else []),
-            ):
-                assert found is not None, seed
-                used = np.zeros(3)
-                choices = iter(found.choices)
-                for part in problems[found.problem].parts:
-                    for _ in part.groups:
-                        nbytes = next(choices).nbytes
-                        used[[*part.memories, 2]] += nbytes, part.seconds * nbytes
-                assert found.seconds == used[2] + problems[found.problem].fixed, seed
-                assert used[0] <= card, seed
-                assert used[1] <= ram, seed
-                assert found.seconds <= seconds, seed
-                assert value(found.seconds, found.loss) == pytest.approx(value(*allowed[2:]).min(), rel=1e-11), seed
-            for name, row, limit in zip(limited, allowed, (card, ram, seconds), strict=False):
-                limited[name] += bool((allowed[3] > allowed[3].min()).any() and row.max() >= 0.9 * limit)
-    assert min(limited.values()) > 50, limited
+        problems = beside_ram(seed)
+        all_of_them = [everything(problem) for problem in problems]
+        one = all_of_them[int(random.integers(len(problems)))]
+        limits = one[:3, int(random.integers(one.shape[1]))] * random.choice([1, 1, 1.25, 1e6], 3)
+        bounded = [replace(each, memory=(limits[0], limits[1]), seconds=limits[2]) for each in problems]
+        allowed = np.concatenate([sums[:, (sums[:3] <= limits[:, None]).all(0)] for sums in all_of_them], 1)
+        rate = 2.0 ** -int(random.integers(2, 12))
+        for find, value in (
+            (planning.least_loss, lambda sums: sums[3]),
+            (partial(planning.least_loss, rate=rate), lambda sums, rate=rate: sums[3] + rate * sums[2]),
+            (planning.least_product, lambda sums: sums[3] * sums[2]),
+        ):
+            found = find(bounded)
+            assert found is not None, seed
+            sums = taken(bounded[found.problem], found)
+            assert (sums[:3] <= limits).all(), seed
+            assert (found.seconds, found.loss) == tuple(sums[2:]), seed
+            assert value(sums) == value(allowed).min(), seed
+        for limit in range(3):  # whether it changes what is best
+            others = [row for row in range(3) if row != limit]
+            wider = [sums[3, (sums[others] <= limits[others, None]).all(0)] for sums in all_of_them]
+            narrow[limit] += np.concatenate(wider).min() < allowed[3].min()
+    assert narrow.min() > 10, narrow
 
 
 def test_says_what_would_fit() -> None:

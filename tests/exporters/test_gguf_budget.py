@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import xent_quant
+from exporters.gguf import card
 from exporters.gguf.budget import Goal, Layout, layouts, named_mixes, planned
 from exporters.gguf.plan import VRAM, GGUFPlan, Placement, beside_weights, plan
 from tests.exporters.test_gguf_plan import architecture
@@ -227,6 +228,17 @@ def test_experts_of_the_first_layers_stay_in_ram_where_vram_does_not_hold_them()
     seconds = read[False] / MACHINE.vram_bandwidth + read[True] / MACHINE.ram_bandwidth
     assert at_work.speed == pytest.approx(1 / seconds)
     assert f"the experts of the first {at_work.cpu_layers} layers" in made.notes[-2]
+
+
+def test_the_card_says_which_command_it_was_planned_for() -> None:
+    made = split()
+    layers = made.placement.cpu_layers
+    text = card.section(made, [Path("m.gguf")], "m", "m.Modelfile", {}, chat=True)
+    assert f"\nllama-server -m m.gguf -ngl 99 --n-cpu-moe {layers} -c 1024 -np 1\n" in text
+    assert all(note in text for note in made.notes)
+    told = f"# Planned for llama.cpp's --n-cpu-moe {layers}; ollama's num_gpu counts whole layers instead.\nFROM ./m.gguf\n"
+    assert card.modelfile(made, [Path("m.gguf")], "m", chat=True).startswith(told)
+    assert "n-cpu-moe" not in card.modelfile(split(Machine(vram=int(2.5e9))), [Path("m.gguf")], "m", chat=True)
 
 
 def test_half_the_loss_is_worth_twice_the_time_unless_a_speed_is_wanted() -> None:
