@@ -158,8 +158,9 @@ def kv_cache_bytes(model: Architecture, context: int, item: float = 2) -> int:
 class Slot:
     """Where one tensor of the checkpoint goes in an export, and as what. Exporters add what places it in their files.
 
-    `role` is what it does there: a tied embedding may be written once as embedding and once as head. `rows` and `columns` are
-    the extents of its matrix in the file, padding included; a vector has one row."""
+    `role` is what it does there: a tied embedding may be written once as embedding and once as head. `rows` and `columns` are the
+    extents of its matrix in the file, padding included; a vector has one row.
+    """
 
     tensor: TensorSpec
     role: Role

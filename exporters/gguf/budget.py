@@ -28,9 +28,9 @@ from exporters.gguf.plan import (
     heads_too,
     layout,
     memories,
+    needs_of,
     plan,
     share,
-    weights,
 )
 from exporters.interface import CONTEXT, Alternative, AtWork, Expected
 from xent_quant import formats
@@ -85,8 +85,7 @@ def places(tensor: PlannedTensor, model: Architecture) -> Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a file with experts of `width`, in groups that have one type, for a method of `METHODS`: what is
-    planned."""
+    """The tensors of a file with experts of `width`, in groups that have one type, for a method of `METHODS`: what is planned."""
 
     model: Architecture
     width: int
@@ -131,7 +130,7 @@ class Layout:
         """What is needed at work whatever the types."""
         largest = self.largest if placement.cpu_layers else 0
         fixed = beside_weights(self.model, self.width, goal.context, goal.kv, placement, largest)
-        return sum((weights(tensor, self.model, placement) for tensor in self.kept), fixed)
+        return sum((needs_of(tensor, self.model, placement) for tensor in self.kept), fixed)
 
     def loss(self, where: Place, kind: str) -> float:
         """Expected KL divergence of a type at places; by a method without statistics that of a search with them."""
@@ -217,8 +216,9 @@ def planned(
     pad: str = "auto",
     compare: bool = True,
 ) -> GGUFPlan:
-    """The plan of least expected loss within the goal's bytes, or of fewest bytes within its loss; `header` bytes of the file
-    are no tensor's. With `compare` it says what else there would be.
+    """The plan of least expected loss within the goal's limits, or of fewest bytes within its loss; for a machine with RAM and no
+    speed that is wanted, of least loss · time. `header` bytes of the file are no tensor's. With `compare` it says what else
+    there would be.
 
     Raises ExportError that says what would be possible where the goal is not, UnsupportedError as `plan` does, and what
     `Goal.check` raises.
@@ -251,7 +251,7 @@ def planned(
 
 def _of_machine(made: GGUFPlan, machine: Machine) -> Iterator[str]:
     """What is to be said of its memories and its speed."""
-    needs, of_weights = made.needs(), made.weights()
+    needs, of_weights = made.needs(), made.needs_of_weights()
     rest = [human_bytes(held - own) for held, own in zip(needs.held, of_weights.held, strict=True)]
     cache = f"KV cache of {made.context:,} tokens in {made.kv}, llama.cpp's buffers"
     if machine.vram is not None:
@@ -260,8 +260,12 @@ def _of_machine(made: GGUFPlan, machine: Machine) -> Iterator[str]:
             f"weights {human_bytes(of_weights.held[VRAM])}; {cache} and the driver's {rest[VRAM]}."
         )
     if machine.ram is not None:
-        moved = f"the embedding and the experts of the first {made.placement.cpu_layers} layers"
-        what, beside = (moved, "the system and llama.cpp") if made.placement.gpu else ("weights", f"{cache} and the system")
+        layers = made.placement.cpu_layers
+        what, beside = "the embedding", "the system and llama.cpp"
+        if layers:
+            what = f"the embedding and the experts of the first {layers} layers"
+        elif not made.placement.gpu:
+            what, beside = "weights", f"{cache} and the system"
         yield (
             f"{human_bytes(needs.held[RAM])} of {human_bytes(machine.ram)} of RAM: {what} {human_bytes(of_weights.held[RAM])}; "
             f"{beside} {rest[RAM]}."

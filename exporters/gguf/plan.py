@@ -171,17 +171,17 @@ class GGUFPlan:
         """Bits in the file per weight of the checkpoint: padding counts as cost, not as weights."""
         return 8 * self.nbytes / sum(tensor.source_weights for tensor in self.tensors)
 
-    def weights(self, placement: Placement | None = None) -> Needs:
+    def needs_of_weights(self, placement: Placement | None = None) -> Needs:
         """What its tensors take, placed so; by default as it is meant to run."""
         nothing = Needs((0, 0), (0.0, 0.0))
-        return sum((weights(tensor, self.architecture, placement or self.placement) for tensor in self.tensors), nothing)
+        return sum((needs_of(tensor, self.architecture, placement or self.placement) for tensor in self.tensors), nothing)
 
     def needs(self, placement: Placement | None = None, context: int | None = None) -> Needs:
         """What it takes with `context` tokens, placed so; by default as it is meant to run."""
         placed, tokens = placement or self.placement, self.context if context is None else context
         largest = max((tensor.nbytes for tensor in self.tensors if moved(tensor, placed)), default=0)
         beside = beside_weights(self.architecture, self.expert_width, tokens, self.kv, placed, largest)
-        return self.weights(placed) + beside
+        return self.needs_of_weights(placed) + beside
 
     def vram_bytes(self, context: int | None = None) -> int:
         """What it takes on a GPU whole."""
@@ -195,9 +195,9 @@ class GGUFPlan:
 
 
 def compute_bytes(model: Architecture, width: int, context: int) -> int:
-    """llama.cpp's compute buffer for BATCH tokens of `context`, with flash attention and experts of `width`: the mask in
-    float16, and in float32 what is there at once in the stage that needs most: logits, or the experts' outputs before and after
-    their gates, or attention. Read off what stock llama.cpp reports, for it follows from how its allocator reuses memory."""
+    """llama.cpp's compute buffer for BATCH tokens of `context`, with flash attention and experts of `width`: the mask in float16,
+    and in float32 what is there at once in the stage that needs most: logits, or the experts' outputs before and after their
+    gates, or attention. Read off what stock llama.cpp reports, for it follows from how its allocator reuses memory."""
     rows = 4 * BATCH
     hidden = rows * model.hidden_size
     head = rows * model.vocab_size + 5 * hidden
@@ -243,7 +243,7 @@ def share(tensor: PlannedTensor, model: Architecture) -> float:
     return 1 / tensor.rows if tensor.role is Role.EMBEDDING and not heads_too(tensor.role, model) else 1.0
 
 
-def weights(tensor: PlannedTensor, model: Architecture, placement: Placement) -> Needs:
+def needs_of(tensor: PlannedTensor, model: Architecture, placement: Placement) -> Needs:
     """What a tensor takes."""
     there, nbytes, read = memories(tensor, model, placement), tensor.nbytes, share(tensor, model) * tensor.nbytes
     return Needs((nbytes * (VRAM in there), nbytes * (RAM in there)), (read * (there[0] == VRAM), read * (there[0] == RAM)))
