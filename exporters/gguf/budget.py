@@ -12,7 +12,7 @@ GPU beside RAM there is a problem for each number of layers whose experts stay i
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf
+from math import floor, inf
 
 from exporters.gguf.plan import (
     KV_ITEM,
@@ -314,7 +314,7 @@ def _too_little(candidates: Sequence[Candidate], goal: Goal, header: int) -> Exp
         left = [each for each, much in zip(left, over, strict=True) if much <= 0]
     fastest = 1 / min(seconds for *_, seconds in left)
     return ExportError(
-        f"--speed {goal.speed:g}: bandwidth allows the smallest plan of this model {fastest:.4g} tokens per second; "
+        f"--speed {goal.speed:g}: bandwidth allows the smallest plan of this model {floor(10 * fastest) / 10} tokens per second; "
         "give less, or a machine with more VRAM or faster memory"
     )
 
