@@ -59,22 +59,37 @@ class TypeRow:
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another file of the same model: bytes of the file, and the KL divergence (nats per token) that is expected of it."""
+    """Another file of the same model: bytes of the file, the KL divergence (nats per token) that is expected of it, and, where
+    the plan is for a machine that can run it, the tokens per second that the memories' bandwidth allows."""
 
     name: str
     nbytes: int
     kl: float
+    speed: float | None = None
+
+
+@dataclass(frozen=True)
+class AtWork:
+    """What a model takes of the machine that it was planned for: bytes of VRAM and RAM; the first layers whose experts stay in
+    RAM; and tokens per second as of `Alternative`."""
+
+    vram_bytes: int
+    ram_bytes: int
+    cpu_layers: int
+    speed: float
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What is expected of a file that was planned for a budget: `kl` as of `Alternative`, `nbytes` of the file, at most; `source`
-    says what the expectation stands on, `beside` is what else there would be, largest first."""
+    """What is expected of a file that was planned for a budget: `kl` as of `Alternative`, `nbytes` of the file, at most;
+    `source` says what the expectation stands on, `beside` is what else there would be, largest first; `at_work` is there where
+    it was planned for a machine."""
 
     kl: float
     nbytes: int
     source: str
     beside: tuple[Alternative, ...]
+    at_work: AtWork | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,7 @@ class PlanSummary:
     """What an export in `format` will write, tensor by tensor, before any weight is read. Bytes are of tensor data.
 
     `vram_bytes` is what the model takes on a GPU whole with `context` tokens, about; `notes` are for the person; `expected`
-    is there where the types were planned for a budget.
+    is there where the types were planned for a budget, and `command` runs it as it was planned.
     """
 
     format: str
@@ -91,6 +106,7 @@ class PlanSummary:
     notes: tuple[str, ...]
     expected: Expected | None = None
     context: int = CONTEXT
+    command: str = ""
 
     @property
     def n_weights(self) -> int:
@@ -120,6 +136,7 @@ class PlanSummary:
             "vram_context": self.context,
             "notes": list(self.notes),
             "expected": asdict(self.expected) if self.expected else None,
+            "command": self.command,
         }
 
 

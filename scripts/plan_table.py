@@ -2,16 +2,20 @@
 """Prints plans for the released models' shapes, from their configs alone: no weights are there, so the sensitivity is the prior.
 
     scripts/plan_table.py [--size 6 8 10 12 16 24] [--fit 8 12 16 24] [--context 8192] [--prior]
+    scripts/plan_table.py --ram 32 [--fit 8 12] [--speed 20 40]
 
 --size: files of so many GiB. --fit: GPUs of so many GiB with the KV cache of --context tokens (q8_0 where llama.cpp takes it,
 else f16) and buffers. Types are those of most weights of each kind, with the number of types that there are; KL divergence is
 expected, in nats per token, with GPTQ; "best mix" is the one by name of least expected loss among those of no more bytes.
+--ram: instead of those, machines with so many GiB of RAM, beside each of the GPUs and without one, at the speed that is chosen
+and at each --speed; bandwidths are the defaults.
 --prior: prints what the prior holds instead, KL divergence without GPTQ, first layer / second layer.
 """
 
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from math import log
 
 from make_checkpoint import PRESETS
@@ -24,6 +28,7 @@ from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.hub import resolve
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ExportError
+from xent_quant.machine import Machine
 from xent_quant.tensors import ATTENTION_ROLES, KEPT_ROLES, Role
 
 KINDS = ("experts gate, up", "experts down", "attention", "shared", "embedding", "head")
@@ -60,6 +65,22 @@ def row(model: Architecture, goal: Goal, named: Sequence[Alternative]) -> list[s
     return [*cells, f"{plan.expected.kl:.2g}", f"{best.name} {best.kl:.2g}" if best else "none"]
 
 
+def print_machine(model: Architecture, name: str, goal: Goal) -> None:
+    """Where layers' experts are, what both memories hold, and how fast bandwidth lets it be."""
+    try:
+        plan = planned(model, sensitivities.prior(model), goal, header=HEADER, compare=False)
+    except ExportError as error:
+        print(f"| {name} | `{goal.name}` | {str(error).split(': ', 1)[1]} |" + " |" * 6, flush=True)
+        return
+    assert plan.expected is not None
+    assert plan.expected.at_work is not None
+    there = plan.expected.at_work
+    sizes = " | ".join(f"{nbytes / 2**30:.2f}" for nbytes in (plan.expected.nbytes, there.vram_bytes, there.ram_bytes))
+    moved = f"{there.cpu_layers} of {model.num_layers}" if plan.placement.gpu else "all"
+    figures = f"{plan.bits_per_weight:.2f} | {plan.expected.kl:.2g} | {there.speed:.1f}"
+    print(f"| {name} | `{goal.name}` | {moved} | {sizes} | {figures} |", flush=True)
+
+
 def print_prior() -> None:
     """What was measured on the miniature, by place without its layer; the sums, and how far layers are apart."""
     miniature = Checkpoint.open(resolve(None))
@@ -82,21 +103,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, nargs="*", default=[6, 8, 10, 12, 16, 24])
     parser.add_argument("--fit", type=float, nargs="*", default=[8, 12, 16, 24])
+    parser.add_argument("--ram", type=float, nargs="*", default=[])
+    parser.add_argument("--speed", type=float, nargs="*", default=[])
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--prior", action="store_true")
     options = parser.parse_args()
     if options.prior:
         print_prior()
         return
-    print("| model | budget | file GiB | bits | " + " | ".join(KINDS) + " | KL | best mix |")
-    print("|---" * (6 + len(KINDS)) + "|")
+    if options.ram:
+        print("| model | machine | experts in RAM | file GiB | VRAM GiB | RAM GiB | bits | KL | tokens/s |\n" + "|---" * 9 + "|")
+    else:
+        print(
+            "| model | budget | file GiB | bits | " + " | ".join(KINDS) + " | KL | best mix |\n" + "|---" * (6 + len(KINDS)) + "|"
+        )
     for name in ("A4.2B", "A5.7B"):
         model = Architecture.from_config(PRESETS[name])
-        goals = [Goal(name=f"--size {size:g}GiB", size=int(size * 2**30)) for size in options.size]
         kv = "f16" if model.head_dim % 32 else "q8_0"
+        if options.ram:
+            for ram, fit, speed in product(options.ram, [*options.fit, None], [None, *options.speed]):
+                asked = {"--fit": fit and f"{fit:g}GiB", "--ram": f"{ram:g}GiB", "--speed": speed and f"{speed:g}", "--kv": kv}
+                said = " ".join(f"{option} {value}" for option, value in asked.items() if value)
+                machine = Machine(vram=int(fit * 2**30) if fit else None, ram=int(ram * 2**30))
+                print_machine(model, name, Goal(name=said, machine=machine, speed=speed, context=options.context, kv=kv))
+            continue
+        goals = [Goal(name=f"--size {size:g}GiB", size=int(size * 2**30)) for size in options.size]
         for size in options.fit:
-            fit = int(size * 2**30)
-            goals.append(Goal(name=f"--fit {size:g}GiB --kv {kv}", fit=fit, context=options.context, kv=kv))
+            machine = Machine(vram=int(size * 2**30))
+            goals.append(Goal(name=f"--fit {size:g}GiB --kv {kv}", machine=machine, context=options.context, kv=kv))
         named = list(named_mixes(layouts(model, sensitivities.prior(model), method="gptq", pad="auto")[0], HEADER))
         for goal in goals:
             print(f"| {name} | `{goal.name}` | " + " | ".join(row(model, goal, named)) + " |", flush=True)

@@ -85,6 +85,18 @@ def _quantity(option: str, text: int | str, base: int, what: str) -> int:
     return number
 
 
+def _bandwidth(option: str, text: str) -> float:
+    """Bytes a second: a number with GB/s or TB/s, or of GB/s. Raises ConfigError."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(?:([GT])(?:B(?:/s)?)?)?", str(text).strip(), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ConfigError(f"--{option}: {str(text)[:40]!r} is not a bandwidth; write for example 360GB/s")
+    return float(match[1]) * (1e12 if (match[2] or "G").upper() == "T" else 1e9)
+
+
+AUTO = "auto"
+"""What asks this machine, of --fit and --ram."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions(_Choices):
     """What to make."""
@@ -203,11 +215,19 @@ class TensorOptions(_Choices):
     max_kl: float | None = None
     """Instead of --bits: the smallest file whose expected KL divergence is at most so many nats per token, such as 0.01."""
     fit: int | str | None = None
-    """Instead of --bits: the best file that runs on a GPU with so much memory, such as 16GiB, KV cache and buffers included."""
+    """Instead of --bits: the best file that runs on a GPU with so much memory, such as 16GiB, KV cache and buffers included. auto: this machine's."""  # noqa: E501  (--help keeps line ends)
+    ram: int | str | None = None
+    """RAM beside it, such as 32GiB, where the experts of some layers stay if need be (--n-cpu-moe of llama.cpp); without --fit, RAM for all of it. auto: this machine's."""  # noqa: E501
+    speed: float | None = None
+    """Tokens per second that the memories' bandwidth must allow (--fit, --ram). Default: with --ram, what makes half the loss worth twice the time; without, any."""  # noqa: E501
+    vram_bandwidth: str | None = None
+    """Of the GPU's memory. Default: the card's own with --fit auto where it is known; 360GB/s, an RTX 3060's."""
+    ram_bandwidth: str | None = None
+    """Of RAM. Default: measured with auto; 51.2GB/s, two channels of DDR4-3200."""
     context: int | None = None
-    """Tokens of context that must fit beside it (--fit). Default: 8192, or the model's where that is less."""
+    """Tokens of context that must fit beside it (--fit, --ram). Default: 8192, or the model's where that is less."""
     kv: Literal["f16", "q8_0"] = "f16"
-    """Type of the KV cache (--fit)."""
+    """Type of the KV cache (--fit, --ram)."""
     sensitivity: Path | None = None
     """What a plan stands on: a file that `xent-quant sensitivity` wrote. Default: this model's own where it was measured here, else what was measured on the bundled miniature."""  # noqa: E501  (--help keeps line ends)
     pad: Literal["auto", "never"] = "auto"
@@ -220,21 +240,33 @@ class TensorOptions(_Choices):
 
     @property
     def fit_bytes(self) -> int | None:
-        """`fit` in bytes."""
-        return None if self.fit is None else _quantity("fit", self.fit, 1024, "a size; write for example 16GiB")
+        """`fit` in bytes; None where this machine is to be asked."""
+        return None if self.fit in (None, AUTO) else _quantity("fit", self.fit, 1024, "a size; write for example 16GiB, or auto")
+
+    @property
+    def ram_bytes(self) -> int | None:
+        """`ram` in bytes; None where this machine is to be asked."""
+        return None if self.ram in (None, AUTO) else _quantity("ram", self.ram, 1024, "a size; write for example 32GiB, or auto")
+
+    @property
+    def bandwidths(self) -> dict[str, float]:
+        """Those that are given, in bytes a second."""
+        given = {field: getattr(self, field) for field in ("vram_bandwidth", "ram_bandwidth")}
+        return {field: _bandwidth(option_name(field), value) for field, value in given.items() if value is not None}
 
     @property
     def planned(self) -> str:
         """What a plan is called in files' names, by what bounds it; nothing where types follow a recipe."""
-        if self.size is not None:
-            return "".join(str(self.size).split())
-        if self.fit is not None:
-            return f"fit{''.join(str(self.fit).split())}"
-        return "" if self.max_kl is None else f"KL{self.max_kl:g}"
+        if self.max_kl is not None:
+            return f"KL{self.max_kl:g}"
+        bounds = {"": self.size, "fit": self.fit, "ram": self.ram, "speed": self.speed}
+        return "-".join(f"{name}{''.join(str(value).split())}" for name, value in bounds.items() if value is not None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.size_bytes, self.fit_bytes
+        _ = self.size_bytes, self.fit_bytes, self.ram_bytes, self.bandwidths
+        if self.speed is not None and not 0 < self.speed < inf:
+            raise ConfigError(f"--speed {self.speed:g}: must be above 0, such as 10 tokens per second")
         if self.context is not None and self.context < 1:
             raise ConfigError(f"--context {self.context}: must be at least 1")
         if self.max_kl is not None and not 0 < self.max_kl < inf:
@@ -327,7 +359,7 @@ class Options(OutputOptions, OnnxOptions, TensorOptions, StatisticsOptions, Targ
         super().__post_init__()
         defaults = {field.name: field.default for field in fields(self)}
         for field, value in self.given.items():
-            unsaid = value is None or value == "auto" or (value is False and not defaults[field])
+            unsaid = value is None or value == "auto" == defaults[field] or (value is False and not defaults[field])
             if unsaid or (isinstance(value, list | tuple) and not value):
                 continue
             for need in NEEDS.get(field, ()):
@@ -410,9 +442,10 @@ def _planned(field: str) -> Need:
     """An option that chooses types, where a plan does; a number of bits is for other formats too."""
 
     def need(options: Options) -> str:
-        by = "size" if options.size is not None else "fit" if options.fit is not None else "max-kl"
+        bounds = {"size": options.size, "fit": options.fit, "ram": options.ram, "max-kl": options.max_kl}
+        by = next((name for name, value in bounds.items() if value is not None), field)
         elsewhere = field == "bits" and isinstance(options.bits, int) and options.formats != ("gguf",)
-        no_effect = options.planned and field != by and not elsewhere
+        no_effect = field != by and not elsewhere and (field, by) != ("ram", "fit")
         return f"beside --{by}, which chooses the types; drop one of them" if no_effect else ""
 
     return need
@@ -420,11 +453,20 @@ def _planned(field: str) -> Need:
 
 def _plan(options: Options) -> str:
     """What plans stand on."""
-    return "" if options.planned else "without --size, --fit or --max-kl; add one of them"
+    return "" if options.planned else "without --size, --max-kl, --fit or --ram; add one of them"
+
+
+def _machine(options: Options) -> str:
+    """An option of plans for a machine."""
+    return "" if options.fit is not None or options.ram is not None else "without --fit or --ram"
 
 
 def _fit(options: Options) -> str:
     return "" if options.fit is not None else "without --fit"
+
+
+def _ram(options: Options) -> str:
+    return "" if options.ram is not None else "without --ram"
 
 
 def _effort(options: Options) -> str:
@@ -453,8 +495,10 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "size": (_only("gguf", instead="give --bits instead"),),
     "fit": (_only("gguf", instead="give --bits instead"), _planned("fit")),
     "max_kl": (_only("gguf", instead="give --bits instead"), _planned("max-kl")),
-    "context": (_fit,),
-    "kv": (_fit,),
+    "ram": (_only("gguf", instead="give --bits instead"), _planned("ram")),
+    **dict.fromkeys(("context", "kv", "speed"), (_machine,)),
+    "vram_bandwidth": (_fit,),
+    "ram_bandwidth": (_ram,),
     "sensitivity": (_plan,),
     "bnb_type": (_only("bnb"), _four_bits),
     "effort": (_effort,),

@@ -2,12 +2,12 @@
 FORMATS."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xent_quant.errors import ExportError, UnsupportedError
-from xent_quant.options import OnnxOptions, Options
+from xent_quant.options import AUTO, OnnxOptions, Options
 from xent_quant.plain import plain
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
     from exporters.gguf.plan import plan
     from exporters.interface import CONTEXT
     from xent_quant import sensitivities
+    from xent_quant.machine import Machine
     from xent_quant.recipes import recipe
 
     def exporter(chosen: "GGUFPlan | Callable[[int], GGUFPlan]") -> GGUFExporter:
@@ -85,15 +86,23 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
 
     if options.planned:
         model, known = checkpoint.architecture, sensitivities.of(checkpoint, options.sensitivity)
+        options, said = _with_this_machine(options)
+        for_machine = options.fit is not None or options.ram is not None
         goal = budget.Goal(
             name=options.planned,
             size=options.size_bytes,
             max_kl=options.max_kl,
-            fit=options.fit_bytes,
+            machine=Machine(vram=options.fit_bytes, ram=options.ram_bytes, **options.bandwidths) if for_machine else None,
+            speed=options.speed,
             context=options.context or min(CONTEXT, model.max_position_embeddings),
             kv=options.kv,
         )
-        yield exporter(lambda header: budget.planned(model, known, goal, header=header, method=methods.name, pad=options.pad))
+
+        def planned(header: int) -> "GGUFPlan":
+            made = budget.planned(model, known, goal, header=header, method=methods.name, pad=options.pad)
+            return replace(made, notes=(*said, *made.notes))
+
+        yield exporter(planned)
         return
     done: set[str] = set()
     for kind in options.mixes or (None,):
@@ -108,6 +117,20 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
             continue
         done.add(chosen.name)
         yield exporter(plan(checkpoint.architecture, chosen, pad=options.pad))
+
+
+def _with_this_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
+    """The options with what this machine has where they ask for it, and what is to be said of that."""
+    asked = {field for field in ("fit", "ram") if getattr(options, field) == AUTO}
+    if not asked:
+        return options, ()
+    from xent_quant import machine
+
+    beside_ram = options.ram is not None
+    measure = beside_ram and options.ram_bandwidth is None
+    found, said = machine.read(fit="fit" in asked, ram="ram" in asked, beside_ram=beside_ram, measure=measure)
+    kept = {field: value for field, value in options.given.items() if value is not None and field not in asked}
+    return Options(**found | kept), (said,)
 
 
 def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":

@@ -22,17 +22,6 @@ SECTION = re.compile(r"<!-- xent-quant: (.+?) -->\n(.*?)\n<!-- /xent-quant -->",
 SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 
 
-def experts_on_cpu(plan: GGUFPlan, vram: int) -> int | None:
-    """Least --n-cpu-moe (the first layers, whose experts stay in RAM) with which the model and its context fit into
-    `vram` bytes; None where they do not with all of them there."""
-    needed = plan.vram_bytes()
-    for layer in range(plan.architecture.num_layers + 1):
-        if needed <= vram:
-            return layer
-        needed -= sum(tensor.nbytes for tensor in plan.tensors if tensor.layer == layer and tensor.routed)
-    return None
-
-
 def _group(tensor: PlannedTensor) -> str:
     """What to call a tensor in the table."""
     return ("expert " if tensor.routed else "shared expert " if tensor.shared else "") + tensor.role
@@ -78,7 +67,7 @@ def section(
             "|---|---|",
         ]
         for size in CARDS_GB:
-            moved = experts_on_cpu(plan, size * 10**9)
+            moved = plan.least_cpu_layers(size * 10**9)
             advice = "too small, lower `-ngl`" if moved is None else f"`--n-cpu-moe {moved}`" if moved else "none, it fits"
             lines.append(f"| {size} GB | {advice} |")
         lines.append("")
@@ -110,19 +99,24 @@ def joined(
 
 
 def server(plan: GGUFPlan, file: str) -> str:
-    """The command that serves a `file`, quoted for a shell, as it was planned: all of it on a GPU where there is one."""
+    """The command that serves a `file`, quoted for a shell, as it was planned: on a GPU where there is one."""
+    layers = f"-ngl {99 if plan.placement.gpu else 0}" + (f" --n-cpu-moe {moved}" if (moved := plan.placement.cpu_layers) else "")
     cache = "" if plan.kv == "f16" else f" -fa on -ctk {plan.kv} -ctv {plan.kv}"
-    return f"llama-server -m {file} -ngl 99 -c {plan.context} -np 1{cache}"
+    return f"llama-server -m {file} {layers} -c {plan.context} -np 1{cache}"
 
 
 def modelfile(plan: GGUFPlan, files: Sequence[Path], stem: str, *, chat: bool) -> str:
     """ollama's recipe: the base model's generation defaults, and raw completion unless there is a `chat` template, which ollama
     takes from the file. It wants one file, so shards must be merged into `stem`.gguf first."""
     parts = f"{shlex.quote(plain(files[0].name))} {shlex.quote(stem)}.gguf"
-    merge = [f"# First: llama-gguf-split --merge {parts}"] if len(files) > 1 else []
+    head = [f"# First: llama-gguf-split --merge {parts}"] if len(files) > 1 else []
+    if plan.placement.cpu_layers:
+        head.append(
+            f"# Planned for llama.cpp's --n-cpu-moe {plan.placement.cpu_layers}; ollama's num_gpu counts whole layers instead."
+        )
     return "\n".join(
         [
-            *merge,
+            *head,
             f"FROM ./{stem}.gguf",
             *([] if chat else ['TEMPLATE "{{ .Prompt }}"']),
             f"PARAMETER repeat_penalty {REPETITION_PENALTY}",

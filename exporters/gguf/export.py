@@ -1,5 +1,6 @@
 """Writes a planned GGUF: header first, then every tensor's rows at their offsets, in any order. Holds nothing."""
 
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ExportError
 from xent_quant.formats.base import U8
 from xent_quant.methods.interface import Method
-from xent_quant.plain import file_name
+from xent_quant.plain import file_name, plain
 from xent_quant.recipes import recipe
 from xent_quant.storage import Move, PositionalFile, Shared, Target, replace_bytes
 
@@ -105,7 +106,10 @@ class GGUFExporter:
     @property
     def summary(self) -> PlanSummary:
         rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in self.plan.tensors)
-        return PlanSummary("gguf", rows, self.plan.vram_bytes(), self.plan.notes, self.plan.expected, self.plan.context)
+        plan = self.plan
+        for_machine = plan.expected is not None and plan.expected.at_work is not None
+        command = card.server(plan, shlex.quote(plain(self.files[0].name))) if for_machine else ""
+        return PlanSummary("gguf", rows, plan.vram_bytes(), plan.notes, plan.expected, plan.context, command)
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -27,8 +27,38 @@ BATCH = 512
 RUNTIME_BYTES = 300_000_000
 """What a GPU's driver context and llama.cpp's alignment take, about."""
 
+SYSTEM_BYTES = 2_000_000_000
+"""Of a computer's RAM what the operating system, llama.cpp's own buffers there and a few small programs take: an allowance."""
+
+CACHE_FILL = 1 / 2
+"""Share of the context that is there when the time of a token is counted."""
+
 KV_ITEM = {"f16": 2.0, "q8_0": 34 / 32}
 """Bytes of a number in the KV cache, by llama.cpp's name of the cache's type."""
+
+VRAM, RAM = 0, 1
+"""The memories of a machine, as indices."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where llama.cpp keeps a model: on a GPU but for the embedding and the routed experts of the first `cpu_layers` layers,
+    which stay in RAM (`-ngl 99 --n-cpu-moe`); all of it in RAM where there is no `gpu`."""
+
+    gpu: bool = True
+    cpu_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes at work: bytes held in VRAM and in RAM, and of each the bytes that are read for a token."""
+
+    held: tuple[int, int]
+    read: tuple[float, float]
+
+    def __add__(self, more: "Needs") -> "Needs":
+        (vram, ram), (read_vram, read_ram) = more.held, more.read
+        return Needs((self.held[VRAM] + vram, self.held[RAM] + ram), (self.read[VRAM] + read_vram, self.read[RAM] + read_ram))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +134,7 @@ class GGUFSlot(Slot):
 @dataclass(frozen=True)
 class GGUFPlan:
     """All tensors in file order. `expert_width` is the width written, `llama` what llama.cpp calls the model; `expected` as of
-    `PlanSummary`. `context` tokens and a KV cache of type `kv` are what it is meant to run with."""
+    `PlanSummary`. `context` tokens, a KV cache of type `kv` and a placement are what it is meant to run with."""
 
     llama: GGUF
     architecture: Architecture
@@ -115,6 +145,7 @@ class GGUFPlan:
     expected: Expected | None = None
     context: int = CONTEXT
     kv: str = "f16"
+    placement: Placement = Placement()
 
     @property
     def arch(self) -> str:
@@ -140,13 +171,27 @@ class GGUFPlan:
         """Bits in the file per weight of the checkpoint: padding counts as cost, not as weights."""
         return 8 * self.nbytes / sum(tensor.source_weights for tensor in self.tensors)
 
+    def needs_of_weights(self, placement: Placement | None = None) -> Needs:
+        """What its tensors take, placed so; by default as it is meant to run."""
+        nothing = Needs((0, 0), (0.0, 0.0))
+        return sum((needs_of(tensor, self.architecture, placement or self.placement) for tensor in self.tensors), nothing)
+
+    def needs(self, placement: Placement | None = None, context: int | None = None) -> Needs:
+        """What it takes with `context` tokens, placed so; by default as it is meant to run."""
+        placed, tokens = placement or self.placement, self.context if context is None else context
+        largest = max((tensor.nbytes for tensor in self.tensors if moved(tensor, placed)), default=0)
+        beside = beside_weights(self.architecture, self.expert_width, tokens, self.kv, placed, largest)
+        return self.needs_of_weights(placed) + beside
+
     def vram_bytes(self, context: int | None = None) -> int:
-        """What the model takes when it is on a GPU whole, with `context` tokens or its own: weights without the embedding, which
-        stays in RAM (where it is the head too, llama.cpp has a second copy on the GPU), and what `beside_weights` says."""
-        own_head = any(tensor.role is Role.HEAD for tensor in self.tensors)
-        weights = sum(tensor.nbytes for tensor in self.tensors if tensor.role is not Role.EMBEDDING or not own_head)
-        tokens = self.context if context is None else context
-        return weights + beside_weights(self.architecture, self.expert_width, tokens, self.kv)
+        """What it takes on a GPU whole."""
+        return self.needs(Placement(), context).held[VRAM]
+
+    def least_cpu_layers(self, vram: int) -> int | None:
+        """The fewest layers whose experts must stay in RAM for the rest to fit into `vram` bytes; None where it does not with
+        all of them there."""
+        layers = range(self.architecture.num_layers + 1 if self.architecture.num_experts else 1)
+        return next((each for each in layers if self.needs(Placement(cpu_layers=each)).held[VRAM] <= vram), None)
 
 
 def compute_bytes(model: Architecture, width: int, context: int) -> int:
@@ -161,9 +206,47 @@ def compute_bytes(model: Architecture, width: int, context: int) -> int:
     return 2 * BATCH * context + max(head, experts, attention)
 
 
-def beside_weights(model: Architecture, width: int, context: int, kv: str = "f16") -> int:
-    """What a GPU holds besides weights: the KV cache in a type of KV_ITEM, the compute buffer, and RUNTIME_BYTES."""
-    return kv_cache_bytes(model, context, KV_ITEM[kv]) + compute_bytes(model, width, context) + RUNTIME_BYTES
+def beside_weights(model: Architecture, width: int, context: int, kv: str, placement: Placement, largest: int = 0) -> Needs:
+    """What is needed besides weights: the KV cache in a type of KV_ITEM, of which a token reads CACHE_FILL, the compute buffer,
+    and the allowances. Of experts in RAM llama.cpp uploads one tensor at a time where it computes a prompt: the `largest` of
+    them has its place in VRAM too."""
+    cache = kv_cache_bytes(model, context, KV_ITEM[kv])
+    held = cache + compute_bytes(model, width, context)
+    if not placement.gpu:
+        return Needs((0, held + SYSTEM_BYTES), (0.0, CACHE_FILL * cache))
+    return Needs((held + RUNTIME_BYTES + largest, SYSTEM_BYTES), (CACHE_FILL * cache, 0.0))
+
+
+def heads_too(role: Role, model: Architecture) -> bool:
+    """Whether a tensor of that role is a tied embedding that the file has no copy of as head."""
+    return role is Role.EMBEDDING and model.tie_word_embeddings and not model.family.gguf(model, 1).own_head
+
+
+def moved(tensor: PlannedTensor, placement: Placement) -> bool:
+    """Whether `--n-cpu-moe` keeps it in RAM."""
+    return tensor.routed and (tensor.layer or 0) < placement.cpu_layers
+
+
+def memories(tensor: PlannedTensor, model: Architecture, placement: Placement) -> tuple[int, ...]:
+    """Where it lies; it is read from the first of these. A GPU has a copy of its own of an embedding that is the head too."""
+    if not placement.gpu or moved(tensor, placement):
+        return (RAM,)
+    if tensor.role is Role.EMBEDDING:
+        return (VRAM, RAM) if heads_too(tensor.role, model) else (RAM,)
+    return (VRAM,)
+
+
+def share(tensor: PlannedTensor, model: Architecture) -> float:
+    """How much of it is read for a token: of routed experts those that it is routed to, of an embedding one row."""
+    if tensor.routed:
+        return model.experts_per_token / model.num_experts
+    return 1 / tensor.rows if tensor.role is Role.EMBEDDING and not heads_too(tensor.role, model) else 1.0
+
+
+def needs_of(tensor: PlannedTensor, model: Architecture, placement: Placement) -> Needs:
+    """What a tensor takes."""
+    there, nbytes, read = memories(tensor, model, placement), tensor.nbytes, share(tensor, model) * tensor.nbytes
+    return Needs((nbytes * (VRAM in there), nbytes * (RAM in there)), (read * (there[0] == VRAM), read * (there[0] == RAM)))
 
 
 def layout(model: Architecture, recipe: Recipe, width: int) -> tuple[PlannedTensor, ...]:
@@ -190,8 +273,7 @@ def _planned(
 ) -> PlannedTensor:
     first = sources[0]
     # A tied embedding that is the only one is multiplied with too, and gets the type that the head would have.
-    both = role is Role.EMBEDDING and model.tie_word_embeddings and not llama.own_head
-    decisive = Role.HEAD if both else role
+    decisive = Role.HEAD if heads_too(role, model) else role
     shape = first.shape
     if role in (Role.GATE, Role.UP, Role.DOWN):
         # llama.cpp takes the shared width to be expert width times count, so both are padded in step.

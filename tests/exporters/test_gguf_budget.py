@@ -1,12 +1,15 @@
 """Plans for a budget: within it, no worse than any mix by name, and what the exporter then writes."""
 
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import xent_quant
+from exporters.gguf import card
 from exporters.gguf.budget import Goal, Layout, layouts, named_mixes, planned
-from exporters.gguf.plan import GGUFPlan, beside_weights, plan
+from exporters.gguf.plan import VRAM, GGUFPlan, Placement, beside_weights, plan
 from tests.exporters.test_gguf_plan import architecture
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
@@ -14,6 +17,7 @@ from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.cli import show
 from xent_quant.errors import ConfigError, ExportError
+from xent_quant.machine import Machine
 from xent_quant.options import Options
 from xent_quant.recipes import recipe
 from xent_quant.sensitivities import TYPES, Sensitivity, places
@@ -115,13 +119,14 @@ def test_a_tied_embedding_without_a_head_of_its_own_counts_as_both() -> None:
     config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     model = Architecture.from_config({**config, "num_attention_heads": 4, "tie_word_embeddings": True})
     known = sensitivity(model)
-    groups = Layout(model, 512, known, method="imatrix").groups(Goal(name="test", size=1))
+    groups = Layout(model, 512, known, method="imatrix").groups.values()
     (both,) = (group for group in groups if group.label == "token_embd output")
     assert both.choices[0].loss == known.losses["token_embd"]["Q8_0"] + known.losses["output"]["Q8_0"]
     assert "output" not in {group.label for group in groups}
-    plan = planned(model, known, Goal(name="test", fit=310_000_000, context=128))
-    assert plan.vram_bytes() == plan.nbytes + beside_weights(model, 512, 128)  # the GPU has a copy of it, as head
-    assert f"weights {human_bytes(plan.nbytes)}" in plan.notes[-1]
+    plan = planned(model, known, Goal(name="test", machine=Machine(vram=310_000_000), context=128))
+    beside = beside_weights(model, 512, 128, "f16", Placement())
+    assert plan.vram_bytes() == plan.nbytes + beside.held[0]  # the GPU has a copy of it, as head
+    assert f"weights {human_bytes(plan.nbytes)}" in plan.notes[-2]
 
 
 def test_the_file_has_the_size_that_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,13 +175,15 @@ def test_what_is_expected_of_rounding_is_said_to_be_unmeasured() -> None:
 
 def test_a_gpu_holds_weights_but_the_embedding_cache_and_buffers() -> None:
     budget = int(2.5e9)
-    goal = Goal(name="test", fit=budget, context=4096, kv="f16")
+    goal = Goal(name="test", machine=Machine(vram=budget), context=4096)
     made = planned(MODEL, sensitivity(MODEL), goal, header=10**9)
     assert 0.99 * budget <= made.vram_bytes() <= budget
     assert {tensor.name: tensor.type for tensor in made.tensors}["token_embd.weight"] == "Q8_0"  # in RAM, so it costs nothing
-    assert "of VRAM: weights" in made.notes[-1]
-    with pytest.raises(ExportError, match=r"--fit 476\.8 MiB: too small by .*; the smallest plan of this model needs .*"):
-        planned(MODEL, sensitivity(MODEL), Goal(name="test", fit=500_000_000))
+    assert "of VRAM: weights" in made.notes[-2]
+    with pytest.raises(
+        ExportError, match=r"--fit 476\.8 MiB: too small by .*; the smallest plan of this model needs .*; with --ram"
+    ):
+        planned(MODEL, sensitivity(MODEL), Goal(name="test", machine=Machine(vram=500_000_000)))
 
 
 def test_what_is_shown_is_of_the_context_that_was_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +195,115 @@ def test_what_is_shown_is_of_the_context_that_was_planned_for(capsys: pytest.Cap
 
 def test_what_llama_cpp_refuses_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--kv q8_0: llama\.cpp takes that for heads of a multiple of 32 dimensions, .* 80"):
-        planned(MODEL, sensitivity(MODEL), Goal(name="test", fit=10**10, kv="q8_0"))
+        planned(MODEL, sensitivity(MODEL), Goal(name="test", machine=Machine(vram=10**10), kv="q8_0"))
     with pytest.raises(ConfigError, match="--context 16384: the model's is 8192"):
-        planned(MODEL, sensitivity(MODEL), Goal(name="test", fit=10**10, context=16384))
+        planned(MODEL, sensitivity(MODEL), Goal(name="test", machine=Machine(vram=10**10), context=16384))
+
+
+MACHINE = Machine(vram=int(1.5e9), ram=int(4.5e9))
+
+
+def split(machine: Machine = MACHINE, speed: float | None = None, compare: bool = False) -> GGUFPlan:
+    goal = Goal(name="test", machine=machine, speed=speed, context=1024)
+    return planned(MODEL, sensitivity(MODEL), goal, compare=compare)
+
+
+def test_experts_of_the_first_layers_stay_in_ram_where_vram_does_not_hold_them() -> None:
+    made = split()
+    assert made.expected is not None
+    at_work = made.expected.at_work
+    assert at_work is not None
+    assert 0 < at_work.cpu_layers <= MODEL.num_layers
+    in_ram = [t for t in made.tensors if t.name == "token_embd.weight" or (t.routed and (t.layer or 0) < at_work.cpu_layers)]
+    assert at_work.ram_bytes == sum(tensor.nbytes for tensor in in_ram) + 2 * 10**9 <= MACHINE.ram
+    beside = beside_weights(MODEL, made.expert_width, 1024, "f16", Placement()).held[VRAM]
+    upload = max(tensor.nbytes for tensor in in_ram if tensor.routed)
+    assert at_work.vram_bytes == made.nbytes - sum(t.nbytes for t in in_ram) + beside + upload <= MACHINE.vram
+    # Time: what a token reads of each memory, experts by how many of them it is routed to, half of a full cache.
+    chosen = MODEL.experts_per_token / MODEL.num_experts
+    read = {True: 0.0, False: 1024 * MODEL.num_layers * MODEL.kv_size * 2 * 2 / 2}
+    for tensor in made.tensors:
+        share = chosen if tensor.routed else 1 / MODEL.vocab_size if tensor.name == "token_embd.weight" else 1
+        read[tensor in in_ram] += share * tensor.nbytes
+    seconds = read[False] / MACHINE.vram_bandwidth + read[True] / MACHINE.ram_bandwidth
+    assert at_work.speed == pytest.approx(1 / seconds)
+    assert f"the experts of the first {at_work.cpu_layers} layers" in made.notes[-2]
+
+
+def test_the_card_says_which_command_it_was_planned_for() -> None:
+    made = split()
+    layers = made.placement.cpu_layers
+    text = card.section(made, [Path("m.gguf")], "m", "m.Modelfile", {}, chat=True)
+    assert f"\nllama-server -m m.gguf -ngl 99 --n-cpu-moe {layers} -c 1024 -np 1\n" in text
+    assert all(note in text for note in made.notes)
+    told = f"# Planned for llama.cpp's --n-cpu-moe {layers}; ollama's num_gpu counts whole layers instead.\nFROM ./m.gguf\n"
+    assert card.modelfile(made, [Path("m.gguf")], "m", chat=True).startswith(told)
+    assert "n-cpu-moe" not in card.modelfile(split(Machine(vram=int(2.5e9))), [Path("m.gguf")], "m", chat=True)
+
+
+def test_half_the_loss_is_worth_twice_the_time_unless_a_speed_is_wanted() -> None:
+    made = split(compare=True)
+    assert made.expected is not None
+    assert made.expected.at_work is not None
+    ours = made.expected.kl / made.expected.at_work.speed
+    others = [row for row in made.expected.beside if row.name.startswith("--speed")]
+    assert len(others) > 1
+    for row in others:
+        assert row.speed is not None
+        assert row.kl / row.speed >= ours
+        wanted = float(row.name.split()[1])
+        bounded = split(speed=wanted)
+        assert bounded.expected is not None
+        assert bounded.expected.at_work is not None
+        assert (bounded.expected.nbytes, bounded.expected.kl) == (row.nbytes, row.kl)
+        assert bounded.expected.at_work.speed == row.speed >= wanted
+    for slow, fast in pairwise(sorted(others, key=lambda row: row.speed or 0)):
+        assert slow.kl < fast.kl
+
+
+def test_without_a_gpu_all_is_in_ram() -> None:
+    made = split(Machine(ram=int(4.5e9)))
+    assert made.expected is not None
+    at_work = made.expected.at_work
+    assert at_work is not None
+    assert at_work.vram_bytes == 0
+    assert made.nbytes < at_work.ram_bytes <= 4.5e9
+    with pytest.raises(ExportError, match=r"--ram 953\.7 MiB: too small by .*; the smallest plan of this model needs "):
+        split(Machine(ram=10**9))
+
+
+def test_which_limit_is_too_narrow_is_told_and_what_would_do() -> None:
+    for option, narrow, what in (
+        ("fit", replace(MACHINE, vram=10**8), "with all experts in RAM needs"),
+        ("ram", replace(MACHINE, ram=2 * 10**9), "beside that VRAM needs"),
+    ):
+        with pytest.raises(
+            ExportError, match=rf"--{option} .*: too small by .*; the smallest plan of this model {what}"
+        ) as refused:
+            split(narrow)
+        least = int(str(refused.value).split("(")[1].split()[0])
+        field = "vram" if option == "fit" else "ram"
+        split(replace(narrow, **{field: least}))
+        with pytest.raises(ExportError):
+            split(replace(narrow, **{field: least - 1}))
+    with pytest.raises(ExportError, match=r"--speed 1e\+06: bandwidth allows the smallest plan of this model") as refused:
+        split(speed=1e6)
+    fastest = float(str(refused.value).split("model ")[1].split()[0])
+    split(speed=fastest)
+    with pytest.raises(ExportError):
+        split(speed=fastest + 0.1)
+
+
+def test_the_plan_of_a_machine_says_how_it_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (summary,) = xent_quant.plan(fit="370M", ram="3G", context=512, method="rtn", output=tmp_path)
+    assert summary.expected is not None
+    assert summary.expected.at_work is not None
+    layers = summary.expected.at_work.cpu_layers
+    moved = f" --n-cpu-moe {layers}" if layers else ""
+    assert summary.command == f"llama-server -m xent-mini-fit370M-ram3G.gguf -ngl 99{moved} -c 512 -np 1"
+    show.plans([summary])
+    shown = capsys.readouterr().out
+    assert summary.command in shown
+    assert "tokens/s" in shown
+    (alone,) = xent_quant.plan(ram="3G", method="rtn")
+    assert "-ngl 0" in alone.command

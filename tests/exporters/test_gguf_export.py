@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 import xent_quant
 from calibration.correction import NOTHING
 from exporters.base_model import BaseModel
-from exporters.gguf import card
 from exporters.gguf.export import GGUFExporter
 from exporters.gguf.plan import GGUFPlan, layout, plan
 from tests.reference.forward import forward
@@ -300,7 +299,7 @@ def test_advice_for_cards_that_the_model_does_not_fit_on() -> None:
 
     model = Architecture.from_config({"model_type": "xverse", "num_experts": 64, "moe_top_k": 6, "num_shared_experts": 2, **A42B})
     planned = plan(model, recipe(bits=4))
-    moved = {size: card.experts_on_cpu(planned, size * 10**9) for size in (4, 8, 12, 16, 24)}
+    moved = {size: planned.least_cpu_layers(size * 10**9) for size in (4, 8, 12, 16, 24)}
     assert moved[24] == 0
     assert 0 < moved[16] < moved[12] < moved[8] <= 28
     assert moved[4] is None

@@ -19,7 +19,7 @@ def sensitivity(
     json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Measure what each quant type loses in each place of MODEL, for --size, --max-kl and --fit."""
+    """Measure what each quant type loses in each place of MODEL, for --size, --max-kl, --fit and --ram."""
     from xent_quant import pipeline
     from xent_quant.cli import show
 

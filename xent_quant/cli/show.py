@@ -107,11 +107,13 @@ def _warm(kind: str) -> Text:
 
 def _alternatives(expected: "Expected") -> None:
     """The plan among what else there would be, by size."""
-    table = new_table("file", ">size", ">expected KL")
-    rows = [*expected.beside, Alternative("this plan", expected.nbytes, expected.kl)]
+    speed = expected.at_work.speed if expected.at_work else None
+    table = new_table("file", ">size", ">expected KL", *([">tokens/s, at most"] if speed else []))
+    rows = [*expected.beside, Alternative("this plan", expected.nbytes, expected.kl, speed)]
     for row in sorted(rows, key=lambda row: -row.nbytes):
         ours = "bold" if row.name == "this plan" else ""
-        table.add_row(row.name, human_bytes(row.nbytes), f"{row.kl:.2g}", style=ours)
+        fast = [f"{row.speed:.1f}" if row.speed else "too large"] if speed else []
+        table.add_row(row.name, human_bytes(row.nbytes), f"{row.kl:.2g}", *fast, style=ours)
     out.print()
     out.print(table)
 
@@ -147,6 +149,8 @@ def totals(summary: "PlanSummary") -> None:
     out.print(
         f"All on a GPU with {summary.context:,} tokens of context: about {human_bytes(summary.vram_bytes)} of VRAM.",
     )
+    if summary.command:
+        out.print(f"  {summary.command}", soft_wrap=True)
 
 
 def resources(taken: "Resources", notes: Sequence[str]) -> None:
