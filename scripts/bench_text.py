@@ -2,16 +2,17 @@
 """Prints what calibration text is worth: KL divergence by how much of which text, on text of other origin.
 
     scripts/bench_text.py --results FILE.jsonl --corpus CORPUS [--text NAME=[CALIB,CALIB…][@TOKENS]]… [--tokens 8k 128k]
-                          [--types Q4_K_M Q2_K] [--methods rtn imatrix gptq] [--seeds 0 1 2] [--picks all] [--model DIR]
+                          [--types Q4_K_M Q2_K] [--methods rtn imatrix gptq] [--seeds 0 1 2] [--picks all] [--calib-mix MIX]
+                          [--model DIR]
 
 Every --text is a name and what --calib would take, nothing for the bundled text; it is drawn as `xent-quant` draws it, with the
-mix of the model's language, but never more than its own TOKENS or each of --tokens. --model (default: the bundled miniature) is
-judged on CORPUS/valid/*.jsonl, 6 windows of 512 tokens of each. Each run is a line of FILE, and the same command goes on with
-those that FILE lacks; then their table is printed. KL is KL(checkpoint ‖ quantised) in thousandths of a nat per token, over the
-second half of each window, a mean over seeds; ± is its standard error over windows. The ratio is to the table's first line at the
-same type, ± over windows and seeds. Rows per column: tokens that an expert sees on average, by the columns of its widest weight,
-the number to compare models of other shapes by. --picks random and rare draw four times the text and take of every four windows
-one: any, or the one that adds most to the sum over experts of the root of their tokens, which so feeds rare ones. Holds the model
+mix of the model's language or --calib-mix, but never more than its own TOKENS or each of --tokens, and nothing beside it. --model
+(default: the bundled miniature) is judged on CORPUS/valid/*.jsonl, 6 windows of 512 tokens of each. Each run is a line of FILE,
+and the same command goes on with those that FILE lacks; then their table is printed. KL is KL(checkpoint ‖ quantised) in
+thousandths of a nat per token, over the second half of each window, a mean over seeds; ± is its standard error over windows. The
+ratio is to the table's first line at the same type, ± over windows and seeds. Rows per column: tokens that an expert sees on average, by
+the columns of its widest weight, the number to compare models of other shapes by. --picks random and rare draw four times the text
+and take of every four windows one: any, or the one that adds most to the sum over experts of the root of their tokens, which so feeds rare ones. Holds the model
 in float32, and its logits a few windows at a time.
 """
 
@@ -81,9 +82,9 @@ class Reference:
 class Bench:
     """A model with the windows that it is judged on."""
 
-    def __init__(self, model: str | None, corpus: Path, length: int, texts: dict[str, list[str]]) -> None:
+    def __init__(self, model: str | None, corpus: Path, length: int, texts: dict[str, list[str]], mix: str | None) -> None:
         self.checkpoint = Checkpoint.open(resolve(model))
-        self._length, self._texts = length, texts
+        self._length, self._texts, self._mix = length, texts, mix
         self._tokenizer, self._bos = load_tokenizer(self.checkpoint.path), self.checkpoint.architecture.bos_token_id
         self._chinese, self._chat = is_chinese(self._tokenizer), ChatTemplate(self.checkpoint.path)
         files = sorted((corpus / "valid").glob("*.jsonl"))
@@ -120,7 +121,7 @@ class Bench:
         started = time.perf_counter()
         windows = None
         if run.method != "rtn":
-            found = sources(self._texts[run.text], None, self._chinese, run.seed)
+            found = sources(self._texts[run.text], self._mix, self._chinese, run.seed)
             windows = torch.from_numpy(self._load(found, run.tokens * (1 if run.pick == "all" else POOL), run.seed))
             if run.pick != "all":
                 windows = self._picked(windows[: len(windows) // POOL * POOL], run)
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--picks", nargs="+", default=["all"], choices=["all", "random", "rare"])
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--calib-mix")
     options = parser.parse_args()
     named = dict(item.partition("=")[::2] for item in options.text or ["bundled="])
     texts, amounts = {}, {}
@@ -193,7 +195,7 @@ def main() -> None:
         calib, _, tokens = calib.partition("@")
         texts[name] = [part for part in calib.split(",") if part]
         amounts[name] = [CalibrationOptions(tokens=each).n_tokens for each in ([tokens] if tokens else options.tokens)]
-    on = f"{options.model} {options.corpus} {options.seqlen}"
+    on = f"{options.model} {options.corpus} {options.seqlen}{f' {options.calib_mix}' if options.calib_mix else ''}"
     runs = []
     for method in options.methods:
         if method == "rtn":  # takes no text
@@ -203,7 +205,7 @@ def main() -> None:
             chosen = product(amounts[text], options.types, [method], options.seeds, options.picks)
             runs += [Run(text, *rest, f"{on} {','.join(texts[text])}") for rest in chosen]
 
-    bench = Bench(options.model, options.corpus, options.seqlen, texts)
+    bench = Bench(options.model, options.corpus, options.seqlen, texts, options.calib_mix)
     lines = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     done = {of(line) for line in lines}
     for run in sorted(runs, key=lambda run: (run.seed, run.tokens)):
