@@ -6,14 +6,14 @@
                           [--model DIR]
 
 Every --text is a name and what --calib would take, nothing for the bundled text; it is drawn as `xent-quant` draws it, with the
-mix of the model's language or --calib-mix, but never more than its own TOKENS or each of --tokens, and nothing beside it. --model
-(default: the bundled miniature) is judged on CORPUS/valid/*.jsonl, 6 windows of 512 tokens of each. Each run is a line of FILE,
-and the same command goes on with those that FILE lacks; then their table is printed. KL is KL(checkpoint ‖ quantised) in
-thousandths of a nat per token, over the second half of each window, a mean over seeds; ± is its standard error over windows. The
-ratio is to the table's first line at the same type, ± over windows and seeds. Rows per column: tokens that an expert sees on average, by
-the columns of its widest weight, the number to compare models of other shapes by. --picks random and rare draw four times the text
-and take of every four windows one: any, or the one that adds most to the sum over experts of the root of their tokens, which so feeds rare ones. Holds the model
-in float32, and its logits a few windows at a time.
+mix of the model's language or --calib-mix, but never more than its own TOKENS or each of --tokens, and nothing beside it.
+--model (default: the bundled miniature) is judged on CORPUS/valid/*.jsonl, 6 windows of 512 tokens of each. Each run is a line
+of FILE, and the same command goes on with those that FILE lacks; then their table is printed. KL is KL(checkpoint ‖ quantised)
+in thousandths of a nat per token, over the second half of each window, a mean over seeds; ± is its standard error over windows.
+The ratio is to the table's first line at the same type, ± over windows and seeds. Rows per column: tokens that an expert sees
+on average, by the columns of its widest weight, the number to compare models of other shapes by. --picks random and rare draw
+four times the text and take of every four windows one: any, or the one that adds most to the sum over experts of the root of
+their tokens, which so feeds rare ones. Holds the model in float32, and its logits a few windows at a time.
 """
 
 import argparse
