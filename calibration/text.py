@@ -41,7 +41,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
 """Preset to the suites that it mixes."""
 
 HEAVY = 3.0
-"""How much more of the model's own language a preset takes than of the other."""
+"""How much more English than Chinese a preset takes where the model's vocabulary has little Chinese. Chinese models know both
+languages: in equal parts they lose least (docs/calibration.md)."""
 
 CHINESE_SHARE = 0.25
 """A vocabulary with at least this share of tokens with Chinese characters is a Chinese model's."""
@@ -107,8 +108,10 @@ def parse_mix(mix: str) -> dict[str, float]:
 
 
 def weights_of(mix: str | None, chinese: bool) -> dict[str, float]:
-    """Of languages, domains and suites; without a mix HEAVY for the model's own language. Raises CalibrationError."""
-    return parse_mix(mix) if mix else {("zh" if chinese else "en"): HEAVY}
+    """Of languages, domains and suites; without a mix HEAVY for English, or none if `chinese`. Raises CalibrationError."""
+    if mix:
+        return parse_mix(mix)
+    return {} if chinese else {"en": HEAVY}
 
 
 def weight_of(suite: str, weights: Mapping[str, float]) -> float:

@@ -2,7 +2,7 @@
 """Compares planned files with the mixes by name, of a model whose sensitivity was measured: KL divergence at the same bytes.
 
     scripts/bench_plans.py --sensitivity FILE [--model DIR] [--mixes XENT5 XENT4 ...] [--budgets XENT5 XENT4 ...]
-                           [--method gptq] [--tokens 32768] [--judge-tokens 2048]
+                           [--method gptq] [--tokens 32768] [--calib-mix MIX] [--judge-tokens 2048]
 
 FILE is what `xent-quant sensitivity` or scripts/check_sensitivity.py wrote (the miniature's own is
 xent_quant/data/sensitivity-prior.json); without one the prior is used. A budget is the tensor data of a mix: the plan takes no
@@ -46,11 +46,14 @@ def main() -> None:
     parser.add_argument("--method", default="gptq", choices=list(METHODS))
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration text")
     parser.add_argument("--judge-tokens", type=int, default=2048, help="of each suite")
+    parser.add_argument("--calib-mix")
     options = parser.parse_args()
 
     checkpoint = Checkpoint.open(resolve(options.model))
     model, tokenizer = checkpoint.architecture, load_tokenizer(checkpoint.path)
-    text = load(sources([], None, chinese=True), tokenizer, tokens=options.tokens, length=LENGTH, bos=model.bos_token_id)
+    text = load(
+        sources([], options.calib_mix, chinese=True), tokenizer, tokens=options.tokens, length=LENGTH, bos=model.bos_token_id
+    )
     windows = torch.from_numpy(text.windows)
     ids = [tokenizer.encode(suite.text, add_special_tokens=False).ids for suite in suites.choose()]
     judged = torch.from_numpy(np.concatenate([measures.windows(part[: options.judge_tokens], LENGTH) for part in ids]))

@@ -2,7 +2,7 @@
 """Measures a model's sensitivity, and compares what it predicts with what plans then lose.
 
     scripts/check_sensitivity.py [--model DIR] [--plans 20] [--methods imatrix gptq] [--types Q4_K IQ3_S ...]
-                                 [--tokens 6144] [--judge-tokens 512] [--write FILE] [--read FILE] [--plot FILE.svg]
+                                 [--tokens 6144] [--calib-mix MIX] [--judge-tokens 512] [--write FILE] [--read FILE] [--plot FILE.svg]
 
 A random plan gives every place of the model one of the types near a random number of bits; --types adds plans of one type
 everywhere but in the embedding, whose ratios of measured to predicted loss are what a method recovers (RECOVERY of
@@ -81,11 +81,14 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     parser.add_argument("--read", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--calib-mix")
     options = parser.parse_args()
 
     checkpoint = Checkpoint.open(resolve(options.model))
     model, tokenizer = checkpoint.architecture, load_tokenizer(checkpoint.path)
-    text = load(sources([], None, chinese=True), tokenizer, tokens=options.tokens, length=LENGTH, bos=model.bos_token_id)
+    text = load(
+        sources([], options.calib_mix, chinese=True), tokenizer, tokens=options.tokens, length=LENGTH, bos=model.bos_token_id
+    )
     windows, count = torch.from_numpy(text.windows), options.judge_tokens // LENGTH
     ids = [tokenizer.encode(suite.text, add_special_tokens=False).ids for suite in suites.choose()]
     every = [measures.windows(part[: 2 * count * LENGTH], LENGTH) for part in ids]
