@@ -2,7 +2,8 @@
 """Measures a model's sensitivity, and compares what it predicts with what plans then lose.
 
     scripts/check_sensitivity.py [--model DIR] [--plans 20] [--methods imatrix gptq] [--types Q4_K IQ3_S ...]
-                                 [--tokens 6144] [--calib-mix MIX] [--judge-tokens 512] [--write FILE] [--read FILE] [--plot FILE.svg]
+                                 [--tokens 6144] [--calib-mix MIX] [--judge-tokens 512]
+                                 [--write FILE] [--read FILE] [--plot FILE.svg]
 
 A random plan gives every place of the model one of the types near a random number of bits; --types adds plans of one type
 everywhere but in the embedding, whose ratios of measured to predicted loss are what a method recovers (RECOVERY of

@@ -133,7 +133,7 @@ class TextOptions(_Choices):
     calib: tuple[str, ...] = ()
     """Text or conversations to calibrate on: .txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .epub, packed (.gz, .zst) or not, a folder, a Hub data set, or a preset: entertainment (default), fiction, conversation, webcc, each with -en or -zh too, and with hub: before it from the Hub; repeatable."""  # noqa: E501  (--help keeps line ends)
     calib_mix: str | None = None
-    """Weights of presets, and of bundled text beside yours, such as zh=3,webcc=0. Default: alike; en=3 if it has little Chinese."""
+    """Weights of presets, and of bundled text beside yours, such as zh=3,webcc=0. Default: 1; en=3 if it knows little Chinese."""
     text_field: str = "text"
     """Field or column that holds the text; without it, the only one of messages and conversations."""
     tokens: int | str = "128k"
