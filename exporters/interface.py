@@ -197,7 +197,8 @@ class Writer(Protocol):
 
     def put(self, slot: Any, start: int, packed: U8) -> None:
         """Rows `start`… of a slot as its encoding packs them, [rows, row_bytes], padding included; of an encoding that is not
-        `by_rows` all of it, [1, bytes]. In any order; the same rows may come again, with the same bytes."""
+        `by_rows` all of it, [1, bytes]. In any order, from several threads at a time; the same rows may come
+        again, with the same bytes."""
 
     def sync(self) -> None:
         """What was put is safe from a loss of power when this returns."""

@@ -3,6 +3,7 @@
 Holds, of a gate or up projection, the rows between which its own go.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -85,6 +86,7 @@ class ONNXWriter:
 
     def __init__(self, exporter: ONNXExporter, staged: Path, data: PositionalFile, provenance: Mapping[str, str | int]) -> None:
         self._exporter, self._staged, self._data, self._provenance = exporter, staged, data, provenance
+        self._interleaving = threading.Lock()  # held from reading what lies between rows to writing it back
 
     def put(self, slot: ONNXSlot, start: int, packed: U8) -> None:
         """See `Writer.put`."""
@@ -96,12 +98,14 @@ class ONNXWriter:
     def _write(self, part: Part, first: int, stride: int, rows: U8) -> None:
         """Rows [n, row_bytes] to the part's rows first, first + stride, …"""
         offset = part.offset + first * part.row_bytes
-        if stride > 1:
-            span = (stride * (len(rows) - 1) + 1) * part.row_bytes
+        if stride == 1:
+            self._data.write_at(rows, offset)
+            return
+        span = (stride * (len(rows) - 1) + 1) * part.row_bytes
+        with self._interleaving:
             between = self._data.read_at(span, offset).reshape(-1, part.row_bytes)
             between[::stride] = rows
-            rows = between
-        self._data.write_at(rows, offset)
+            self._data.write_at(between, offset)
 
     def write_tables(self) -> None:
         """cos and sin of every position times the frequencies of the architecture's rotary embedding, computed in float64."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.walking import export
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, ConfigError, ExportError, UnsupportedError
 from xent_quant.methods.search import Search
+from xent_quant.storage.files import PositionalFile
 from xent_quant.tensors import InputStatistics, Role, StatisticsSource, TensorSpec
 from xent_quant.validation import onnx_runtime
 from xent_quant.validation.onnx_source import OnnxSource
@@ -133,6 +135,30 @@ def test_slices_change_no_byte_and_bound_the_memory(checkpoint, tmp_path: Path, 
     lane.writer.close()
     assert peak < 5 * 4 * Checkpoint.SLICE
     assert contents(sliced) == whole
+
+
+def test_gate_and_up_at_the_same_time(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    """Their rows lie in turns, and each is written with what lies between."""
+    source = checkpoint(num_hidden_layers=1)
+    whole = contents(write(source, tmp_path / "whole"))
+    opened, read_at = Checkpoint.open(source), PositionalFile.read_at
+    exporter = ONNXExporter(opened, plan(opened.architecture, Settings()), tmp_path / "threads", "Tiny", Search("fast"))
+    lane = Lane(exporter, exporter.open(tmp_path, {}, fresh=True), None)
+
+    def slowly(*arguments):
+        found = read_at(*arguments)
+        time.sleep(0.01)
+        return found
+
+    def put(tensor: TensorSpec) -> None:
+        lane.put(tensor, 0, next(opened.slices(tensor.name))[1], NOTHING, head=tensor.role is Role.HEAD)
+
+    monkeypatch.setattr(PositionalFile, "read_at", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, opened.architecture.tensors().values()))
+    threads = lane.writer.finish(()).moves[0].staged
+    lane.writer.close()
+    assert contents(threads) == whole
 
 
 def test_both_formats_from_one_pass(checkpoint, tmp_path: Path) -> None:
