@@ -88,6 +88,7 @@ class Bench:
         self._tokenizer, self._bos = load_tokenizer(self.checkpoint.path), self.checkpoint.architecture.bos_token_id
         self._chinese, self._chat = is_chinese(self._tokenizer), ChatTemplate(self.checkpoint.path)
         files = sorted((corpus / "valid").glob("*.jsonl"))
+        self.judged_on = [path.stem for path in files]
         unseen = [self._load([Source(path.stem, path)], JUDGED * length, 0) for path in files]
         self._judged = torch.from_numpy(np.concatenate(unseen))
         self._reference = Reference(StreamingModel(self.checkpoint), self._judged)
@@ -175,6 +176,14 @@ def table(lines: list[dict], runs: list[Run], columns: float) -> None:
         print(f"| {text}{'' if pick == 'all' else f', {pick} windows'} | `{method}` | {amount} | {' | '.join(cells)} |")
 
 
+def by_file(lines: list[dict], runs: list[Run], names: list[str]) -> None:
+    """Markdown: KL·10³ on each judged file."""
+    found = {of(line): np.array(line["kl"]).reshape(len(names), JUDGED).mean(1) * 1e3 for line in lines if of(line) in runs}
+    print(f"\n| text | tokens | type | {' | '.join(names)} |\n|{'---|' * (3 + len(names))}")
+    for run in runs:
+        print(f"| {run.text} | {run.tokens:,} | {run.type} | {' | '.join(f'{mean:.2f}' for mean in found[run])} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="lines of JSON; kept and gone on with")
@@ -218,6 +227,7 @@ def main() -> None:
         print(f"{run}: {np.mean(line['kl']) * 1e3:.3f}, {line['seconds']} s", file=sys.stderr, flush=True)
     model = bench.checkpoint.architecture
     table(lines, runs, model.num_experts / model.experts_per_token * max(model.hidden_size, model.intermediate_size))
+    by_file(lines, runs, bench.judged_on)
 
 
 if __name__ == "__main__":
