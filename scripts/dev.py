@@ -93,7 +93,8 @@ def demo(arguments):
     setup(["llama"])
     output = ROOT / "out" / "demo"
     run(str(BIN / "xent-quant"), "--bits", "4", "--format", "gguf", "--tokens", "16k", "--output", str(output), "--force")
-    become(PYTHON, str(ROOT / "scripts" / "generate.py"), *map(str, sorted(output.glob("*.gguf"))))
+    written = max(output.glob("*.gguf"), key=lambda file: file.stat().st_mtime)  # others may be there from earlier
+    become(PYTHON, str(ROOT / "scripts" / "generate.py"), str(written))
 
 
 COMMANDS = {"setup": setup, "test": test, "check": check, "stock_llama": stock_llama, "demo": demo}
