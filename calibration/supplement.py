@@ -34,8 +34,9 @@ Load = Callable[..., CalibrationText]
 def supplemented(
     own: CalibrationText, tokenizer: "Tokenizer", load: Load, *, mix: str | None, tokens: int, spare: int, chinese: bool
 ) -> CalibrationText:
-    """`own` text with bundled text behind it until there are `tokens`, and with the language that it then still lacks; its notes
-    say so. Suites that the `mix` gives no weight stay out."""
+    """`own` text with bundled text behind it until there are `tokens` (and up to `spare` spare ones more), and with the language
+    that it then still lacks; its notes say so. Suites that the `mix` gives no weight stay out. `chinese`: see
+    `calibration.text.is_chinese`. Raises CalibrationError for a mix that is none."""
     length, found = own.windows.shape[1], own
     suites = bundled(weights_of(mix, chinese), without=own.names)
     room = tokens // length - len(own.windows)

@@ -3,12 +3,15 @@
 
     scripts/plan_table.py [--size 6 8 10 12 16 24] [--fit 8 12 16 24] [--context 8192] [--prior]
     scripts/plan_table.py --ram 32 [--fit 8 12] [--speed 20 40]
+    scripts/plan_table.py --mixes XENT4 Q4_K_M [--context 8192]
 
 --size: files of so many GiB. --fit: GPUs of so many GiB with the KV cache of --context tokens (q8_0 where llama.cpp takes it,
 else f16) and buffers. Types are those of most weights of each kind, with the number of types that there are; KL divergence is
 expected, in nats per token, with GPTQ; "best mix" is the one by name of least expected loss among those of no more bytes.
 --ram: instead of those, machines with so many GiB of RAM, beside each of the GPUs and without one, at the speed that is chosen
 and at each --speed; bandwidths are the defaults.
+--mixes: instead, of mixes by name: GiB of weights, those that a token reads, and tokens per second at most on a GPU whole, with
+the default bandwidth and half of the cache full.
 --prior: prints what the prior holds instead, KL divergence without GPTQ, first layer / second layer.
 """
 
@@ -21,7 +24,7 @@ from math import log
 from make_checkpoint import PRESETS
 
 from exporters.gguf.budget import Goal, layouts, named_mixes, planned
-from exporters.gguf.plan import GGUFPlan, PlannedTensor
+from exporters.gguf.plan import VRAM, GGUFPlan, PlannedTensor, plan
 from exporters.interface import Alternative
 from xent_quant import sensitivities
 from xent_quant.checkpoint.architecture import Architecture
@@ -29,6 +32,7 @@ from xent_quant.checkpoint.hub import resolve
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ExportError
 from xent_quant.machine import Machine
+from xent_quant.recipes import recipe
 from xent_quant.tensors import ATTENTION_ROLES, KEPT_ROLES, Role
 
 KINDS = ("experts gate, up", "experts down", "attention", "shared", "embedding", "head")
@@ -48,37 +52,44 @@ def kind(tensor: PlannedTensor) -> str:
 def row(model: Architecture, goal: Goal, named: Sequence[Alternative]) -> list[str]:
     """What is printed of a plan, beside the mixes by name."""
     try:
-        plan: GGUFPlan = planned(model, sensitivities.prior(model), goal, header=HEADER, compare=False)
+        made: GGUFPlan = planned(model, sensitivities.prior(model), goal, header=HEADER, compare=False)
     except ExportError as error:
         return [str(error).split(": ", 1)[1], *[""] * (len(KINDS) + 3)]
-    assert plan.expected is not None
+    assert made.expected is not None
     weights: dict[str, Counter[str]] = {each: Counter() for each in KINDS}
-    for tensor in plan.tensors:
+    for tensor in made.tensors:
         if tensor.role not in KEPT_ROLES:
             weights[kind(tensor)][tensor.type] += tensor.n_weights
-    cells = [f"{plan.expected.nbytes / 2**30:.2f}", f"{plan.bits_per_weight:.2f}"]
+    cells = [f"{made.expected.nbytes / 2**30:.2f}", f"{made.bits_per_weight:.2f}"]
     for counts in weights.values():
         most = counts.most_common(1)[0][0]
         cells.append(most if len(counts) == 1 else f"{most} ({len(counts)})")
-    mixes = [mix for mix in named if mix.nbytes <= plan.expected.nbytes]
+    mixes = [mix for mix in named if mix.nbytes <= made.expected.nbytes]
     best = min(mixes, key=lambda mix: mix.kl, default=None)
-    return [*cells, f"{plan.expected.kl:.2g}", f"{best.name} {best.kl:.2g}" if best else "none"]
+    return [*cells, f"{made.expected.kl:.2g}", f"{best.name} {best.kl:.2g}" if best else "none"]
 
 
 def print_machine(model: Architecture, name: str, goal: Goal) -> None:
     """Where layers' experts are, what both memories hold, and how fast bandwidth lets it be."""
     try:
-        plan = planned(model, sensitivities.prior(model), goal, header=HEADER, compare=False)
+        made = planned(model, sensitivities.prior(model), goal, header=HEADER, compare=False)
     except ExportError as error:
         print(f"| {name} | `{goal.name}` | {str(error).split(': ', 1)[1]} |" + " |" * 6, flush=True)
         return
-    assert plan.expected is not None
-    assert plan.expected.at_work is not None
-    there = plan.expected.at_work
-    sizes = " | ".join(f"{nbytes / 2**30:.2f}" for nbytes in (plan.expected.nbytes, there.vram_bytes, there.ram_bytes))
-    moved = f"{there.cpu_layers} of {model.num_layers}" if plan.placement.gpu else "all"
-    figures = f"{plan.bits_per_weight:.2f} | {plan.expected.kl:.2g} | {there.speed:.1f}"
+    assert made.expected is not None
+    assert made.expected.at_work is not None
+    there = made.expected.at_work
+    sizes = " | ".join(f"{nbytes / 2**30:.2f}" for nbytes in (made.expected.nbytes, there.vram_bytes, there.ram_bytes))
+    moved = f"{there.cpu_layers} of {model.num_layers}" if made.placement.gpu else "all"
+    figures = f"{made.bits_per_weight:.2f} | {made.expected.kl:.2g} | {there.speed:.1f}"
     print(f"| {name} | `{goal.name}` | {moved} | {sizes} | {figures} |", flush=True)
+
+
+def print_mix(model: Architecture, name: str, mix: str, context: int) -> None:
+    """What a token reads of it."""
+    made = plan(model, recipe(type=mix, imatrix=True))
+    weights, speed = made.needs_of_weights().read[VRAM], 1 / Machine().seconds(made.needs(context=context).read)
+    print(f"| {name} | {mix} | {made.nbytes / 2**30:.2f} | {weights / 2**30:.2f} | {speed:.0f} |")
 
 
 def print_prior() -> None:
@@ -106,12 +117,15 @@ def main() -> None:
     parser.add_argument("--ram", type=float, nargs="*", default=[])
     parser.add_argument("--speed", type=float, nargs="*", default=[])
     parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--mixes", nargs="*", default=[])
     parser.add_argument("--prior", action="store_true")
     options = parser.parse_args()
     if options.prior:
         print_prior()
         return
-    if options.ram:
+    if options.mixes:
+        print("| model | mix | GiB | GiB a token | tokens/s |\n" + "|---" * 5 + "|")
+    elif options.ram:
         print("| model | machine | experts in RAM | file GiB | VRAM GiB | RAM GiB | bits | KL | tokens/s |\n" + "|---" * 9 + "|")
     else:
         print(
@@ -120,6 +134,10 @@ def main() -> None:
     for name in ("A4.2B", "A5.7B"):
         model = Architecture.from_config(PRESETS[name])
         kv = "f16" if model.head_dim % 32 else "q8_0"
+        for mix in options.mixes:
+            print_mix(model, name, mix, options.context)
+        if options.mixes:
+            continue
         if options.ram:
             for ram, fit, speed in product(options.ram, [*options.fit, None], [None, *options.speed]):
                 asked = {"--fit": fit and f"{fit:g}GiB", "--ram": f"{ram:g}GiB", "--speed": speed and f"{speed:g}", "--kv": kv}

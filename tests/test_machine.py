@@ -1,4 +1,4 @@
-"""What a machine says of itself, by recorded answers of nvidia-smi, sysctl and the kernel's files."""
+"""What a machine says of itself, by answers in the form that nvidia-smi, sysctl and the kernel's files have."""
 
 from dataclasses import replace
 from pathlib import Path

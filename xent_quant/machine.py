@@ -51,8 +51,8 @@ BANDWIDTHS = {
     },
 }
 # fmt: on
-"""GB a second of VRAM by the name of a line of cards and the card's behind it, as their makers state them; of cards that were
-sold with several memories the commonest."""
+"""GB a second of VRAM by the name of a line of cards and the card's behind it, makers' figures as they are commonly given, not
+looked up one by one; of cards that were sold with several memories the commonest."""
 
 MEASURED_BYTES = 256 * 2**20
 """Of RAM that is read to measure how fast it is; more than caches hold."""
@@ -137,7 +137,7 @@ def _read_bandwidth() -> float:
 
 @dataclass(frozen=True)
 class System:
-    """What is asked of the system; tests give recorded answers."""
+    """What is asked of the system; tests give answers of their own."""
 
     platform: str = sys.platform
     root: Path = Path("/")

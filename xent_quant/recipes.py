@@ -251,7 +251,8 @@ ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 BITS: dict[int, str] = {8: "Q8_0", 6: "Q6_K", 5: "Q5_K_M", 4: "Q4_K_M", 3: "Q3_K_M", 2: "Q2_K"}
 """The mix of so many bits for dense models."""
 BITS_OF_EXPERTS = {bits: f"XENT{bits}" if f"XENT{bits}" in OWN else name for bits, name in BITS.items()}
-"""And for mixtures of experts: fewer bytes than llama.cpp's mix of as many bits, and a fraction of its loss."""
+"""And for mixtures of experts: of the released models about the bytes of llama.cpp's mix of as many bits; the loss is a fraction
+of its loss on small ones (docs/recipes.md)."""
 
 FALLBACK = {
     "Q6_K": "Q8_0",
