@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -51,6 +52,20 @@ def first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
     return replace(checkpoint, architecture=replace(checkpoint.architecture, num_layers=count))
 
 
+class _Missing:
+    """Counts the rows that are still to come, in all lanes."""
+
+    def __init__(self, lanes: Sequence[Slots]) -> None:
+        self._rows = sum(each.rows for slots in lanes for group in slots.values() for each in group)
+        self._counting = threading.Lock()
+
+    def less(self, rows: int) -> bool:
+        """Whether these were the last."""
+        with self._counting:  # experts come side by side
+            self._rows -= rows
+            return not self._rows
+
+
 @dataclass
 class _Receiver:
     """A Writer that hands on whole tensors, and an Exporter as far as a Lane asks."""
@@ -58,23 +73,17 @@ class _Receiver:
     slots: Slots
     method: Method
     receive: Receive
+    missing: _Missing
     parts: dict[tuple[str, Role], list[U8]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._missing = sum(each.rows for group in self.slots.values() for each in group)
-        self._counting = threading.Lock()
-
     def put(self, slot: Slot, start: int, packed: U8) -> None:
-        """See `Writer.put`; slices come in order. Raises _Done behind the last."""
+        """See `Writer.put`; slices come in order. Raises _Done behind the last of all lanes."""
         parts = self.parts.setdefault((slot.tensor.name, slot.role), [])
         parts.append(packed)
-        with self._counting:  # experts come side by side
-            self._missing -= len(packed)
-            missing = self._missing
         if sum(map(len, parts)) == slot.rows:
             del self.parts[slot.tensor.name, slot.role]
             self.receive(slot, np.concatenate(parts))
-        if not missing:
+        if self.missing.less(len(packed)):
             raise _Done
 
     def sync(self) -> None:
@@ -96,11 +105,15 @@ class _Measuring(Measuring):
         return super().measure(stage) if asked else NOTHING
 
 
-def walk(
+def walk(checkpoint: Checkpoint, slots: Slots, method: Method, receive: Receive, **options: Any) -> None:
+    """`walk_together` for one."""
+    walk_together(checkpoint, [(slots, receive)], method, **options)
+
+
+def walk_together(
     checkpoint: Checkpoint,
-    slots: Slots,
+    wanted: Sequence[tuple[Slots, Receive]],
     method: Method,
-    receive: Receive,
     *,
     windows: Tensor | None = None,
     statistics: StatisticsSource | None = None,
@@ -108,26 +121,37 @@ def walk(
     gated: bool = False,
     measure_all: bool = False,
 ) -> None:
-    """Quantise what `slots` ask for, with statistics of a file or of `windows` that run along, until the last slot is full.
+    """Quantise what the slots ask for, with statistics of a file or of `windows` that run along, until the last slot is full.
 
-    A method that needs Hessians follows the model that it quantises, as in an export, unless `follow` is False. `gated` as of
-    `Measuring`. Weights that go nowhere are not measured unless `measure_all` is given. For encodings by rows.
+    A method that needs Hessians follows the model that it quantises, each of `wanted` its own, as in an export, unless `follow`
+    is False. `gated` as of `Measuring`. Weights that go nowhere are not measured unless `measure_all` is given. For encodings by
+    rows.
     """
-    whole = {name: slots.get(name, ()) for name in checkpoint.architecture.tensors()}
-    receiver = _Receiver(whole, method, receive)
-    lane = Lane(cast(Any, receiver), cast(Any, receiver), None, statistics)
+    tensors = checkpoint.architecture.tensors()
+    every = [{name: slots.get(name, ()) for name in tensors} for slots, _ in wanted]
+    missing = _Missing(every)
+    receivers = [_Receiver(slots, method, receive, missing) for slots, (_, receive) in zip(every, wanted, strict=True)]
+    lanes = [Lane(cast(Any, receiver), cast(Any, receiver), None, statistics) for receiver in receivers]
     with tempfile.TemporaryDirectory() as temporary:
         folder, streams, measuring = Path(temporary), None, []
         if windows is not None:
-            lane.stream = int(follow and method.needs_hessian)
-            streams = Streams(checkpoint, windows, folder, torch.float32, lane.stream + 1, fresh=True)
-            measuring.append(_Measuring(lane.stream, windows, hessian=method.needs_hessian, gated=gated))
-            measuring[0].names = None if measure_all else whole
-            if lane.stream and not whole[checkpoint.architecture.embedding.name]:
-                for start, rows in checkpoint.slices(checkpoint.architecture.embedding.name):
-                    streams.embed(lane.stream, start, rows)
+            own = follow and method.needs_hessian
+            for number, lane in enumerate(lanes, 1):
+                lane.stream = number if own else 0
+            listened = sorted({cast(int, lane.stream) for lane in lanes})
+            streams = Streams(checkpoint, windows, folder, torch.float32, max(listened) + 1, fresh=True)
+            measuring = [_Measuring(number, windows, hessian=method.needs_hessian, gated=gated) for number in listened]
+            for each in measuring:
+                each.names = (
+                    None if measure_all else {name: [slot for slots in every for slot in slots[name]] for name in tensors}
+                )
+            embedding = checkpoint.architecture.embedding.name
+            unread = [number for number, slots in enumerate(every, 1) if own and not slots[embedding]]
+            for start, rows in checkpoint.slices(embedding) if unread else ():
+                for number in unread:
+                    streams.embed(number, start, rows)
         with suppress(_Done):
-            Walk(checkpoint, [lane], Journal(folder / FILE, {}), streams, measuring).run()
+            Walk(checkpoint, lanes, Journal(folder / FILE, {}), streams, measuring).run()
         if streams:
             streams.close()
 
@@ -145,15 +169,22 @@ class Weights:
 
 
 def quantised(checkpoint: Checkpoint, slots: Slots, method: Method, **options: Any) -> Weights:
-    """The model as an export with these slots would have it, dequantised; `options` are those of `walk`."""
-    found = Weights(checkpoint)
+    """The model as an export with these slots would have it, dequantised; `options` are those of `walk_together`."""
+    return quantised_together(checkpoint, [slots], method, **options)[0]
 
-    def receive(slot: Slot, packed: U8) -> None:
+
+def quantised_together(checkpoint: Checkpoint, wanted: Sequence[Slots], method: Method, **options: Any) -> list[Weights]:
+    """As `quantised`, of one run of the text. Holds all of them, in float32."""
+    found = [Weights(checkpoint) for _ in wanted]
+
+    def receive(into: Weights, slot: Slot, packed: U8) -> None:
         shape = slot.tensor.shape
         rows = cast(QuantFormat, slot.encoding).dequantize(packed)
-        found.arrays[slot.tensor.name] = np.ascontiguousarray(rows[: shape[0], : shape[1]] if len(shape) > 1 else rows[0])
+        into.arrays[slot.tensor.name] = np.ascontiguousarray(rows[: shape[0], : shape[1]] if len(shape) > 1 else rows[0])
 
-    walk(checkpoint, slots, method, receive, **options)
+    walk_together(
+        checkpoint, [(slots, partial(receive, each)) for slots, each in zip(wanted, found, strict=True)], method, **options
+    )
     return found
 
 

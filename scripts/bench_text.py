@@ -13,20 +13,22 @@ in thousandths of a nat per token, over the second half of each window, a mean o
 The ratio is to the table's first line at the same type, ± over windows and seeds. Rows per column: tokens that an expert sees
 on average, by the columns of its widest weight, the number to compare models of other shapes by. --picks random and rare draw
 four times the text and take of every four windows one: any, or the one that adds most to the sum over experts of the root of
-their tokens, which so feeds rare ones. Holds the model in float32, and its logits a few windows at a time.
+their tokens, which so feeds rare ones. All types of a text are made in one run of it. Holds the model in
+float32, once for each type, and its logits a few windows at a time.
 """
 
 import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
 import torch
-from _walk import quantised
+from _walk import quantised_together
 from bench_quality import judge
 
 from calibration.chat import ChatTemplate
@@ -117,8 +119,9 @@ class Bench:
         StreamingModel(self.checkpoint).run(windows, observe)
         return torch.cat(found, 1).numpy()
 
-    def run(self, run: Run) -> dict[str, object]:
-        """The line of results."""
+    def run(self, runs: Sequence[Run]) -> list[dict[str, object]]:
+        """The lines of results, of runs that differ in their type alone."""
+        run = runs[0]
         started = time.perf_counter()
         windows = None
         if run.method != "rtn":
@@ -126,12 +129,15 @@ class Bench:
             windows = torch.from_numpy(self._load(found, run.tokens * (1 if run.pick == "all" else POOL), run.seed))
             if run.pick != "all":
                 windows = self._picked(windows[: len(windows) // POOL * POOL], run)
-        planned = plan(self.checkpoint.architecture, recipes.recipe(type=run.type, imatrix=True))
-        weights = quantised(self.checkpoint, planned.slots(), METHODS[run.method]("normal"), windows=windows)
-        seconds = time.perf_counter() - started
-        kl = judge(self._reference, StreamingModel(weights), self._judged)["kl"].mean(1)
+        planned = [plan(self.checkpoint.architecture, recipes.recipe(type=run.type, imatrix=True)).slots() for run in runs]
+        weights = quantised_together(self.checkpoint, planned, METHODS[run.method]("normal"), windows=windows)
+        seconds = round((time.perf_counter() - started) / len(runs), 1)
         used = 0 if windows is None else windows.numel()
-        return {**asdict(run), "used": used, "seconds": round(seconds, 1), "kl": [float(f"{value:.5e}") for value in kl]}
+        lines = []
+        for run, each in zip(runs, weights, strict=True):
+            kl = judge(self._reference, StreamingModel(each), self._judged)["kl"].mean(1)
+            lines.append({**asdict(run), "used": used, "seconds": seconds, "kl": [float(f"{value:.5e}") for value in kl]})
+        return lines
 
 
 def rarest(tokens: np.ndarray) -> np.ndarray:
@@ -217,14 +223,15 @@ def main() -> None:
     bench = Bench(options.model, options.corpus, options.seqlen, texts, options.calib_mix)
     lines = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     done = {of(line) for line in lines}
-    for run in sorted(runs, key=lambda run: (run.seed, run.tokens)):
-        if run in done:
-            continue
-        line = bench.run(run)
-        lines.append(line)
-        with options.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"{run}: {np.mean(line['kl']) * 1e3:.3f}, {line['seconds']} s", file=sys.stderr, flush=True)
+    todo = sorted(
+        (run for run in runs if run not in done), key=lambda run: (run.seed, run.tokens, run.text, run.method, run.pick)
+    )
+    for _, together in groupby(todo, key=lambda run: replace(run, type="")):
+        for line in bench.run(list(together)):
+            lines.append(line)
+            with options.results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{of(line)}: {np.mean(line['kl']) * 1e3:.3f}, {line['seconds']} s", file=sys.stderr, flush=True)
     model = bench.checkpoint.architecture
     table(lines, runs, model.num_experts / model.experts_per_token * max(model.hidden_size, model.intermediate_size))
     by_file(lines, runs, bench.judged_on)

@@ -6,8 +6,8 @@ memory and speed.
     scripts/make_checkpoint.py --config config.json --output DIR [--layers N] [--dtype bf16] [--seed 0]
 
 Weights are Gaussian of standard deviation in_features ** -0.5, smaller where they write to the residual stream; norms
-are near 1. The tokenizer is the bundled miniature's, followed by single characters until the vocabulary is full. Holds
-one shard (SHARD bytes), or one tensor where that is larger.
+are near 1. The tokenizer is the bundled miniature's, followed by single characters until the vocabulary is full; A5.7B's by none
+that is Chinese, since it is a model of English. Holds one shard (SHARD bytes), or one tensor where that is larger.
 """
 
 import argparse
@@ -71,14 +71,19 @@ PRESETS = {
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
-def write_tokenizer(output: Path, vocab_size: int) -> None:
+ENGLISH = ("A5.7B",)
+
+
+def write_tokenizer(output: Path, vocab_size: int, english: bool = False) -> None:
     """The miniature's tokenizer, extended by characters of the planes 0 to 3 that it does not have yet."""
     source = miniature()
     tokenizer = json.loads((source / "tokenizer.json").read_text("utf-8"))
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
     if vocab_size < len(vocab):
         raise SystemExit(f"vocab_size {vocab_size} is below the {len(vocab)} tokens of the bundled tokenizer")
-    characters = (chr(code) for code in range(0xA1, 0x3FFFF) if not 0xD800 <= code <= 0xDFFF)
+    left_out = [(0xD800, 0xE000), (0x4E00, 0xA000)] if english else [(0xD800, 0xE000)]
+    codes = (code for code in range(0xA1, 0x3FFFF) if not any(first <= code < end for first, end in left_out))
+    characters = map(chr, codes)
     while len(vocab) < vocab_size:
         vocab.setdefault(next(characters), len(vocab))
     (output / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
@@ -115,7 +120,7 @@ def main() -> None:
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     model = Architecture.from_config(config)
     options.output.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(options.output, model.vocab_size)
+    write_tokenizer(options.output, model.vocab_size, options.preset in ENGLISH)
 
     shards: list[list[str]] = [[]]
     size = total = 0
