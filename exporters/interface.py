@@ -83,13 +83,15 @@ class AtWork:
 class Expected:
     """What is expected of a file that was planned for a budget: `kl` as of `Alternative`, `nbytes` of the file, at most;
     `source` says what the expectation stands on, `beside` is what else there would be, largest first; `at_work` is there where
-    it was planned for a machine."""
+    it was planned for a machine. `frontier` are bytes and expected loss of the best files of all sizes, some of them, smallest
+    first."""
 
     kl: float
     nbytes: int
     source: str
     beside: tuple[Alternative, ...]
     at_work: AtWork | None = None
+    frontier: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -170,3 +170,19 @@ def test_a_dearer_choice_that_is_no_better_is_never_taken() -> None:
 
 def test_no_groups_need_nothing() -> None:
     assert types(least_loss([], 0)) == []
+
+
+def test_the_frontier_holds_the_best_there_is_and_is_convex() -> None:
+    for seed in range(200):
+        groups = random_groups(seed)
+        nbytes, losses = every(groups)
+        corners = planning.frontier(groups)
+        assert corners[0, 0] == nbytes.min()
+        assert corners[-1, 1] == pytest.approx(losses.min(), abs=1e-12)
+        for size, loss in corners:
+            assert loss == pytest.approx(losses[nbytes <= size].min(), abs=1e-12), seed
+        slopes = np.diff(corners[:, 1]) / np.diff(corners[:, 0])
+        assert (np.diff(slopes) >= -1e-12).all(), seed
+        # Nothing there is lies under a line between two corners.
+        line = np.interp(nbytes, corners[:, 0], corners[:, 1])
+        assert (losses >= line - 1e-9).all(), seed

@@ -196,6 +196,18 @@ def least_bytes(groups: Sequence[Group], bound: float) -> Chosen:
     return Chosen(tuple(group.choices[index] for group, index in zip(groups, taken, strict=True)))
 
 
+def frontier(groups: Sequence[Group]) -> F64:
+    """[n, 2] bytes and loss of choices that no others beat, fewest bytes first: the corners of the convex hull of what is
+    possible, between which there may be more."""
+    table = _Table([[group.curve for group in groups]])
+    order = np.argsort(-table.saved, kind="stable")
+    dearer, saved = table.dearer[order], table.saved[order]
+    steps = np.stack([dearer, -saved * dearer], 1)
+    first = [[table.cost[:, 0].sum(), table.value[:, 0].sum()]]
+    corners: F64 = np.concatenate([first, steps]).cumsum(0)
+    return corners
+
+
 def _quickest(problem: Problem, index: int) -> Chosen:
     """Of the fewest bytes everywhere, so of the least time."""
     groups = (group for part in problem.parts for group in part.groups)

@@ -37,7 +37,18 @@ from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ConfigError, ExportError
 from xent_quant.machine import Machine
-from xent_quant.planning import Choice, Chosen, Group, Infeasible, Part, Problem, least_bytes, least_loss, least_product
+from xent_quant.planning import (
+    Choice,
+    Chosen,
+    Group,
+    Infeasible,
+    Part,
+    Problem,
+    frontier,
+    least_bytes,
+    least_loss,
+    least_product,
+)
 from xent_quant.recipes import planned_recipe, recipe
 from xent_quant.sensitivities import EMBEDDING, HEAD, TYPES, Sensitivity, place
 from xent_quant.tensors import KEPT_ROLES
@@ -47,6 +58,8 @@ NEIGHBOURS = {"an eighth smaller": 7 / 8, "an eighth larger": 9 / 8}
 """Budgets that are planned for comparison, as shares of the plan's."""
 PACES = (2.0, 1.4, 0.7, 0.5)
 """Speeds that are planned for comparison, as shares of the plan's."""
+CORNERS = 60
+"""Of the curve of all sizes, about."""
 NAMED = ("Q8_0", "XENT6", "Q6_K", "XENT5", "Q5_K_M", "XENT4", "Q4_K_M", "IQ4_XS", "XENT3", "Q3_K_M", "XENT2", "Q2_K")
 """Mixes that are shown for comparison."""
 
@@ -245,7 +258,8 @@ def planned(
         notes += _of_machine(made, goal.machine)
         needs = made.needs()
         at_work = AtWork(*needs.held, made.placement.cpu_layers, 1 / goal.machine.seconds(needs.read))
-    expected = Expected(chosen.loss, nbytes, sensitivity.source, tuple(beside), at_work)
+    best = tuple(_frontier(of, header)) if compare else ()
+    expected = Expected(chosen.loss, nbytes, sensitivity.source, tuple(beside), at_work, best)
     return replace(made, notes=tuple(notes), expected=expected)
 
 
@@ -279,6 +293,20 @@ def _of_machine(made: GGUFPlan, machine: Machine) -> Iterator[str]:
         f"At most {1 / machine.seconds(needs.read):.1f} tokens per second, by bandwidth alone: each reads {' and '.join(read)}, "
         "half of the cache being full. How much of that is reached was not measured."
     )
+
+
+def _frontier(of: Sequence[Layout], header: int) -> Iterator[tuple[int, float]]:
+    """Bytes of the file and expected loss of some CORNERS of the best plans, the smallest and the best among them."""
+    found: list[tuple[int, float]] = []
+    for each in of:
+        kept = header + sum(tensor.aligned_bytes for tensor in each.kept)
+        found += [(kept + int(nbytes), float(loss)) for nbytes, loss in frontier(tuple(each.groups.values()))]
+    best: list[tuple[int, float]] = []
+    for corner in sorted(found):
+        if not best or corner[1] < best[-1][1]:
+            best.append(corner)
+    for index in sorted({round(part * (len(best) - 1) / CORNERS) for part in range(CORNERS + 1)}):
+        yield best[index]
 
 
 def _file_bytes(plan: GGUFPlan, header: int) -> int:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from xent_quant.cli.options import EXIT_OUT_OF_TOLERANCE, Json, Verbose, group
+from xent_quant.errors import ConfigError
 from xent_quant.options import OnnxOptions, Options, OutputOptions, StatisticsOptions, TargetOptions, TensorOptions
 
 if TYPE_CHECKING:
+    from exporters.interface import PlanSummary
     from xent_quant.validation.report import Report
 
 WRITING = group("Where and how to write", 4)
@@ -44,6 +46,14 @@ def quantize(
             help="Then measure every export against MODEL on the six suites; reports in OUTPUT/validation; exit 3 if one is out.",
         ),
     ] = False,
+    plan_page: Annotated[
+        Path | None,
+        Parameter(
+            group=WRITING.group,
+            help="Of a plan (--size, --max-kl, --fit, --ram): draw it to this HTML file, with what else there would be, and with "
+            "what reports in OUTPUT/validation measured.",
+        ),
+    ] = None,
     json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -54,10 +64,17 @@ def quantize(
     options = Options(**target.given, **statistics.given, **tensors.given, **onnx.given, **writing.given)
     if model is None:
         show.note("No MODEL given: using the bundled miniature, xent-mini.")
+    if plan_page:
+        from xent_quant.cli import plan_page as drawing
+
+        if not options.planned:
+            raise ConfigError(f"--plan-page {plan_page}: draws a plan; give --size, --max-kl, --fit or --ram, too")
+        drawing.check(plan_page)
     if validate:
         pipeline.require_runtimes(options.formats, options.n_bits)
     if dry_run:
         plans = pipeline.plan(model, **options.given)
+        _draw(plan_page, model, plans, options)
         taken, notes = pipeline.resources(model, **options.given)
         if json:
             show.as_json({"plans": [plan.to_json() for plan in plans], "resources": taken.to_json(), "notes": list(notes)})
@@ -70,10 +87,21 @@ def quantize(
     if not json:
         show.result(result)
     reports = _validate(result.exports, model, options, json) if validate else []
+    _draw(plan_page, model, result.plans, options)
     if json:
         show.as_json(result.to_json() | ({"validation": [report.to_json() for report in reports]} if validate else {}))
     if any(report.verdict == "out" for report in reports):
         sys.exit(EXIT_OUT_OF_TOLERANCE)
+
+
+def _draw(page: Path | None, model: str | None, plans: "Sequence[PlanSummary]", options: Options) -> None:
+    """The page that --plan-page asks for."""
+    if page:
+        from xent_quant.cli import plan_page, show
+
+        name = options.name or (Path(model).name if model else "xent-mini")
+        plan_page.write(page, name, plans, plan_page.measured(options.folder / "validation"))
+        show.note(f"The plan: {page}")
 
 
 def _validate(exports: Sequence[Path], model: str | None, options: Options, json: bool) -> "list[Report]":

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -73,8 +73,17 @@ def _plan(summary: "PlanSummary") -> None:
     totals(summary)
 
 
-def _heat_map(types: Sequence[tuple[str, str]]) -> None:
-    """A plan's types by layer and projection; warmer is fewer bits. Neighbouring layers that are alike share a row."""
+class TypeMap(NamedTuple):
+    """A plan's types: `rows` of layers and their types by part, the columns; neighbouring layers that are alike share one.
+    `outside` of layers by name."""
+
+    parts: list[str]
+    rows: list[tuple[str, dict[str, str]]]
+    outside: dict[str, str]
+
+
+def type_map(types: Sequence[tuple[str, str]]) -> TypeMap:
+    """Of tensors by llama.cpp's names; those in F32 are left out."""
     layers: dict[str, dict[str, str]] = {}
     for name, kind in types:
         _, layer, part = name.split(".", 2) if name.startswith("blk.") else ("", "", name)
@@ -83,16 +92,23 @@ def _heat_map(types: Sequence[tuple[str, str]]) -> None:
             layers.setdefault(layer, {})[short] = kind
     outside = layers.pop("", {})
     parts = list(dict.fromkeys(part for by in layers.values() for part in by))
-    table = new_table(">layers", *parts)
+    rows = []
     for by, alike in groupby(layers, key=lambda layer: list(layers[layer].items())):
         numbers = list(alike)
-        row = dict(by)
-        label = numbers[0] if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-        table.add_row(label, *(_warm(row.get(part, "")) for part in parts))
+        rows.append((numbers[0] if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}", dict(by)))
+    return TypeMap(parts, rows, outside)
+
+
+def _heat_map(types: Sequence[tuple[str, str]]) -> None:
+    """Types by layer and projection; warmer is fewer bits."""
+    found = type_map(types)
+    table = new_table(">layers", *found.parts)
+    for label, row in found.rows:
+        table.add_row(label, *(_warm(row.get(part, "")) for part in found.parts))
     out.print(table)
-    if outside:
-        table = new_table(*outside)
-        table.add_row(*(_warm(kind) for kind in outside.values()))
+    if found.outside:
+        table = new_table(*found.outside)
+        table.add_row(*(_warm(kind) for kind in found.outside.values()))
         out.print(table)
     out.print()
 

@@ -1,11 +1,9 @@
-"""The report as one HTML page that needs nothing else: verdict first, drawings as inline SVG, dark and light by the reader's
-own setting."""
+"""The report as one HTML page: verdict first."""
 
-import html
 from collections.abc import Callable, Iterable, Sequence
 from math import log10
 
-from xent_quant.plain import plain
+from xent_quant.page import document, escape, label, rect, section
 from xent_quant.validation.gates import WEIGHTS, bits_of
 from xent_quant.validation.report import KL_EDGES, Finding, Report, SuiteResult
 from xent_quant.validation.weights import TensorError
@@ -16,59 +14,6 @@ SENTENCES = {
     "undecided": "Undecided: too little text to tell",
     "out": "Out of tolerance",
 }
-STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1b1f24; --soft: #5c6672; --line: #dfe3e8;
-  --bar: #3b6fd4; --track: #e9edf3; --good: #1a7f45; --warn: #946200; --bad: #c22f2f; --good-bg: #e2f4e8; --warn-bg: #fbf0d3;
-  --bad-bg: #fbe3e1; --heat: 59, 111, 212; }
-@media (prefers-color-scheme: dark) { :root { --page: #111418; --card: #1a1e24; --ink: #e6e9ee; --soft: #98a2b0; --line:
-  #2d343d;
-  --bar: #6f9df2; --track: #262c35; --good: #5cc98a; --warn: #e0b04a; --bad: #f2807a; --good-bg: #16301f; --warn-bg: #352a10;
-  --bad-bg: #3a1b1b; --heat: 111, 157, 242; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans",
-  "Noto Sans CJK SC", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 28px 20px 56px; }
-h1 { font-size: 26px; margin: 0; line-height: 1.25; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 0 0 2px; }
-p { margin: 4px 0 12px; } .soft { color: var(--soft); } .small { font-size: 13px; }
-section, header { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 20px 22px; margin: 0
-  0 16px; }
-.verdict { display: inline-flex; gap: 8px; align-items: center; border-radius: 999px; padding: 4px 14px 4px 10px;
-  font-weight: 650;
-  margin: 0 0 10px; }
-.within { color: var(--good); } .undecided { color: var(--warn); } .out { color: var(--bad); }
-.verdict.within { background: var(--good-bg); } .verdict.undecided { background: var(--warn-bg); } .verdict.out { background:
-  var(--bad-bg); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 16px; }
-.tile { border-top: 2px solid var(--line); padding-top: 8px; } .tile b { display: block; font-size: 21px; font-weight: 620;
-  font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); font-size: 13px; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 18px 26px; } .panels.wide {
-  grid-template-columns: minmax(0, 1fr); } .panels h3 {
-  font-size: 14px;
-  margin: 8px 0 4px; font-weight: 620; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font: 12px system-ui, sans-serif;
-  font-variant-numeric: tabular-nums; } svg .soft { fill: var(--soft); } svg .good { fill: var(--good); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric:
-  tabular-nums; }
-th { text-align: right; font-weight: 600; color: var(--soft); padding: 4px 6px; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-td { text-align: right; padding: 4px 6px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } tr.mean td { color: var(--soft); }
-.heat { border-collapse: separate; border-spacing: 2px; width: auto; min-width: 40%; }
-.heat td, .heat th { border: 0; text-align: center; padding: 3px 6px; border-radius: 4px; }
-.heat td:first-child, .heat th:first-child { text-align: right; color: var(--soft); padding-right: 10px; }
-.cells th { padding: 0; font-weight: 400; } .cells td { padding: 0; width: 14px; min-width: 9px; height: 16px; border-radius:
-  3px; }
-.wrong { border-left: 4px solid var(--bad); padding: 2px 0 2px 12px; margin: 6px 0; } code { font: 13px ui-monospace, Menlo,
-  monospace;
-  overflow-wrap: anywhere; } pre { background: var(--page); border-radius: 8px; padding: 10px 12px; overflow-x: auto; margin:
-  6px 0 12px;
-  white-space: pre-wrap; }
-"""
-
-
-def escape(text: str) -> str:
-    """Text from outside, as HTML shows it."""
-    return html.escape(plain(text))
 
 
 def page(report: Report) -> str:
@@ -85,25 +30,7 @@ def page(report: Report) -> str:
         _sizes(report),
         _how(report),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}: {SENTENCES[report.verdict]}</title><style>{STYLE}</style></head><body><main>"
-        + "".join(part for part in parts if part)
-        + "</main></body></html>\n"
-    )
-
-
-def _section(title: str, lead: str, body: str) -> str:
-    return f'<section><h2>{title}</h2><p class="soft small">{lead}</p>{body}</section>'
-
-
-def _rect(x: float, y: float, width: float, height: float, fill: str = "var(--bar)") -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="2" fill="{fill}"/>'
-
-
-def _label(x: float, y: float, text: str, anchor: str = "middle", soft: bool = False) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{" class=soft" if soft else ""}>{escape(text)}</text>'
+    return document(f"{name}: {SENTENCES[report.verdict]}", filter(None, parts))
 
 
 def _size(amount: float) -> str:
@@ -152,7 +79,7 @@ def _wrong(report: Report) -> str:
     if not lines:
         return ""
     body = "".join(f'<div class="wrong">{line}</div>' for line in lines)
-    return _section("What is wrong", lead, body)
+    return section("What is wrong", lead, body)
 
 
 def _split(sentence: str) -> tuple[str, str]:
@@ -185,7 +112,7 @@ def _bars(results: Sequence[SuiteResult], pick: Callable[[SuiteResult], Finding]
         error = f" ± {finding.value.error:.{digits}f}" if finding.value.error < 1e9 else ""
         shapes.append(
             f"<g><title>{escape(result.name)}: {value:.{digits + 1}f}{error}, {finding.verdict}</title>"
-            f"{_label(left - 8, y + 4, result.name, 'end')}{_rect(start, y - 7, max(end - start, 1), 14, colour)}"
+            f"{label(left - 8, y + 4, result.name, 'end')}{rect(start, y - 7, max(end - start, 1), 14, colour)}"
             f'<path d="M{x(value - span):.1f} {y}H{x(value + span):.1f}m0 -4v8M{x(value - span):.1f} {y - 4}v8" '
             'stroke="var(--ink)" stroke-width="1.2" fill="none"/>'
             f'<text x="{left + width + 8}" y="{y + 4}">{value:.{digits}f} {MARKS[finding.verdict]}</text></g>'
@@ -243,7 +170,7 @@ def _suites(report: Report) -> str:
     )
     table = f'<div class="scroll"><table><tr>{"".join(f"<th>{h}</th>" for h in heads)}</tr>{"".join(rows)}</table></div>'
     lead = f"Whiskers are two standard errors, over windows of {report.context} tokens; the dashed line is the bound."
-    return _section("Suites", lead, f'<div class="panels">{drawn}</div><div style="height:14px"></div>{table}')
+    return section("Suites", lead, f'<div class="panels">{drawn}</div><div style="height:14px"></div>{table}')
 
 
 def _histogram(report: Report) -> str:
@@ -259,11 +186,11 @@ def _histogram(report: Report) -> str:
         low = f"{KL_EDGES[index - 1]:.0e}" if index else "0"
         high = f"{KL_EDGES[index]:.0e}" if index < len(KL_EDGES) else "∞"
         share = "<0.1%" if count < 0.001 * total else f"{count / total:.1%}"
-        label = _label(x + width / 2, height + 13 - tall, share) if count else ""
-        bar = _rect(x + 2, height + 18 - tall, width - 4, max(tall, 0.5))
-        bars.append(f"<g><title>{low} to {high}: {count:,} tokens</title>{bar}{label}</g>")
+        value_label = label(x + width / 2, height + 13 - tall, share) if count else ""
+        bar = rect(x + 2, height + 18 - tall, width - 4, max(tall, 0.5))
+        bars.append(f"<g><title>{low} to {high}: {count:,} tokens</title>{bar}{value_label}</g>")
     ticks = "".join(
-        _label(left + (index + 1 - shown.start) * width, height + 34, _power(edge), soft=True)
+        label(left + (index + 1 - shown.start) * width, height + 34, _power(edge), soft=True)
         for index, edge in enumerate(KL_EDGES)
         if index % 2 == 0 and shown.start <= index < shown.stop - 1
     )
@@ -273,9 +200,7 @@ def _histogram(report: Report) -> str:
         f'<line x1="{left}" x2="{left + wide}" y1="{height + 18}" y2="{height + 18}" stroke="var(--line)"/>'
         f"{''.join(bars)}{ticks}</svg>"
     )
-    return _section(
-        "KL divergence per token", "Share of scored tokens by KL divergence in nats; every bin is half a decade.", svg
-    )
+    return section("KL divergence per token", "Share of scored tokens by KL divergence in nats; every bin is half a decade.", svg)
 
 
 def _power(value: float) -> str:
@@ -356,9 +281,9 @@ def _layers(report: Report) -> str:
     bars = []
     for layer, error in enumerate(report.layer_errors):
         x, height = left + layer * step, tall * error / top_error
-        value_label = _label(x + step / 2, tall + 11 - height, f"{error:.1%}") if roomy or error == top_error else ""
-        number = _label(x + step / 2, tall + 32, str(layer), soft=True) if roomy or layer % 4 == 0 else ""
-        bar = _rect(x + 2, tall + 16 - height, step - 4, max(height, 0.5))
+        value_label = label(x + step / 2, tall + 11 - height, f"{error:.1%}") if roomy or error == top_error else ""
+        number = label(x + step / 2, tall + 32, str(layer), soft=True) if roomy or layer % 4 == 0 else ""
+        bar = rect(x + 2, tall + 16 - height, step - 4, max(height, 0.5))
         bars.append(f"<g><title>behind layer {layer}: {error:.3%}</title>{bar}{value_label}{number}</g>")
     wide = left + step * len(layers) + 10
     svg = (
@@ -371,7 +296,7 @@ def _layers(report: Report) -> str:
         f"{table}</div>"
         f"<div><h3>Relative error of the residual stream behind each layer</h3>{svg}</div></div>"
     )
-    return _section(
+    return section(
         "Where it is lost",
         "Weights: ‖stored − checkpoint‖ / ‖checkpoint‖, mean over experts (hover for the worst). Residual stream: "
         "all layers before it quantised too, no activation rounding.",
@@ -388,7 +313,7 @@ def _tensors(report: Report) -> str:
     )
     heads = "".join(f"<th>{h}</th>" for h in ("tensor", "type", "weights", "error", "allowed", "worst block", "allowed"))
     table = f'<div class="scroll"><table><tr>{heads}</tr>{rows}</table></div>'
-    return _section("Tensors that differ most", "Relative error of the whole tensor and of its worst block of 32 weights.", table)
+    return section("Tensors that differ most", "Relative error of the whole tensor and of its worst block of 32 weights.", table)
 
 
 def _coverage(report: Report) -> str:
@@ -408,7 +333,7 @@ def _coverage(report: Report) -> str:
         f"Tokens that each expert saw in the exact path's run (layers down, experts across): from {min(flat):,} to {top:,}. "
         + (f"{idle} experts saw none: their weights were compared, their effect was not." if idle else "Every expert was used.")
     )
-    return _section("Expert coverage", lead, f'<div class="scroll"><table class="heat cells">{rows}</table></div>')
+    return section("Expert coverage", lead, f'<div class="scroll"><table class="heat cells">{rows}</table></div>')
 
 
 def _sizes(report: Report) -> str:
@@ -430,7 +355,7 @@ def _sizes(report: Report) -> str:
         f'<text x="{min(300 * share, 300) + 8:.1f}" y="49">{_size(report.nbytes)} ({share:.0%})</text></svg>'
     )
     body = f'<div class="panels"><div>{svg}</div><div class="scroll"><table><tr>{heads}</tr>{rows}</table></div></div>'
-    return _section("Size", f"{report.bits_per_weight:.2f} bits on disk per weight of the checkpoint.", body)
+    return section("Size", f"{report.bits_per_weight:.2f} bits on disk per weight of the checkpoint.", body)
 
 
 def _how(report: Report) -> str:
@@ -444,7 +369,7 @@ def _how(report: Report) -> str:
         )
     notes = "".join(f"<p>{escape(line)}</p>" for line in lines)
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    return _section(
+    return section(
         "How this was made",
         escape(f"{report.runtime} {report.runtime_version}; {report.seconds:.0f} seconds."),
         f"<pre><code>{escape(report.command)}</code></pre>{notes}<p class='soft small'>{escape(versions)}</p>",
