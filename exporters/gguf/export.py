@@ -79,7 +79,8 @@ class GGUFExporter:
         self.tokenizer_notes = tokenizer_check.verify(checkpoint.path, self.tokenizer, strict=strict)
         self.base = BaseModel.of(checkpoint.path)
         self.chat = chat_template(checkpoint.path) is not None
-        self.header_bytes = 65536 + self.tokenizer.nbytes
+        kept = self.checkpoint.kept
+        self.header_bytes = 65536 + self.tokenizer.nbytes + (4 * sum(map(len, kept.numbers)) + len(kept.text) if kept else 0)
         self.plan = plan if isinstance(plan, GGUFPlan) else plan(self._overhead(split_size))
         plan = self.plan
         self.parts = shards(plan.tensors, split_size, self.header_bytes)
@@ -172,7 +173,7 @@ class GGUFExporter:
         """Everything of one of a plan's parts up to the tensor data, through gguf-py."""
         writer = gguf.GGUFWriter(path, plan.arch)
         if index == 0:
-            metadata.write(writer, plan, self.name, self.base)
+            metadata.write(writer, plan, self.name, self.base, self.checkpoint.kept)
             tokenizer.write(writer, self.tokenizer, self.checkpoint.architecture)
             for key, value in provenance.items():
                 writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)

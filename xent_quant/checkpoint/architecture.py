@@ -355,7 +355,8 @@ class Architecture:
         """A checkpoint's config.json as an export carries it: its own keys, with every value of this architecture written out,
         and without those that speak of how the checkpoint's weights are stored."""
         kept = {key: value for key, value in config.items() if key not in STORAGE_KEYS}
-        return {**kept, **self.to_config()}
+        again = {key: self.num_experts for key in self.family.keys.experts[1:] if key in kept}
+        return {**kept, **self.to_config(), **again}
 
     @property
     def embedding(self) -> TensorSpec:
