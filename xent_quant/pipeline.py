@@ -254,9 +254,10 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     if matrix is not None:
         identity["--imatrix"] = hashlib.sha256(Path(wanted.imatrix or "").read_bytes()).hexdigest()
     session = _session(prepared, wanted)
-    dropping = _dropping(prepared, session, wanted) if session and checkpoint.kept else None
-    if session and dropping:
-        identity |= {"experts that stay (--drop-experts)": str(dropping.count), **session.identity}
+    dropping = None
+    if session and checkpoint.kept:
+        dropping = _dropping(prepared, session, wanted)
+        identity |= {"--drop-experts": str(checkpoint.kept.dropped), **session.identity}
     text = session if prepared.measure else None
     for note in _said(prepared, session):
         (progress or Silent()).note(note)

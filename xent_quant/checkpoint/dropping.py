@@ -22,7 +22,7 @@ GGUF_KEYS = {key: f"xent_quant.experts.{key}" for key in ("kept", "of", "text")}
 @dataclass(frozen=True)
 class KeptExperts:
     """`numbers`: of each layer the checkpoint's numbers of the experts that are there, ascending, as many in every layer; `of`:
-    how many the checkpoint has; `text`: what they were judged by, without paths, or nothing."""
+    how many the checkpoint has; `text`: what the text that they were judged by is called, or nothing."""
 
     numbers: tuple[tuple[int, ...], ...]
     of: int

@@ -98,11 +98,11 @@ def run(
     with Workspace.open(output, targets, force=force) as work, ExitStack() as files:
         path = work.path / journals.FILE
         journal = None if restart else Journal.load(path, whole)
-        fresh = journal is None
-        if journal is None:
+        fresh = journal is None or (not journal.done and journal.windows is None)  # no more than which experts stay is known
+        if journal is None or fresh:
             work.clear()
             check_free_space(output, sum(exporter.nbytes for exporter in exporters))
-            journal = Journal(path, whole)
+            journal = Journal(path, whole, experts=journal.experts if journal else None)
         resumed = journal.layers(model.num_layers)
         if resumed:
             report.note(f"Going on with an interrupted run: {resumed} of {model.num_layers} layers are done.")
@@ -119,6 +119,7 @@ def run(
         if dropping:
             if journal.experts is None:
                 journal.experts = dropping.measured(work.path / SALIENCY, report)
+            if fresh:
                 journal.save()
             checkpoint, exporters, text = dropping.applied(journal.experts)
         opened = files.enter_context(ExitStack())
