@@ -111,7 +111,7 @@ class TargetOptions(_Choices):
     effort: Literal["fast", "normal", "high"] = "normal"
     """How long to search for scales and codes."""
     drop_experts: int | str | None = None
-    """Leave out so many experts of each layer, such as 16 or 25%: those that the calibration text uses least."""
+    """Leave out so many experts of each layer, such as 16 or 25%: those that matter least to the calibration text."""
 
     def experts_dropped(self, experts: int) -> int:
         """How many of a layer's `experts` are left out; a share is rounded down. Raises ConfigError."""
