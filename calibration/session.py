@@ -162,9 +162,9 @@ class Session:
         return torch.from_numpy(every[:count]).to(self.device)
 
     def sample(self, tokens: int) -> Tensor:
-        """Evenly spaced windows [n, seqlen] of the text, of about so many tokens at most, one window at least."""
+        """Evenly spaced windows [n, seqlen] of the text, of so many tokens at most, one window at least."""
         every = self.text.windows
-        return torch.from_numpy(every[:: -(-every.size // max(tokens, self.length))]).to(self.device)
+        return torch.from_numpy(every[:: -(-len(every) // max(1, tokens // self.length))]).to(self.device)
 
     def of(self, checkpoint: Checkpoint) -> "Session":
         """The same text for a view of the checkpoint."""

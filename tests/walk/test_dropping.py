@@ -16,12 +16,16 @@ from tests.conftest import TINY, random_weights, write_checkpoint
 from tests.reference.forward import forward
 from tests.walk.conftest import CONFIG, LAYERS, export, tree
 from xent_quant import inspection, sensitivities
-from xent_quant.checkpoint.dropping import CONFIG_KEY, GGUF_KEYS
+from xent_quant.checkpoint.architecture import EXPERTS_KEY
+from xent_quant.checkpoint.dropping import GGUF_KEYS
 from xent_quant.checkpoint.headers import read_json
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ConfigError, ExportError, Interrupted
 from xent_quant.options import CalibrationOptions
+from xent_quant.progress import Silent
 from xent_quant.validation.llama_cpp import LlamaCpp
+from xent_quant.validation.validate import open_export
+from xent_quant.validation.weights import compare_all
 from xent_quant.walk import job, saliency
 
 FAST = {"effort": "fast", "threads": 1}
@@ -52,7 +56,7 @@ def test_exports_are_those_of_a_checkpoint_that_has_the_others_alone(model: Path
         assert (tmp_path / "dropped" / file).read_bytes() == (tmp_path / "smaller" / file).read_bytes(), file
     for folder in ("onnx", "bnb"):
         config, plain = (read_json(tmp_path / name / folder / "config.json") for name in ("dropped", "smaller"))
-        assert config.pop(CONFIG_KEY) == {"kept": numbers, "of": 6, "text": text["calib"][0]}
+        assert config.pop(EXPERTS_KEY) == {"kept": numbers, "of": 6, "text": text["calib"][0]}
         assert config == plain
     for card in ("README.md", "onnx/README.md", "bnb/README.md"):
         said = (tmp_path / "dropped" / card).read_text()
@@ -71,6 +75,19 @@ def test_without_statistics_text_says_no_more_than_which(model: Path, text: Any,
     smaller = with_experts(model, tmp_path / "Smaller", numbers)
     assert data(made) == data(export(smaller, tmp_path / "smaller", type="Q4_0", method="rtn", threads=1).exports[0])
     assert not [key for key in gguf.GGUFReader(made).fields if "imatrix" in key]
+
+
+def test_what_is_made_of_an_export_without_some_is_beside_that(model: Path, text: Any, tmp_path: Path) -> None:
+    """A folder in bfloat16 is a checkpoint again: its files say of which of the first one's experts they are, no others do."""
+    floats = {"formats": ["bnb"], "bits": 16, "threads": 1}
+    first = export(model, tmp_path / "first", **floats, **DROP, **text).exports[0]
+    second = export(first, tmp_path / "second", **floats).exports[0]
+    third = export(first, tmp_path / "third", drop_experts=1, **floats, **text).exports[0]
+    for made, of, experts in ((first, model, 4), (second, first, 4), (third, first, 3)):
+        opened = open_export(made, "checkpoint", Checkpoint.open(of))
+        assert opened.source.architecture.num_experts == experts
+        assert (opened.checkpoint.kept is None) == (made == second)
+        assert max(tensor.error for tensor in compare_all(opened.checkpoint, opened.source, Silent())) < 0.01
 
 
 def test_logits_in_llama_cpp_are_those_of_the_others_alone(text: Any, tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from calibration.session import Session
 from tests.conftest import random_weights, write_checkpoint
 from tests.reference.forward import forward
 from tests.walk.conftest import CONFIG
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.options import CalibrationOptions
 from xent_quant.walk.saliency import most_salient, saliency
 
 WINDOWS = [[2, 17, 300, 5, 9], [42, 260, 261, 11, 7]]
@@ -46,6 +49,14 @@ def test_saliency_is_the_mean_of_gate_times_norm_over_an_experts_own_tokens(tmp_
         assert (wanted == 0).any() == (name == "rare")  # of 24 experts some see none of 20 choices
         with_files = saliency(Checkpoint.open(folder), torch.tensor(WINDOWS), folder=tmp_path / name)
         assert np.array_equal(found, with_files)
+
+
+def test_the_sample_is_spread_over_the_text(model: Path, text: Any) -> None:
+    session = Session(Checkpoint.open(model), CalibrationOptions(**text))
+    windows = session.text.windows
+    assert len(windows) == 4
+    for tokens, step in ((1, 4), (39, 4), (40, 2), (60, 2), (79, 2), (80, 1), (10**6, 1)):
+        assert np.array_equal(session.sample(tokens).numpy(), windows[::step]), tokens
 
 
 def test_of_equal_ones_the_lower_number_stays() -> None:

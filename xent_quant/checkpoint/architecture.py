@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-STORAGE_KEYS = ("quantization_config", "compression_config", "rope_parameters", "auto_map", "dtype", "torch_dtype")
+EXPERTS_KEY = "xent_quant_experts"
+"""Of an export's config.json: `dropping.KeptExperts`, its experts among those of the checkpoint that it was made from."""
+STORAGE_KEYS = ("quantization_config", "compression_config", "rope_parameters", "auto_map", "dtype", "torch_dtype", EXPERTS_KEY)
 LARGEST = 2**31 - 1
 MOST_MATRICES = 1_000_000
 """Experts and other matrices, all layers together: a config that asks for more would fill the memory with their names."""

@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from xent_quant.checkpoint.architecture import EXPERTS_KEY
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.sources import ChosenRows
 from xent_quant.errors import ValidationError
 from xent_quant.tensors import TensorInfo
 
-CONFIG_KEY = "xent_quant_experts"
-"""Of config.json: the numbers of the experts that are there by layer, how many there were, and what they were judged by."""
 GGUF_KEYS = {key: f"xent_quant.experts.{key}" for key in ("kept", "of", "text")}
-"""The same of a GGUF, where `kept` is one array, layer after layer."""
+"""Of a GGUF what EXPERTS_KEY is of a config.json; `kept` is one array, layer after layer."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class KeptExperts:
 
     def to_config(self) -> dict[str, Any]:
         """What config.json says of it."""
-        return {CONFIG_KEY: {"kept": [list(layer) for layer in self.numbers], "of": self.of, "text": self.text}}
+        return {EXPERTS_KEY: {"kept": [list(layer) for layer in self.numbers], "of": self.of, "text": self.text}}
 
 
 def keep(checkpoint: Checkpoint, kept: KeptExperts) -> Checkpoint:
@@ -58,7 +57,7 @@ def keep(checkpoint: Checkpoint, kept: KeptExperts) -> Checkpoint:
 
 
 def compared_with(checkpoint: Checkpoint, told: Any, where: str) -> Checkpoint:
-    """The view of a checkpoint that an export holds, by what its config.json says under CONFIG_KEY; the checkpoint itself where
+    """The view of a checkpoint that an export holds, by what its config.json says under EXPERTS_KEY; the checkpoint itself where
     that is nothing. Raises ValidationError where those are no experts of this checkpoint; `where` names the file and the key.
     """
     if told is None:

@@ -24,4 +24,4 @@ STATE_FILES = ("a", "b", "sum")
 ATTENDED = "attended"
 """One more, where what attention makes has another width: that."""
 SALIENCY_TOKENS = 32768
-"""Of the calibration text at most so many, in evenly spaced windows, say which experts may be dropped."""
+"""Of the calibration text at most so many, in evenly spaced windows, say which experts are dropped."""

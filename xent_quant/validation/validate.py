@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from xent_quant.checkpoint import dropping
-from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.architecture import EXPERTS_KEY, Architecture
 from xent_quant.checkpoint.headers import read_json
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ValidationError
@@ -100,7 +100,7 @@ def open_export(path: Path, kind: runtimes.Kind, whole: Checkpoint) -> Exported:
         return Exported(kind, _Finite(path, GGUFSource(file, checkpoint.architecture)), checkpoint, mix, tuple(file.files))
     source: TypedSource
     config = path / "config.json"
-    checkpoint = dropping.compared_with(whole, read_json(config).get(dropping.CONFIG_KEY), f"{config}: {dropping.CONFIG_KEY}")
+    checkpoint = dropping.compared_with(whole, read_json(config).get(EXPERTS_KEY), f"{config}: {EXPERTS_KEY}")
     reference = checkpoint.architecture
     if kind == "onnx":
         from xent_quant.validation.onnx_source import OnnxSource

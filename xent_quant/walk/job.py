@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PROBE = "probe"
 """Where in the work folder the states lie that tell how much text there must be."""
 SALIENCY = "saliency"
-"""And those that tell which experts may be dropped."""
+"""And those that tell which experts are dropped."""
 
 
 @dataclass(frozen=True)
