@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from exporters.base_model import BaseModel
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.dropping import KeptExperts
-from xent_quant.plain import markdown, plain
+from xent_quant.plain import markdown
 from xent_quant.units import human_bytes
 
 PROMPT = "The old lamp in the window"
@@ -39,7 +39,7 @@ def calibrated(provenance: Mapping[str, str | int]) -> list[str]:
 
 def without(kept: KeptExperts) -> str:
     """A plan's note on experts that are left out."""
-    judged = f" on {plain(kept.text)}" if kept.text else ""
+    judged = f" on {markdown(kept.text)}" if kept.text else ""
     return (
         f"Of {kept.of} experts in each layer {kept.dropped} are left out: those of least router-weighted saliency (REAP){judged}."
     )

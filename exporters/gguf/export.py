@@ -79,8 +79,9 @@ class GGUFExporter:
         self.tokenizer_notes = tokenizer_check.verify(checkpoint.path, self.tokenizer, strict=strict)
         self.base = BaseModel.of(checkpoint.path)
         self.chat = chat_template(checkpoint.path) is not None
-        kept = self.checkpoint.kept
-        self.header_bytes = 65536 + self.tokenizer.nbytes + (4 * sum(map(len, kept.numbers)) + len(kept.text) if kept else 0)
+        self.header_bytes = 65536 + self.tokenizer.nbytes
+        if kept := checkpoint.kept:
+            self.header_bytes += 4 * sum(map(len, kept.numbers)) + len(kept.text.encode())
         self.plan = plan if isinstance(plan, GGUFPlan) else plan(self._overhead(split_size))
         plan = self.plan
         self.parts = shards(plan.tensors, split_size, self.header_bytes)

@@ -71,8 +71,8 @@ def run(
     """Quantise `checkpoint` for all `exporters`, which write into `output`, in one walk, with `statistics` of a file or of a
     `text` that runs along; files say of them what `provenance` holds, and `identity` is what their bytes depend on. At most
     `memory` bytes are resident, or ConfigError is raised before anything is read; of the device's on which methods compute, where
-    the text names one, `vram` (None: what is free). With `dropping` the checkpoint is any view with so many
-    experts, and the exporters are planned for it; which stay is measured when the run begins, and then theirs take its place.
+    the text names one, `vram` (None: what is free). With `dropping` the checkpoint is any view with as many experts as will stay,
+    and the exporters are planned for it; which stay is measured when the run begins, and their view takes its place.
 
     All exports appear, or none does, and what they replace is lost only when they are there. After an error or a kill the work
     that was done stays beside the output, and the same call goes on with it unless `restart` is given. Holds what `Walk` holds.
