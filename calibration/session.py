@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from copy import copy
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -159,6 +160,17 @@ class Session:
         """As many of the text's windows, spare ones behind the others: what `windows` once chose."""
         every = np.concatenate([self.text.windows, self.text.spare])
         return torch.from_numpy(every[:count]).to(self.device)
+
+    def sample(self, tokens: int) -> Tensor:
+        """Evenly spaced windows [n, seqlen] of the text, of so many tokens at most, one window at least."""
+        every = self.text.windows
+        return torch.from_numpy(every[:: -(-len(every) // max(1, tokens // self.length))]).to(self.device)
+
+    def of(self, checkpoint: Checkpoint) -> "Session":
+        """The same text for a view of the checkpoint."""
+        found = copy(self)
+        found.checkpoint = checkpoint
+        return found
 
     @property
     def identity(self) -> dict[str, str]:

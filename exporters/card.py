@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from exporters.base_model import BaseModel
 from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.dropping import KeptExperts
 from xent_quant.plain import markdown
 from xent_quant.units import human_bytes
 
@@ -34,6 +35,14 @@ def calibrated(provenance: Mapping[str, str | int]) -> list[str]:
     """Lines on the text of the statistics, where `provenance` (see `Exporter.open`) names any."""
     text = provenance.get("quantize.imatrix.dataset")
     return [f"Calibrated on {markdown(text)}.", ""] if text else []
+
+
+def without(kept: KeptExperts) -> str:
+    """A plan's note on experts that are left out."""
+    judged = f" on {markdown(kept.text)}" if kept.text else ""
+    return (
+        f"Of {kept.of} experts in each layer {kept.dropped} are left out: those of least router-weighted saliency (REAP){judged}."
+    )
 
 
 def table(tensors: Iterable[tuple[str, str, int]]) -> list[str]:

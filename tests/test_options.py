@@ -53,6 +53,7 @@ IDLE: list[tuple[dict[str, Any], list[str]]] = [
     ({**ONNX, "bits": 16, "active_bits": 16, "accuracy_level": 0}, ["--accuracy-level 0: has no effect with --bits 16"]),
     ({**BNB, "imatrix": "a.gguf"}, ["--imatrix a.gguf: has no effect with --format bnb", "--format gguf or onnx"]),
     ({**BNB, "method": "imatrix"}, ["--method imatrix: has no effect with --format bnb", "--method gptq"]),
+    ({"imatrix": "a.gguf", "drop_experts": "25%"}, ["--drop-experts 25%: has no effect beside --imatrix", "drop one of them"]),
     ({**BNB, "bits": 16, "method": "gptq"}, ["--method gptq: has no effect where weights are only rounded to floats"]),
     ({**BNB, "effort": "high"}, ["--effort high: has no effect with --format bnb"]),
     ({"method": "rtn", "effort": "high"}, ["--effort high: has no effect with --method rtn"]),
@@ -165,6 +166,20 @@ def test_text_is_run_wherever_its_options_are_taken() -> None:
     assert taken > 50
 
 
+def test_text_is_run_for_dropping_whatever_the_method() -> None:
+    for more in ({"method": "rtn"}, BNB, {"type": "F16"}):
+        with pytest.raises(ConfigError, match="--tokens 1k: has no effect"):
+            Options(**more, tokens="1k")
+        assert Options(**more, tokens="1k", device="cpu", drop_experts=1).n_tokens == 1000
+
+
+@pytest.mark.parametrize(
+    ("wanted", "of", "dropped"), [("25%", 64, 16), ("29 %", 100, 29), ("12.5%", 20, 2), (3, 64, 3), ("3", 4, 3)]
+)
+def test_experts_to_drop_are_a_number_or_a_share(wanted: int | str, of: int, dropped: int) -> None:
+    assert Options(drop_experts=wanted).experts_dropped(of) == dropped
+
+
 def test_statistics_serve_every_format_that_has_a_use_for_them() -> None:
     """Floats of one format do not keep another's weights from being measured."""
     assert Methods(Options(formats=["gguf", "onnx"], type="F16")).use_statistics
@@ -217,6 +232,10 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--tokens 128.6", ["--tokens", "128.6", "500k"]),
     (f"--tokens {'9' * 400}", ["--tokens", "500k"]),
     ("--bits nf5", ["nf5", "Q4_K_M"]),
+    ("--drop-experts some", ["--drop-experts", "'some'", "16 or 25%"]),
+    ("--drop-experts 0", ["--drop-experts", "'0'", "16 or 25%"]),
+    ("--drop-experts 100%", ["--drop-experts", "'100%'", "16 or 25%"]),
+    ("--drop-experts 13", ["--drop-experts 13: leaves 3 of 16 experts", "uses 4", "at most 12"]),
     ("--fit 8GiB --ram much", ["--ram", "'much'", "32GiB", "auto"]),
     ("--fit 8GiB --speed 0", ["--speed 0", "above 0"]),
     ("--fit 8GiB --vram-bandwidth 360Gbit/s", ["--vram-bandwidth", "'360Gbit/s'", "360GB/s"]),

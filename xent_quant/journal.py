@@ -24,7 +24,8 @@ PACKAGES = ("torch", "numpy", "numba", "tokenizers", "bitsandbytes")
 class Journal:
     """`identity` is what the bytes depend on; `done` counts the finished steps (the embedding is the first, the head the last);
     `swapped` tells which of a stream's two files holds the states; `room` is `model.sizes.Room` of a run on a device, where
-    it may decide last bits; the rest is what the steps behind the next one must know."""
+    it may decide last bits; `experts` are those that stay of each layer where others are dropped; the rest is what the steps
+    behind the next one must know."""
 
     path: Path
     identity: Mapping[str, Any]
@@ -36,6 +37,7 @@ class Journal:
     unmeasured: list[list[str]] = field(default_factory=list)
     measured: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    experts: list[list[int]] | None = None
 
     def layers(self, count: int) -> int:
         """How many of the model's `count` layers are done."""

@@ -8,6 +8,7 @@ at once.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from inspect import Parameter, signature
 from math import inf
 from pathlib import Path
@@ -109,6 +110,18 @@ class TargetOptions(_Choices):
     """bitsandbytes' type for 4 bits (--format bnb)."""
     effort: Literal["fast", "normal", "high"] = "normal"
     """How long to search for scales and codes."""
+    drop_experts: int | str | None = None
+    """Leave out so many experts of each layer, such as 16 or 25%: those that matter least to the calibration text."""
+
+    def experts_dropped(self, experts: int) -> int:
+        """How many of a layer's `experts` are left out; a share is rounded down. Raises ConfigError."""
+        match = re.fullmatch(r"(\d{1,9})|(\d{1,2}(?:\.\d{1,9})?)\s*%", str(self.drop_experts).strip())
+        if not match or not float(match[1] or match[2]):
+            raise ConfigError(
+                f"--drop-experts: {str(self.drop_experts)[:40]!r} is neither a number of experts nor a share of them; "
+                "write for example 16 or 25%"
+            )
+        return int(match[1]) if match[1] else int(experts * Fraction(match[2]) / 100)
 
     @property
     def n_bits(self) -> int:
@@ -119,6 +132,8 @@ class TargetOptions(_Choices):
         super().__post_init__()
         if not self.formats:
             raise ConfigError("--format: none given; there are gguf, onnx, bnb")
+        if self.drop_experts is not None:
+            self.experts_dropped(0)
         object.__setattr__(self, "formats", tuple(dict.fromkeys(self.formats)))
 
 
@@ -425,6 +440,11 @@ def _text(options: Options) -> str:
     return "beside --imatrix, which is used instead of text; drop one of them" if options.imatrix is not None else ""
 
 
+def _unless_dropping(need: Need) -> Need:
+    """An option of calibration text, which is run for --drop-experts whatever the method."""
+    return lambda options: "" if options.drop_experts is not None else need(options)
+
+
 def _no_hessian(options: Options) -> str:
     if options.method != "gptq":
         return ""
@@ -502,8 +522,10 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "sensitivity": (_plan,),
     "bnb_type": (_only("bnb"), _four_bits),
     "effort": (_effort,),
+    "drop_experts": (_text,),
     **dict.fromkeys(
-        ("calib", "calib_mix", "text_field", "tokens", "seqlen", "seed", "device", "vram"), (_quantised, _statistics, _text)
+        ("calib", "calib_mix", "text_field", "tokens", "seqlen", "seed", "device", "vram"),
+        tuple(map(_unless_dropping, (_quantised, _statistics, _text))),
     ),
     "imatrix": (_quantised, _statistics, _no_hessian),
     "method": (_method,),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xent_quant.sensitivities import Sensitivity
     from xent_quant.validation.report import Report
     from xent_quant.walk.resources import Resources
+    from xent_quant.walk.saliency import Dropping
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def plan(model: str | Path | None = None, **options: Any) -> tuple["PlanSummary"
 def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resources, tuple[str, ...]]":
     """What `quantize` would take with the same options: memory, disk, and time by a few seconds' measurement on this machine;
     and what is to be said of the text."""
+    from xent_quant.model.sizes import SALIENCY_TOKENS
     from xent_quant.walk import resources
 
     wanted = Options(**options)
@@ -128,7 +130,9 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
     architecture, exporters = prepared.checkpoint.architecture, prepared.exporters
     hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
     followers, tokens = sum(hessian) if session else 0, session.text.windows.size if session else 0
-    device, vram = session.methods_on if session else None, None
+    if not prepared.measure:  # no more of it is run than what says which experts stay
+        tokens = min(tokens, SALIENCY_TOKENS)
+    device, vram = session.methods_on if session and prepared.measure else None, None
     if session is None or device is None:
         room = resources.room(architecture, followers, session is not None, wanted.memory_bytes)
         memory = resources.memory(architecture, followers, session is not None, room)
@@ -145,17 +149,22 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
         seconds=None if vram else resources.seconds(architecture, exporters, tokens, hessian),
         vram=vram,
     )
-    return taken, session.notes if session else ()
+    return taken, _said(prepared, session)
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A checkpoint with exporters that are planned; `matrix` is a file of statistics, `measure` tells that text is to be run."""
+    """A checkpoint with exporters that are planned; `matrix` is a file of statistics, `measure` tells that text is to be run for
+    some. Where experts are dropped it is a view without any of so many, until it is known which they are."""
 
     checkpoint: "Checkpoint"
     exporters: "list[Exporter]"
     matrix: "Imatrix | None"
     measure: bool
+
+    @property
+    def runs_text(self) -> bool:
+        return self.measure or self.checkpoint.kept is not None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -172,16 +181,57 @@ def _prepare(model: str | Path | None, wanted: Options) -> _Prepared:
     methods = Methods(wanted)
     checkpoint = _open(model)
     matrix = _read_imatrix(wanted, checkpoint)
+    if wanted.drop_experts is not None:
+        checkpoint = _without_some(checkpoint, wanted)
     exporters = exporters_of(checkpoint, wanted, methods)
     return _Prepared(checkpoint, exporters, matrix, matrix is None and methods.use_statistics)
 
 
+def _without_some(checkpoint: "Checkpoint", wanted: Options) -> "Checkpoint":
+    """A view with as many experts as are to stay, the first ones. Raises ConfigError where that cannot be."""
+    from xent_quant.checkpoint.dropping import KeptExperts, keep
+
+    model, asked = checkpoint.architecture, f"--drop-experts {wanted.drop_experts}"
+    if not model.num_experts:
+        raise ConfigError(f"{asked}: the model has no experts, it is dense; drop the option")
+    most = model.num_experts - model.experts_per_token
+    count = wanted.experts_dropped(model.num_experts)
+    if not count:
+        raise ConfigError(f"{asked}: is less than one of {model.num_experts} experts; give a larger share, or a number")
+    if count > most:
+        raise ConfigError(
+            f"{asked}: leaves {max(0, model.num_experts - count)} of {model.num_experts} experts, and every token uses "
+            f"{model.experts_per_token}; at most {most} can be left out"
+        )
+    return keep(checkpoint, KeptExperts((tuple(range(model.num_experts - count)),) * model.num_layers, model.num_experts))
+
+
 def _session(prepared: _Prepared, wanted: CalibrationOptions) -> "Session | None":
-    if not prepared.measure:
+    """The text, of the whole checkpoint."""
+    if not prepared.runs_text:
         return None
     from calibration.session import Session
 
-    return Session(prepared.checkpoint, wanted)
+    checkpoint = prepared.checkpoint
+    return Session(checkpoint.whole or checkpoint, wanted, spare=prepared.measure)
+
+
+def _said(prepared: _Prepared, session: "Session | None") -> tuple[str, ...]:
+    """Of the text: how well it calibrates experts only where that is what it is for."""
+    return () if session is None else session.notes if prepared.measure else session.text.notes
+
+
+def _dropping(prepared: _Prepared, session: "Session", wanted: Options) -> "Dropping":
+    """For `job.run`: how the experts that stay are found, and everything planned anew for those."""
+    from xent_quant.checkpoint.dropping import KeptExperts, keep
+    from xent_quant.targets import Methods, exporters_of
+    from xent_quant.walk.saliency import Dropping
+
+    def view(kept: KeptExperts) -> "tuple[Checkpoint, Sequence[Exporter], Session | None]":
+        smaller = keep(session.checkpoint, kept)
+        return smaller, exporters_of(smaller, wanted, Methods(wanted)), session.of(smaller) if prepared.measure else None
+
+    return Dropping(session, prepared.checkpoint.architecture.num_experts, view)
 
 
 @takes(Options)
@@ -204,7 +254,12 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     if matrix is not None:
         identity["--imatrix"] = hashlib.sha256(Path(wanted.imatrix or "").read_bytes()).hexdigest()
     session = _session(prepared, wanted)
-    for note in session.notes if session else ():
+    dropping = None
+    if session and checkpoint.kept:
+        dropping = _dropping(prepared, session, wanted)
+        identity |= {"--drop-experts": str(checkpoint.kept.dropped), **session.identity}
+    text = session if prepared.measure else None
+    for note in _said(prepared, session):
         (progress or Silent()).note(note)
     if session or any(exporter.method is None for exporter in exporters):  # bitsandbytes runs on torch
         import torch
@@ -215,9 +270,10 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
         exporters,
         wanted.folder,
         statistics=matrix,
-        text=session,
-        provenance=matrix.keys() if matrix else session.keys() if session else {},
+        text=text,
+        provenance=matrix.keys() if matrix else text.keys() if text else {},
         identity=identity,
+        dropping=dropping,
         force=wanted.force,
         restart=wanted.restart,
         memory=wanted.memory_bytes,
@@ -228,13 +284,13 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     return QuantizeResult(
         files=tuple(dict.fromkeys(file for exported in done.exported for file in exported.files)),  # a card is shared
         exports=tuple(exporter.targets[0].path for exporter in exporters),
-        plans=tuple(exporter.summary for exporter in exporters),
-        source_bytes=checkpoint.nbytes,
+        plans=done.plans,
+        source_bytes=(checkpoint.whole or checkpoint).nbytes,
         seconds=time.perf_counter() - started,
         threads=used,
         notes=prepared.notes
         + tuple(dict.fromkeys(note for exported in done.exported for note in exported.notes))
-        + (session.notes if session else ())
+        + _said(prepared, session)
         + (coverage.notes() if coverage else ()),
         coverage=coverage,
         resumed=done.resumed,

@@ -4,15 +4,18 @@ FORMATS."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from xent_quant.errors import ExportError, UnsupportedError
 from xent_quant.options import AUTO, OnnxOptions, Options
 from xent_quant.plain import plain
 
 if TYPE_CHECKING:
+    from exporters.bitsandbytes.plan import BnbPlan
     from exporters.gguf.plan import GGUFPlan
     from exporters.interface import Exporter
+    from exporters.onnx.plan import ONNXPlan
+    from xent_quant.checkpoint.dropping import KeptExperts
     from xent_quant.checkpoint.reader import Checkpoint
     from xent_quant.methods.interface import Method
     from xent_quant.validation.runtimes import Kind
@@ -42,7 +45,8 @@ def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -
     refused is refused here."""
     from exporters.base_model import BaseModel
 
-    name = plain(BaseModel.of(checkpoint.path).name if options.name is None else options.name)
+    fewer = f"-drop{checkpoint.kept.dropped}" if checkpoint.kept else ""
+    name = plain(BaseModel.of(checkpoint.path).name + fewer if options.name is None else options.name)
     for option, said in (("--name", name), *([("--output", plain(options.file.name))] if options.file else ())):
         if not said or said.startswith(".") or any(character in said for character in "/\\<>"):
             raise ExportError(f"{option} '{said}': not a file name; give one without slashes, < > and control characters")
@@ -61,6 +65,16 @@ def _refuse_the_model_itself(model: Path, output: Path, exporters: "list[Exporte
         or any(folder.is_relative_to(target) for target in targets)
     ):
         raise ExportError(f"{output}: is where the model itself lies, whose files would be replaced; choose another --output")
+
+
+Plan = TypeVar("Plan", "GGUFPlan", "ONNXPlan", "BnbPlan")
+
+
+def _told(plan: Plan, kept: "KeptExperts | None") -> Plan:
+    """The plan with a note on experts that are left out."""
+    from exporters.card import without
+
+    return replace(plan, notes=(without(kept), *plan.notes)) if kept else plan
 
 
 def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
@@ -85,7 +99,7 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
         )
 
     if options.planned:
-        model, known = checkpoint.architecture, sensitivities.of(checkpoint, options.sensitivity)
+        model, known = checkpoint.architecture, sensitivities.of(checkpoint.whole or checkpoint, options.sensitivity)
         options, said = _with_this_machine(options)
         for_machine = options.fit is not None or options.ram is not None
         goal = budget.Goal(
@@ -100,7 +114,8 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
 
         def planned(header: int) -> "GGUFPlan":
             made = budget.planned(model, known, goal, header=header, method=methods.name, pad=options.pad)
-            return replace(made, notes=(*said, *made.notes))
+            beside = ("What the experts that are left out lose comes on top of that.",) if checkpoint.kept else ()
+            return _told(replace(made, notes=(*said, *made.notes, *beside)), checkpoint.kept)
 
         yield exporter(planned)
         return
@@ -116,7 +131,7 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
         if chosen.name in done:
             continue
         done.add(chosen.name)
-        yield exporter(plan(checkpoint.architecture, chosen, pad=options.pad))
+        yield exporter(_told(plan(checkpoint.architecture, chosen, pad=options.pad), checkpoint.kept))
 
 
 def _with_this_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
@@ -143,7 +158,8 @@ def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
     from exporters.onnx.plan import Settings, plan
 
     settings = Settings(bits=options.n_bits, **{field.name: getattr(options, field.name) for field in fields(OnnxOptions)})
-    yield ONNXExporter(checkpoint, plan(checkpoint.architecture, settings), options.folder, name, methods.new())
+    planned = _told(plan(checkpoint.architecture, settings), checkpoint.kept)
+    yield ONNXExporter(checkpoint, planned, options.folder, name, methods.new())
 
 
 def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
@@ -152,6 +168,7 @@ def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods
 
     planned = plan(checkpoint.architecture, bits=options.n_bits, bnb_type=options.bnb_type, pad=options.pad)
     method = methods.new() if "bnb" in options.quantised else None
+    planned = _told(planned, checkpoint.kept)
     yield BnbExporter(checkpoint, planned, options.folder, name, method, split_size=options.split_bytes)
 
 

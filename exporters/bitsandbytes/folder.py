@@ -51,6 +51,7 @@ def _config(checkpoint: Checkpoint, plan: BnbPlan) -> dict[str, Any]:
         family.keys.width: plan.width,
         "torch_dtype": "bfloat16",
         **({"quantization_config": quantised} if quantised else {}),
+        **(checkpoint.kept.to_config() if checkpoint.kept else {}),
     }
 
 

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from exporters.gguf.export import rotary_rows
 from exporters.gguf.plan import layout
 from xent_quant import formats
+from xent_quant.checkpoint.dropping import compared_with_gguf
 from xent_quant.checkpoint.gguf_header import GGUFTensor, read_gguf
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, UnsupportedError
@@ -44,13 +46,18 @@ def shards(path: Path) -> list[Path]:
 def tensor_errors(path: Path, checkpoint: Checkpoint, progress: Progress | None = None) -> Iterator[TensorError]:
     """Every tensor of a GGUF file (all shards of a split one) against `checkpoint`, in the file's order.
 
-    Holds one slice of a tensor, dequantised. Weights that the file pads with count as zeros of the checkpoint. Raises
-    CheckpointError for a file that is not readable or not of this model, UnsupportedError for types that `formats` lacks.
+    Holds one slice of a tensor, dequantised. Weights that the file pads with count as zeros of the checkpoint; experts that it
+    says were dropped do not. Raises CheckpointError for a file that is not readable or not of this model, UnsupportedError for
+    types that `formats` lacks.
     """
     report = progress or Silent()
     stored: dict[str, GGUFTensor] = {}
+    metadata: dict[str, Any] = {}
     for shard in shards(path):
-        stored |= read_gguf(shard).tensors
+        header = read_gguf(shard)
+        stored |= header.tensors
+        metadata = header.metadata | metadata
+    checkpoint = compared_with_gguf(checkpoint, metadata, str(path))
     model = checkpoint.architecture
     gate = next((tensor for name, tensor in stored.items() if name.startswith("blk.0.ffn_gate") and "inp" not in name), None)
     if gate is None:

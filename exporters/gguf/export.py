@@ -80,6 +80,8 @@ class GGUFExporter:
         self.base = BaseModel.of(checkpoint.path)
         self.chat = chat_template(checkpoint.path) is not None
         self.header_bytes = 65536 + self.tokenizer.nbytes
+        if kept := checkpoint.kept:
+            self.header_bytes += 4 * sum(map(len, kept.numbers)) + len(kept.text.encode())
         self.plan = plan if isinstance(plan, GGUFPlan) else plan(self._overhead(split_size))
         plan = self.plan
         self.parts = shards(plan.tensors, split_size, self.header_bytes)
@@ -172,7 +174,7 @@ class GGUFExporter:
         """Everything of one of a plan's parts up to the tensor data, through gguf-py."""
         writer = gguf.GGUFWriter(path, plan.arch)
         if index == 0:
-            metadata.write(writer, plan, self.name, self.base)
+            metadata.write(writer, plan, self.name, self.base, self.checkpoint.kept)
             tokenizer.write(writer, self.tokenizer, self.checkpoint.architecture)
             for key, value in provenance.items():
                 writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)

@@ -10,6 +10,7 @@ from exporters.base_model import BaseModel
 from exporters.gguf.card import TAGS
 from exporters.gguf.plan import GGUFPlan
 from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint.dropping import GGUF_KEYS, KeptExperts
 from xent_quant.units import short_count
 
 
@@ -26,8 +27,9 @@ def parameters(model: Architecture) -> tuple[int, int]:
     return total, total - model.num_layers * idle * 3 * model.hidden_size * model.intermediate_size
 
 
-def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel) -> None:
-    """Add general, architecture and hyperparameter keys. `writer` was made for `plan.arch`."""
+def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel, kept: KeptExperts | None = None) -> None:
+    """Add general, architecture and hyperparameter keys, and which experts are there where some are not. `writer` was made for
+    `plan.arch`."""
     model = plan.architecture
     writer.add_type("model")
     writer.add_name(name)
@@ -72,6 +74,11 @@ def write(writer: gguf.GGUFWriter, plan: GGUFPlan, name: str, base: BaseModel) -
     if model.num_experts:
         writer.add_expert_count(model.num_experts)
         writer.add_expert_used_count(model.experts_per_token)
+    if kept:
+        numbers, of, text = GGUF_KEYS.values()
+        writer.add_array(numbers, [number for layer in kept.numbers for number in layer])  # int32
+        writer.add_uint32(of, kept.of)
+        writer.add_string(text, kept.text)
     for key, value in plan.llama.keys.items():
         add: dict[type, Callable[..., None]] = {
             bool: writer.add_bool,

@@ -32,6 +32,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
         "source_model_type": model.model_type,
         "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.experts_per_token,
+        **(checkpoint.kept.to_config() if checkpoint.kept else {}),
     }
 
 

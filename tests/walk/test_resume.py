@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gguf gptq": {"type": "Q4_0", **FAST},
     "onnx": {"formats": ["onnx"], **FAST},
     "bnb": {"formats": ["bnb"], "split_size": "100K", "threads": 1},
+    "dropped": {"type": "Q4_0", "drop_experts": 2, **FAST},
     "two types": {"type": ["Q4_0", "Q8_0"], **FAST},
     "calibrate": {},
 }
@@ -45,7 +46,7 @@ def test_stopped_behind_every_commit_in_turn(case: str, model: Path, text: Any, 
         with pytest.raises(KeyboardInterrupt) as stopped:
             make(case, model, output, text)
         names = [path.name for path in output.iterdir()]
-        if done < 2:
+        if done < 2 and case != "dropped":  # for which the model has run once by then
             assert names == []  # hardly anything was done
         else:
             assert "the same command goes on" in str(stopped.value)

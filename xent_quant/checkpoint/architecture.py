@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-STORAGE_KEYS = ("quantization_config", "compression_config", "rope_parameters", "auto_map", "dtype", "torch_dtype")
+EXPERTS_KEY = "xent_quant_experts"
+"""Of an export's config.json: `dropping.KeptExperts`, its experts among those of the checkpoint that it was made from."""
+STORAGE_KEYS = ("quantization_config", "compression_config", "rope_parameters", "auto_map", "dtype", "torch_dtype", EXPERTS_KEY)
 LARGEST = 2**31 - 1
 MOST_MATRICES = 1_000_000
 """Experts and other matrices, all layers together: a config that asks for more would fill the memory with their names."""
@@ -355,7 +357,8 @@ class Architecture:
         """A checkpoint's config.json as an export carries it: its own keys, with every value of this architecture written out,
         and without those that speak of how the checkpoint's weights are stored."""
         kept = {key: value for key, value in config.items() if key not in STORAGE_KEYS}
-        return {**kept, **self.to_config()}
+        again = {key: self.num_experts for key in self.family.keys.experts[1:] if key in kept}
+        return {**kept, **self.to_config(), **again}
 
     @property
     def embedding(self) -> TensorSpec:

@@ -23,6 +23,8 @@ from xent_quant.values import largest
 if TYPE_CHECKING:
     import torch
 
+    from xent_quant.checkpoint.dropping import KeptExperts
+
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -32,6 +34,7 @@ class Checkpoint:
 
     `infos` are the architecture's tensors by its own names, `sources` how each is read, `locations` what the files hold by the
     same names. `ignored` names what the architecture does not use (rotary_emb.inv_freq and the like); `notes` are for the person.
+    Of a view without some experts (`dropping.keep`) `kept` says which are there, and `whole` is the checkpoint with all of them.
     """
 
     SLICE: ClassVar[int] = 16 * 1024 * 1024
@@ -45,6 +48,8 @@ class Checkpoint:
     locations: dict[str, Location]
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
+    kept: "KeptExperts | None" = None
+    whole: "Checkpoint | None" = None
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":

@@ -79,6 +79,27 @@ class Transposed(_OfOneTensor):
 
 
 @dataclass(frozen=True)
+class ChosenRows:
+    """Rows `chosen` of another source, a small one: it is read whole."""
+
+    whole: Source
+    chosen: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.whole.dtype
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        return self.whole.locations
+
+    def rows(self, start: int, stop: int) -> F32:
+        """See `Source`."""
+        found: F32 = self.whole.rows(0, max(self.chosen) + 1)[list(self.chosen[start:stop])]
+        return found
+
+
+@dataclass(frozen=True)
 class Scaled:
     """FP8 values or 8-bit integers [rows, columns], less a zero point where there is one, times the scale of their block of
     `block` rows and columns. `rounded`: to the type of the scales, as compressed-tensors computes. Holds a scale for each value.

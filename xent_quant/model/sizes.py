@@ -23,3 +23,5 @@ STATE_FILES = ("a", "b", "sum")
 """Of a stream: the states before and behind a layer in turns, and what is about to be added to them; all as wide as the model."""
 ATTENDED = "attended"
 """One more, where what attention makes has another width: that."""
+SALIENCY_TOKENS = 32768
+"""Of the calibration text at most so many, in evenly spaced windows, say which experts are dropped."""

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.checkpoint import dropping
+from xent_quant.checkpoint.architecture import EXPERTS_KEY, Architecture
+from xent_quant.checkpoint.headers import read_json
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ValidationError
 from xent_quant.model.stages import Stage
@@ -36,10 +38,12 @@ TOKENIZER_AGREEMENT = 0.99
 
 @dataclass(frozen=True)
 class Exported:
-    """An export opened from headers: its weights, the name of its mix where it has one, and its weight files."""
+    """An export opened from headers: its weights, the checkpoint that those are of (without the experts that were dropped), the
+    name of its mix where it has one, and its weight files."""
 
     kind: runtimes.Kind
     source: TypedSource
+    checkpoint: Checkpoint
     mix: str | None
     files: tuple[Path, ...]
 
@@ -83,17 +87,21 @@ class _Finite:
             return self._source.padding(name)
 
 
-def open_export(path: Path, kind: runtimes.Kind, reference: Architecture) -> Exported:
+def open_export(path: Path, kind: runtimes.Kind, whole: Checkpoint) -> Exported:
     """Headers of an export, checked against the reference. Raises ValidationError naming the file, key or tensor."""
     if kind == "gguf":
         import gguf
 
         file = GGUFFile(path)
+        checkpoint = dropping.compared_with_gguf(whole, file.metadata, str(path))
         number = file.metadata.get("general.file_type")
         known = {int(item): item.name.removeprefix("MOSTLY_") for item in gguf.LlamaFileType}
         mix = known.get(number) if isinstance(number, int) else None
-        return Exported(kind, _Finite(path, GGUFSource(file, reference)), mix, tuple(file.files))
+        return Exported(kind, _Finite(path, GGUFSource(file, checkpoint.architecture)), checkpoint, mix, tuple(file.files))
     source: TypedSource
+    config = path / "config.json"
+    checkpoint = dropping.compared_with(whole, read_json(config).get(EXPERTS_KEY), f"{config}: {EXPERTS_KEY}")
+    reference = checkpoint.architecture
     if kind == "onnx":
         from xent_quant.validation.onnx_source import OnnxSource
 
@@ -109,7 +117,7 @@ def open_export(path: Path, kind: runtimes.Kind, reference: Architecture) -> Exp
     layer = reference.layer(0)
     most = layer.expert(0) if layer.router else layer.mlp
     mix = source.type(most.gate.name) if most else None
-    return Exported(kind, _Finite(path, source), mix, files)
+    return Exported(kind, _Finite(path, source), checkpoint, mix, files)
 
 
 def _check_same(path: Path, found: Architecture, wanted: Architecture) -> None:
@@ -148,15 +156,15 @@ def validate(
     kind = runtimes.kind_of(exported)
     used = runtimes.choose(kind, runtime)
     runtimes.require(kind, used)
-    opened = open_export(exported, kind, reference.architecture)
+    opened = open_export(exported, kind, reference)
     texts = tokenize(reference, suites, context, max_tokens)
-    n_weights = reference.n_weights
+    n_weights = opened.checkpoint.n_weights
     weight_bits = 8 * opened.nbytes / n_weights
     default = gates.tier(opened.mix, weight_bits)
     bounds = default if tolerance is None else gates.parse(tolerance, default)
 
     known = references(reference, texts, cache, report)
-    tensors = tuple(compare_all(reference, opened.source, report))
+    tensors = tuple(compare_all(opened.checkpoint, opened.source, report))
     everything = used == "torch"
     with ExitStack() as stack:
         # Over everything it takes as long as the reference: it is gone on with where it was interrupted.
@@ -188,6 +196,11 @@ def validate(
         f"Windows of {context} tokens apart, second half scored, as llama-perplexity does; errors are over windows; "
         f"within or out by {gates.ERRORS:.0f} standard errors, else undecided."
     )
+    if kept := opened.checkpoint.kept:
+        notes.append(
+            f"Of {kept.of} experts in each layer {kept.dropped} are left out. On text it is judged against the checkpoint with "
+            "all of them; weights are compared with those of the experts that are there, numbered as in the export."
+        )
     if len(texts[0].windows) < 2:
         notes.append("One window is too few for a standard error: verdicts on text are undecided.")
     return Report(

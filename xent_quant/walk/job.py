@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.coverage import Coverage
 from calibration.rare import fewest_rows
-from exporters.interface import Exported, Exporter, unmeasured_notes
+from exporters.interface import Exported, Exporter, PlanSummary, unmeasured_notes
 from xent_quant import journal as journals
 from xent_quant.checkpoint.fingerprint import check_same, fingerprint
 from xent_quant.checkpoint.reader import Checkpoint
@@ -31,18 +31,22 @@ if TYPE_CHECKING:
     from calibration.session import Text
     from xent_quant.device.method import OnDevice
     from xent_quant.model.streams import Streams
+    from xent_quant.walk.saliency import Dropping
 
 
 PROBE = "probe"
 """Where in the work folder the states lie that tell how much text there must be."""
+SALIENCY = "saliency"
+"""And those that tell which experts are dropped."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What was published; `coverage` where text was run; `resumed` layers were done by earlier runs, `seconds` is the time of the
-    walk in all of them."""
+    """What was published, and as what it was planned; `coverage` where text was run; `resumed` layers were done by earlier runs,
+    `seconds` is the time of the walk in all of them."""
 
     exported: tuple[Exported, ...]
+    plans: tuple[PlanSummary, ...]
     coverage: Coverage | None
     resumed: int
     seconds: float
@@ -57,6 +61,7 @@ def run(
     text: "Text | None" = None,
     provenance: Mapping[str, str | int] | None = None,
     identity: Mapping[str, Any] | None = None,
+    dropping: "Dropping | None" = None,
     force: bool = False,
     restart: bool = False,
     memory: int | None = None,
@@ -66,7 +71,8 @@ def run(
     """Quantise `checkpoint` for all `exporters`, which write into `output`, in one walk, with `statistics` of a file or of a
     `text` that runs along; files say of them what `provenance` holds, and `identity` is what their bytes depend on. At most
     `memory` bytes are resident, or ConfigError is raised before anything is read; of the device's on which methods compute, where
-    the text names one, `vram` (None: what is free).
+    the text names one, `vram` (None: what is free). With `dropping` the checkpoint is any view with as many experts as will stay,
+    and the exporters are planned for it; which stay is measured when the run begins, and their view takes its place.
 
     All exports appear, or none does, and what they replace is lost only when they are there. After an error or a kill the work
     that was done stays beside the output, and the same call goes on with it unless `restart` is given. Holds what `Walk` holds.
@@ -77,7 +83,7 @@ def run(
     followers = sum(hessian) if text else 0
     device = text.methods_on if text else None
     if text is None or device is None:
-        room = resources.room(model, followers, text is not None, memory)
+        room = resources.room(model, followers, text is not None or dropping is not None, memory)
     else:
         left = resources.left_to_cpu(exporters)
         fitting = partial(resources.device_room, model, followers, text.length, device, vram, memory=memory, left=bool(left))
@@ -92,11 +98,11 @@ def run(
     with Workspace.open(output, targets, force=force) as work, ExitStack() as files:
         path = work.path / journals.FILE
         journal = None if restart else Journal.load(path, whole)
-        fresh = journal is None
-        if journal is None:
+        fresh = journal is None or (not journal.done and journal.windows is None)  # no more than which experts stay is known
+        if journal is None or fresh:
             work.clear()
             check_free_space(output, sum(exporter.nbytes for exporter in exporters))
-            journal = Journal(path, whole)
+            journal = Journal(path, whole, experts=journal.experts if journal else None)
         resumed = journal.layers(model.num_layers)
         if resumed:
             report.note(f"Going on with an interrupted run: {resumed} of {model.num_layers} layers are done.")
@@ -110,6 +116,12 @@ def run(
         files.enter_context(kept(work, journal))
         if device is not None:
             files.enter_context(_memory_of(device, vram))
+        if dropping:
+            if journal.experts is None:
+                journal.experts = dropping.measured(work.path / SALIENCY, report)
+            if fresh:
+                journal.save()
+            checkpoint, exporters, text = dropping.applied(journal.experts)
         opened = files.enter_context(ExitStack())
         lanes = []
         for number, exporter in enumerate(exporters):
@@ -136,7 +148,7 @@ def run(
     if text and model.num_experts:
         coverage = Coverage(model.num_layers, model.num_experts, fewest_rows(model.intermediate_size, any(hessian)))
         coverage.tokens = journal.coverage
-    return Done(tuple(exported), coverage, resumed, journal.seconds)
+    return Done(tuple(exported), tuple(exporter.summary for exporter in exporters), coverage, resumed, journal.seconds)
 
 
 def _memory_of(device: "torch.device", limit: int | None) -> AbstractContextManager[None]:

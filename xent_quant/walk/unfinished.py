@@ -8,7 +8,7 @@ from xent_quant.journal import Journal
 from xent_quant.storage import Workspace
 
 LEAST_STEPS = 2
-"""Finished steps that are worth going on behind: the embedding and a layer."""
+"""Finished steps that are worth going on behind: the embedding and a layer. To know which experts stay is worth it too."""
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def kept(work: Workspace, journal: Journal) -> Iterator[None]:
         yield
     except BaseException as error:
         hopeless = isinstance(error, XentQuantError) and not isinstance(error, ExportError)
-        if hopeless or journal.done < LEAST_STEPS:
+        if hopeless or (journal.done < LEAST_STEPS and journal.experts is None):
             with suppress(OSError, ExportError):  # what was raised matters more
                 work.clear()
             if isinstance(error, KeyboardInterrupt):
