@@ -6,13 +6,15 @@ memory and speed.
     scripts/make_checkpoint.py --config config.json --output DIR [--layers N] [--dtype bf16] [--seed 0]
 
 Weights are Gaussian of standard deviation in_features ** -0.5, smaller where they write to the residual stream; norms
-are near 1. The tokenizer is the bundled miniature's, followed by single characters until the vocabulary is full; A5.7B's by none
-that is Chinese, since it is a model of English. Holds one shard (SHARD bytes), or one tensor where that is larger.
+are near 1. The tokenizer is the bundled miniature's, followed by pairs of Chinese characters and by single characters until the
+vocabulary is full; A5.7B's by none that is Chinese, since it is a model of English. Holds one shard (SHARD bytes), or one tensor
+where that is larger.
 """
 
 import argparse
 import json
 import shutil
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +74,24 @@ TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generati
 
 
 ENGLISH = ("A5.7B",)
+CHINESE = 0.3
 
 
 def write_tokenizer(output: Path, vocab_size: int, english: bool = False) -> None:
-    """The miniature's tokenizer, extended by characters of the planes 0 to 3 that it does not have yet."""
+    """The miniature's tokenizer, extended by single characters of the planes 0 to 3 that it does not have yet. For English none is
+    Chinese, else pairs of Chinese ones come before them, as a tokenizer of words has: CHINESE of what is added."""
     source = miniature()
     tokenizer = json.loads((source / "tokenizer.json").read_text("utf-8"))
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
     if vocab_size < len(vocab):
         raise SystemExit(f"vocab_size {vocab_size} is below the {len(vocab)} tokens of the bundled tokenizer")
+    han = [token for token in vocab if len(token) == 1 and "\u4e00" <= token <= "\u9fff"]
+    pairs = islice(map("".join, product(han, han)), 0 if english else int(CHINESE * (vocab_size - len(vocab))))
     left_out = [(0xD800, 0xE000), (0x4E00, 0xA000)] if english else [(0xD800, 0xE000)]
     codes = (code for code in range(0xA1, 0x3FFFF) if not any(first <= code < end for first, end in left_out))
-    characters = map(chr, codes)
+    tokens = chain(pairs, map(chr, codes))
     while len(vocab) < vocab_size:
-        vocab.setdefault(next(characters), len(vocab))
+        vocab.setdefault(next(tokens), len(vocab))
     (output / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
     for name in TOKENIZER_FILES:
         shutil.copyfile(source / name, output / name)
