@@ -78,7 +78,7 @@ CHINESE = 0.3
 
 
 def write_tokenizer(output: Path, vocab_size: int, english: bool = False) -> None:
-    """The miniature's tokenizer, extended by single characters of the planes 0 to 3 that it does not have yet. For English none is
+    """The miniature's tokenizer, extended by single characters of planes 0 to 3 that it does not have yet. For English none is
     Chinese, else pairs of Chinese ones come before them, as a tokenizer of words has: CHINESE of what is added."""
     source = miniature()
     tokenizer = json.loads((source / "tokenizer.json").read_text("utf-8"))
