@@ -12,6 +12,7 @@ from torch import Tensor
 from calibration.correction import Correction
 from calibration.rare import fewest_rows, floored, missing_rows
 from xent_quant.device.statistics import DeviceStatistics
+from xent_quant.linalg import believed
 from xent_quant.model.stages import Batch
 from xent_quant.tensors import InputStatistics
 
@@ -124,7 +125,8 @@ class Moments:
         self, statistics: InputStatistics | DeviceStatistics, layer: "Moments | None" = None
     ) -> Correction[Any] | None:
         """For weights whose inputs have these `statistics`, drift and residuals made up alike: with the layer's drift where
-        that is known, else with none. None where nothing drifted, is held out, or has any energy."""
+        that is known, else with none. Of the drift, too, what lies beside the diagonal is taken as far as so few rows are
+        believed. None where nothing drifted, is held out, or has any energy."""
         own, theirs = self._shares(layer)
         known, there = [(self, own), (layer, theirs)], self.device or CPU
         drifts = [moments.drift.to(there) * share for moments, share in known if share and moments and moments.drift is not None]
@@ -134,6 +136,8 @@ class Moments:
         residual = torch.cat(self.held_out_residual) if self.held_out_residual else None
         residuals = None if self.residuals is None or residual is None else self.residuals.to(there) * own
         drift = sum(drifts[1:], drifts[0])
+        diagonal = drift.diagonal().clone()
+        drift = (drift * believed(self.rows, statistics.importance)).diagonal_scatter(diagonal)
         parts = (drift, residuals, torch.cat(apart.held_out), torch.cat(apart.held_out_drift), residual)
         if isinstance(statistics, DeviceStatistics):
             return Correction(statistics.curvature, *parts)

@@ -179,7 +179,7 @@ def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, 
                 drift = np.array([exact[name][token] for token in rows]) - inputs
                 believed = np.where(off, len(inputs) / (len(inputs) + FEW_ROWS * len(product)), 1)
                 damped = believed * found.hessian + DAMPING * found.hessian.trace() / len(product) * ~off
-                change = np.linalg.solve(damped, (weights @ (drift.T @ inputs / len(inputs))).T).T
+                change = np.linalg.solve(damped, (weights @ (believed * (drift.T @ inputs / len(inputs)))).T).T
                 held = np.array([own[name][token] for token in judged])
                 wish = (np.array([exact[name][token] for token in judged]) - held) @ weights.T
                 reach = held @ change.T
