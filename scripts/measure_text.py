@@ -37,7 +37,7 @@ import torch
 from make_checkpoint import PRESETS, write_tokenizer
 from tokenizers import Tokenizer
 
-from calibration.text import SEPARATOR, documents
+from calibration.documents import SEPARATOR, documents
 from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
