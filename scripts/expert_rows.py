@@ -16,7 +16,7 @@ from pathlib import Path
 from _walk import first_layers
 
 from calibration.coverage import Coverage
-from calibration.rare import fewest_rows
+from calibration.rare import FEWEST_ROWS, fewest_rows
 from calibration.session import Session
 from xent_quant.checkpoint.hub import resolve
 from xent_quant.checkpoint.reader import Checkpoint
@@ -44,7 +44,7 @@ def main() -> None:
     fewest = fewest_rows(columns, hessian=True)
     settings = CalibrationOptions(calib=tuple(options.calib), calib_mix=options.calib_mix, tokens=options.tokens)
     session = Session(checkpoint, settings)
-    windows = session.windows(fewest)
+    windows = session.windows(FEWEST_ROWS)
     coverage = Coverage(model.num_layers, model.num_experts, fewest)
 
     def observe(stage: Stage) -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import xent_quant
 from calibration.coverage import Coverage
 from calibration.imatrix import Imatrix
+from calibration.rare import FEWEST_ROWS
 from calibration.session import Session, Windows
 from calibration.text import CalibrationText
 from tests.calibration.test_measuring import rows_and_gates
@@ -203,6 +204,20 @@ def test_more_text_is_drawn_for_rare_experts(checkpoint) -> None:
     assert len(session.text.spare) > len(session.text.windows)
     assert len(session.windows(0)) == len(session.text.windows)
     assert len(session.windows(10**6)) == len(session.text.windows) + len(session.text.spare)
+
+
+@pytest.mark.parametrize("method", ["imatrix", "gptq"])
+def test_no_method_draws_more_than_an_importance_takes(checkpoint, tmp_path: Path, monkeypatch, method) -> None:
+    """Three times the text for the Hessian of one rare expert is three times the hours of all others."""
+    asked, windows = [], Session.windows
+
+    def noted(session: Session, fewest: int, *rest) -> torch.Tensor:
+        asked.append(fewest)
+        return windows(session, fewest, *rest)
+
+    monkeypatch.setattr(Session, "windows", noted)
+    xent_quant.quantize(checkpoint(), method=method, type="Q8_0", tokens=512, seqlen=64, output=tmp_path)
+    assert asked == [FEWEST_ROWS]
 
 
 @pytest.mark.parametrize(

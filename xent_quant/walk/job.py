@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.coverage import Coverage
-from calibration.rare import fewest_rows
+from calibration.rare import FEWEST_ROWS, fewest_rows
 from exporters.interface import Exported, Exporter, PlanSummary, unmeasured_notes
 from xent_quant import journal as journals
 from xent_quant.checkpoint.fingerprint import check_same, fingerprint
@@ -182,11 +182,9 @@ def _streams(
     from xent_quant.model.streams import Streams
 
     model = checkpoint.architecture
-    if journal.windows is None:
-        fewest = fewest_rows(max(model.hidden_size, model.intermediate_size), any(hessian))
-        windows = text.windows(fewest, progress, work.path / PROBE)
-    else:
-        windows = text.first(journal.windows)
+    # Not for a Hessian of every rare expert, which the layer makes up: all others would pay for that with three times the time.
+    known = journal.windows
+    windows = text.windows(FEWEST_ROWS, progress, work.path / PROBE) if known is None else text.first(known)
     count = 1
     listened: dict[int, bool] = {}
     for lane, needed in zip(lanes, hessian, strict=True):
