@@ -65,7 +65,7 @@ def test_before_a_resumed_run_has_begun(
     assert command(*arguments) == INTERRUPTED
     assert capsys.readouterr().err.endswith(GOES_ON)
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("calibration.session.Session.__init__", interrupted)
