@@ -99,7 +99,7 @@ def _draw(page: Path | None, model: str | None, plans: "Sequence[PlanSummary]", 
     if page:
         from xent_quant.cli import plan_page, show
 
-        name = options.name or (Path(model).name if model else "xent-mini")
+        name = options.name or (Path(model).resolve().name if model else "xent-mini")
         plan_page.write(page, name, plans, plan_page.measured(options.folder / "validation"))
         show.note(f"The plan: {page}")
 

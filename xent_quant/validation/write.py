@@ -1,10 +1,10 @@
 """The report's files: written under a temporary name, renamed when complete."""
 
+import os
 from pathlib import Path
 
 from xent_quant.errors import ValidationError
 from xent_quant.plain import readable_json
-from xent_quant.storage import replace_bytes
 from xent_quant.validation.html import page
 from xent_quant.validation.report import Report
 
@@ -21,8 +21,11 @@ def write(report: Report, folder: Path | None, json_file: Path | None = None) ->
 
 
 def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(path, text.encode())
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise ValidationError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
