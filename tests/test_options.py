@@ -65,14 +65,20 @@ IDLE: list[tuple[dict[str, Any], list[str]]] = [
     ({"max_kl": 0.01, "tensor_types": ["a=Q8_0"]}, ["--tensor-type a=Q8_0: has no effect beside --max-kl"]),
     ({"size": "1G", "max_kl": 0.01}, ["--max-kl 0.01: has no effect beside --size"]),
     ({"size": "1G", "fit": "1G"}, ["--fit 1G: has no effect beside --size"]),
-    ({**ONNX, "size": "1G"}, ["--size 1G: has no effect with --format onnx", "--bits instead"]),
+    ({**BNB, "size": "1G"}, ["--size 1G: has no effect with --format bnb", "--bits instead", "--format gguf or onnx"]),
+    ({**ONNX, "size": "1G", "bits": 8}, ["--bits 8: has no effect beside --size"]),
+    ({**ONNX, "max_kl": 0.1, "active_bits": 8}, ["--active-bits 8: has no effect beside --max-kl"]),
+    ({**ONNX, "fit": "1G", "ram": "1G"}, ["--ram 1G: has no effect with --format onnx", "--format gguf"]),
+    ({"formats": ["gguf", "onnx"], "fit": "1G", "speed": 9.0}, ["--speed 9.0: has no effect with --format onnx"]),
+    ({**ONNX, "fit": "1G", "kv": "q8_0"}, ["--kv q8_0: has no effect with --format onnx"]),
+    ({**ONNX, "fit": "1G", "vram_bandwidth": "9GB/s"}, ["--vram-bandwidth 9GB/s: has no effect with --format onnx"]),
     ({**BNB, "fit": "1G"}, ["--fit 1G: has no effect with --format bnb"]),
     ({"size": "1G", "context": 512}, ["--context 512: has no effect without --fit"]),
     ({"kv": "q8_0"}, ["--kv q8_0: has no effect without --fit"]),
     ({"sensitivity": "a.json"}, ["--sensitivity a.json: has no effect without --size, --max-kl, --fit or --ram"]),
     ({"size": "1G", "ram": "1G"}, ["--ram 1G: has no effect beside --size"]),
     ({"ram": "1G", "max_kl": 0.1}, ["--max-kl 0.1: has no effect beside --ram"]),
-    ({**ONNX, "fit": "auto"}, ["--fit auto: has no effect with --format onnx"]),
+    ({**BNB, "fit": "auto"}, ["--fit auto: has no effect with --format bnb"]),
     ({"fit": "auto", "type": "Q8_0"}, ["--type Q8_0: has no effect beside --fit"]),
     ({"size": "1G", "speed": 10.0}, ["--speed 10.0: has no effect without --fit or --ram"]),
     ({"ram": "1G", "vram_bandwidth": "360GB/s"}, ["--vram-bandwidth 360GB/s: has no effect without --fit"]),
@@ -111,7 +117,7 @@ def test_options_without_effect_are_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_bits_are_of_the_formats_that_no_plan_chooses_for() -> None:
-    assert Options(size="1G", bits=8, formats=["gguf", "onnx"]).n_bits == 8
+    assert Options(size="1G", bits=8, formats=["gguf", "onnx", "bnb"]).n_bits == 8
 
 
 def _made(model: Path, options: dict[str, Any]) -> Any:

@@ -226,7 +226,7 @@ class TensorOptions(_Choices):
     tensor_types: tuple[str, ...] = ()
     """REGEX=TYPE on GGUF tensor names; repeatable, first match wins."""
     size: int | str | None = None
-    """Instead of --bits: the best file of at most this size, such as 12GiB, planned tensor by tensor."""
+    """Instead of --bits: the best file of at most this size, such as 12GiB, planned tensor by tensor. Of ONNX: all its files."""
     max_kl: float | None = None
     """Instead of --bits: the smallest file whose expected KL divergence is at most so many nats per token, such as 0.01."""
     fit: int | str | None = None
@@ -393,6 +393,9 @@ class Options(OutputOptions, OnnxOptions, TensorOptions, StatisticsOptions, Targ
 FILES = (".gguf", ".onnx", ".safetensors")
 """Endings of --output that a person means a file by."""
 
+PLANNED = ("gguf", "onnx")
+"""Formats whose types can be planned for a budget."""
+
 FLOATS = ("F32", "F16", "BF16")
 """Types of which nothing is chosen."""
 
@@ -464,11 +467,17 @@ def _planned(field: str) -> Need:
     def need(options: Options) -> str:
         bounds = {"size": options.size, "fit": options.fit, "ram": options.ram, "max-kl": options.max_kl}
         by = next((name for name, value in bounds.items() if value is not None), field)
-        elsewhere = field == "bits" and isinstance(options.bits, int) and options.formats != ("gguf",)
+        elsewhere = field == "bits" and isinstance(options.bits, int) and not set(options.formats) <= set(PLANNED)
         no_effect = field != by and not elsewhere and (field, by) != ("ram", "fit")
         return f"beside --{by}, which chooses the types; drop one of them" if no_effect else ""
 
     return need
+
+
+def _one_memory(options: Options) -> str:
+    """An option of plans for several memories."""
+    onnx = "onnx" in options.formats
+    return "with --format onnx, all of which lies in the GPU's memory; drop it, or use --format gguf" if onnx else ""
 
 
 def _plan(options: Options) -> str:
@@ -512,12 +521,14 @@ def _blocks(options: Options) -> str:
 
 NEEDS: dict[str, tuple[Need, ...]] = {
     "bits": (_planned("bits"), _bits),
-    "size": (_only("gguf", instead="give --bits instead"),),
-    "fit": (_only("gguf", instead="give --bits instead"), _planned("fit")),
-    "max_kl": (_only("gguf", instead="give --bits instead"), _planned("max-kl")),
-    "ram": (_only("gguf", instead="give --bits instead"), _planned("ram")),
-    **dict.fromkeys(("context", "kv", "speed"), (_machine,)),
-    "vram_bandwidth": (_fit,),
+    "size": (_only(*PLANNED, instead="give --bits instead"),),
+    "fit": (_only(*PLANNED, instead="give --bits instead"), _planned("fit")),
+    "max_kl": (_only(*PLANNED, instead="give --bits instead"), _planned("max-kl")),
+    "ram": (_one_memory, _only("gguf", instead="give --bits instead"), _planned("ram")),
+    "context": (_machine,),
+    "kv": (_machine, _only("gguf")),
+    "speed": (_machine, _one_memory),
+    "vram_bandwidth": (_fit, _only("gguf")),
     "ram_bandwidth": (_ram,),
     "sensitivity": (_plan,),
     "bnb_type": (_only("bnb"), _four_bits),
@@ -534,7 +545,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "pad": (_only("gguf", "bnb"),),
     "onnx_dtype": (_only("onnx"),),
     **dict.fromkeys(("block_size", "accuracy_level", "symmetric"), (_only("onnx"), _blocks)),
-    "active_bits": (_only("onnx"),),
+    "active_bits": (_only("onnx"), _planned("active-bits")),
     "split_size": (_only("gguf", "bnb"),),
     "allow_tokenizer_mismatch": (_only("gguf"),),
 }

@@ -12,12 +12,14 @@ from xent_quant.plain import plain
 
 if TYPE_CHECKING:
     from exporters.bitsandbytes.plan import BnbPlan
+    from exporters.budgets import Goal
     from exporters.gguf.plan import GGUFPlan
     from exporters.interface import Exporter
     from exporters.onnx.plan import ONNXPlan
     from xent_quant.checkpoint.dropping import KeptExperts
     from xent_quant.checkpoint.reader import Checkpoint
     from xent_quant.methods.interface import Method
+    from xent_quant.sensitivities import Sensitivity
     from xent_quant.validation.runtimes import Kind
 
 
@@ -114,8 +116,7 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
 
         def planned(header: int) -> "GGUFPlan":
             made = budget.planned(model, known, goal, header=header, method=methods.name, pad=options.pad)
-            beside = ("What the experts that are left out lose comes on top of that.",) if checkpoint.kept else ()
-            return _told(replace(made, notes=(*said, *made.notes, *beside)), checkpoint.kept)
+            return _told(replace(made, notes=(*said, *made.notes, *_beside_dropped(checkpoint))), checkpoint.kept)
 
         yield exporter(planned)
         return
@@ -132,6 +133,33 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
             continue
         done.add(chosen.name)
         yield exporter(_told(plan(checkpoint.architecture, chosen, pad=options.pad), checkpoint.kept))
+
+
+def _beside_dropped(checkpoint: "Checkpoint") -> tuple[str, ...]:
+    return ("What the experts that are left out lose comes on top of that.",) if checkpoint.kept else ()
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What a plan of another format than GGUF is made of: its goal, what it stands on, and what is to be said of the machine."""
+
+    goal: "Goal"
+    sensitivity: "Sensitivity"
+    said: tuple[str, ...]
+
+    @classmethod
+    def of(cls, checkpoint: "Checkpoint", options: Options) -> "_Budget | None":
+        """None where the options ask for no plan."""
+        if not options.planned:
+            return None
+        from exporters.budgets import Goal
+        from exporters.interface import CONTEXT
+        from xent_quant import sensitivities
+
+        options, said = _with_this_machine(options)
+        context = options.context or min(CONTEXT, checkpoint.architecture.max_position_embeddings)
+        goal = Goal(name=options.planned, size=options.size_bytes, max_kl=options.max_kl, vram=options.fit_bytes, context=context)
+        return cls(goal, sensitivities.of(checkpoint.whole or checkpoint, options.sensitivity), said)
 
 
 def _with_this_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
@@ -155,11 +183,20 @@ def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
         if error.name != "onnx":
             raise
         raise UnsupportedError("--format onnx: the package onnx is not installed: pip install 'xent-quant[onnx]'") from error
+    from exporters.onnx import budget
     from exporters.onnx.plan import Settings, plan
 
+    model = checkpoint.architecture
     settings = Settings(bits=options.n_bits, **{field.name: getattr(options, field.name) for field in fields(OnnxOptions)})
-    planned = _told(plan(checkpoint.architecture, settings), checkpoint.kept)
-    yield ONNXExporter(checkpoint, planned, options.folder, name, methods.new())
+    known = _Budget.of(checkpoint, options)
+
+    def within(header: int) -> "ONNXPlan":
+        assert known is not None
+        made = budget.planned(model, known.sensitivity, known.goal, settings, header=header, method=methods.name)
+        return _told(replace(made, notes=(*known.said, *made.notes, *_beside_dropped(checkpoint))), checkpoint.kept)
+
+    usual = _told(plan(model, settings), checkpoint.kept)
+    yield ONNXExporter(checkpoint, usual, options.folder, name, methods.new(), within if known else None)
 
 
 def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import floor, inf
 
+from exporters import budgets
+from exporters.budgets import NEIGHBOURS, corners, too_small, unreachable
 from exporters.gguf.plan import (
     KV_ITEM,
     RAM,
@@ -54,12 +56,8 @@ from xent_quant.sensitivities import EMBEDDING, HEAD, TYPES, Sensitivity, place
 from xent_quant.tensors import KEPT_ROLES
 from xent_quant.units import human_bytes
 
-NEIGHBOURS = {"an eighth smaller": 7 / 8, "an eighth larger": 9 / 8}
-"""Budgets that are planned for comparison, as shares of the plan's."""
 PACES = (2.0, 1.4, 0.7, 0.5)
 """Speeds that are planned for comparison, as shares of the plan's."""
-CORNERS = 60
-"""Of the curve of all sizes, about."""
 NAMED = ("Q8_0", "XENT6", "Q6_K", "XENT5", "Q5_K_M", "XENT4", "Q4_K_M", "IQ4_XS", "XENT3", "Q3_K_M", "XENT2", "Q2_K")
 """Mixes that are shown for comparison."""
 
@@ -246,11 +244,7 @@ def planned(
     if compare:
         beside = [*_neighbours(of, goal, header, made, nbytes), *named_mixes(candidate.layout, header, pad, goal)]
         beside.sort(key=lambda row: -row.nbytes)
-    notes = [
-        f"Planned for {goal.name}: expected KL divergence {chosen.loss:.2g} nats per token; sensitivity: {sensitivity.source}."
-    ]
-    if method == "rtn":
-        notes.append("That is expected of --method imatrix; what --method rtn loses was not measured.")
+    notes = [*budgets.notes(goal.name, chosen.loss, sensitivity.source, method)]
     if made.expert_width != model.intermediate_size:
         notes.append(f"Expert width {model.intermediate_size} padded with zeros to {made.expert_width}: the same function.")
     at_work = None
@@ -258,7 +252,7 @@ def planned(
         notes += _of_machine(made, goal.machine)
         needs = made.needs()
         at_work = AtWork(*needs.held, made.placement.cpu_layers, 1 / goal.machine.seconds(needs.read))
-    best = tuple(_frontier(of, header)) if compare else ()
+    best = _frontier(of, header) if compare else ()
     expected = Expected(chosen.loss, nbytes, sensitivity.source, tuple(beside), at_work, best)
     return replace(made, notes=tuple(notes), expected=expected)
 
@@ -295,18 +289,13 @@ def _of_machine(made: GGUFPlan, machine: Machine) -> Iterator[str]:
     )
 
 
-def _frontier(of: Sequence[Layout], header: int) -> Iterator[tuple[int, float]]:
-    """Bytes of the file and expected loss of some CORNERS of the best plans, the smallest and the best among them."""
+def _frontier(of: Sequence[Layout], header: int) -> tuple[tuple[int, float], ...]:
+    """Bytes of the file and expected loss of the best plans."""
     found: list[tuple[int, float]] = []
     for each in of:
         kept = header + sum(tensor.aligned_bytes for tensor in each.kept)
         found += [(kept + int(nbytes), float(loss)) for nbytes, loss in frontier(tuple(each.groups.values()))]
-    best: list[tuple[int, float]] = []
-    for corner in sorted(found):
-        if not best or corner[1] < best[-1][1]:
-            best.append(corner)
-    for index in sorted({round(part * (len(best) - 1) / CORNERS) for part in range(CORNERS + 1)}):
-        yield best[index]
+    return corners(found)
 
 
 def _file_bytes(plan: GGUFPlan, header: int) -> int:
@@ -329,7 +318,7 @@ def _too_little(candidates: Sequence[Candidate], goal: Goal, header: int) -> Exp
     machine, left = goal.machine, [(each, *each.problem.least) for each in candidates]
     if machine is None:
         assert goal.size is not None
-        return _too_small("size", goal.size, min(nbytes[0] - each.problem.memory[0] for each, nbytes, _ in left), "takes")
+        return too_small("size", goal.size, min(nbytes[0] - each.problem.memory[0] for each, nbytes, _ in left), "takes")
     alone = machine.vram is None or machine.ram is None
     remedy = "; with --ram experts may stay in RAM" if machine.ram is None and candidates[0].layout.model.num_experts else ""
     for option, limit, memory, what in (
@@ -338,20 +327,12 @@ def _too_little(candidates: Sequence[Candidate], goal: Goal, header: int) -> Exp
     ):
         over = [nbytes[memory] - each.problem.memory[memory] for each, nbytes, _ in left]
         if limit is not None and min(over) > 0:
-            return _too_small(option, limit, min(over), what, remedy)
+            return too_small(option, limit, min(over), what, remedy)
         left = [each for each, much in zip(left, over, strict=True) if much <= 0]
     fastest = 1 / min(seconds for *_, seconds in left)
     return ExportError(
         f"--speed {goal.speed:g}: bandwidth allows the smallest plan of this model {floor(10 * fastest) / 10} tokens per second; "
         "give less, or a machine with more VRAM or faster memory"
-    )
-
-
-def _too_small(option: str, limit: int, over: float, what: str, remedy: str = "") -> ExportError:
-    needed = int(limit + over)
-    return ExportError(
-        f"--{option} {human_bytes(limit)}: too small by {human_bytes(over)}; the smallest plan of this model {what} "
-        f"{human_bytes(needed)} ({needed} bytes){remedy}"
     )
 
 
@@ -368,10 +349,7 @@ def _smallest(of: Sequence[Layout], goal: Goal, header: int) -> tuple[Candidate,
         except Infeasible as none:
             least.append(none.least)
     if not found:
-        raise ExportError(
-            f"--max-kl {goal.max_kl:g}: the least that is expected with types of up to 8 bits is {min(least):.2g}; give as much "
-            "or more, or --bits 16"
-        )
+        raise unreachable(goal.max_kl, min(least))
     return min(found, key=lambda each: each[0])[1:]
 
 

@@ -47,7 +47,7 @@ def _readme(base: BaseModel, plan: ONNXPlan, name: str) -> str:
             base,
             "onnxruntime",
             ("onnx", "quantized", *tags(plan.architecture)),
-            f"{name}-{settings.name}-ONNX",
+            f"{name}-{plan.name}-ONNX",
             f"for stock ONNX Runtime ({MINIMUM[0]}.{MINIMUM[1]} or newer) and onnxruntime-genai: {human_bytes(plan.data_bytes)}, "
             f"computing in {settings.onnx_dtype}",
         ),

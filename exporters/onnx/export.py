@@ -4,7 +4,7 @@ Holds, of a gate or up projection, the rows between which its own go.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from exporters.card import calibrated
-from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
+from exporters.interface import Exported, PlanSummary, TensorRow
 from exporters.onnx import card, config
 from exporters.onnx.graph import DATA_FILE, build
 from exporters.onnx.plan import FLOATS, ONNXPlan, ONNXSlot, Part
@@ -27,6 +27,8 @@ from xent_quant.storage import Move, PositionalFile, Target, replace_bytes, sync
 FOLDER = "onnx"
 POSITIONS = 16384
 """Rows of the rotary tables that are computed at a time."""
+TEXT_BYTES = 8192
+"""By how much graph and card grow at most with what a plan says and what the calibration text is called."""
 
 
 class ONNXExporter:
@@ -35,16 +37,35 @@ class ONNXExporter:
     Raises CheckpointError where the checkpoint has no tokenizer or its configuration files are damaged.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: ONNXPlan, output: Path, name: str, method: Method) -> None:
-        self.checkpoint, self.plan, self.method = checkpoint, plan, method
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: ONNXPlan,
+        output: Path,
+        name: str,
+        method: Method,
+        within: Callable[[int], ONNXPlan] | None = None,
+    ) -> None:
+        """`within` makes another plan, for a budget, when told how many bytes the files have besides the data file."""
+        self.checkpoint, self.plan, self.method, self._name = checkpoint, plan, method, name
         self.target = output / FOLDER
-        self.files = config.files(checkpoint, plan)
-        self.files |= card.files(checkpoint.path, plan, name)
+        if within:
+            self.plan = within(self._beside_data() + TEXT_BYTES)
+        self.files = self._files()
+
+    def _files(self) -> dict[str, bytes]:
+        """What is known before any weight is."""
+        return config.files(self.checkpoint, self.plan) | card.files(self.checkpoint.path, self.plan, self._name)
+
+    def _beside_data(self) -> int:
+        graph: int = build(self.plan).ByteSize()
+        return graph + sum(map(len, self._files().values()))
 
     @property
     def summary(self) -> PlanSummary:
-        rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in self.plan.weights.values() if t.pieces)
-        return PlanSummary("onnx", rows, self.plan.vram_bytes(CONTEXT), self.plan.notes)
+        plan = self.plan
+        rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in plan.weights.values() if t.pieces)
+        return PlanSummary("onnx", rows, plan.vram_bytes(plan.context), plan.notes, plan.expected, plan.context)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -57,11 +78,16 @@ class ONNXExporter:
     @property
     def identity(self) -> dict[str, Any]:
         """See `Exporter.identity`."""
-        return {"settings": asdict(self.plan.settings), "expert width": self.plan.expert_width, "files": sorted(self.files)}
+        return {
+            "settings": asdict(self.plan.settings),
+            "types": {weight.name: weight.type for weight in self.plan.weights.values()},
+            "expert width": self.plan.expert_width,
+            "files": sorted(self.files),
+        }
 
     @property
     def nbytes(self) -> int:
-        return self.plan.data_bytes + sum(map(len, self.files.values()))
+        return self.plan.data_bytes + self._beside_data()
 
     def check(self, force: bool) -> None:
         """See `Exporter.check`."""

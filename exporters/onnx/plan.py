@@ -1,11 +1,11 @@
 """What an ONNX export will write: every weight's operator layout and place in model.onnx.data, decided from headers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from exporters.interface import Slot, kv_cache_bytes
+from exporters.interface import CONTEXT, Expected, Slot, kv_cache_bytes
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture, Swiglu
 from xent_quant.errors import ConfigError, UnsupportedError
@@ -124,7 +124,8 @@ class ONNXSlot(Slot):
 @dataclass(frozen=True)
 class ONNXPlan:
     """All weights by name in file order, the rotary tables ([positions, head_dim / 2]) after them. `expert_width` is the
-    width written, `data_bytes` the size of the data file."""
+    width written, `data_bytes` the size of the data file, `name` what headings call it: INT4, or the budget that it was planned
+    for, of which `expected` is there then."""
 
     architecture: Architecture
     settings: Settings
@@ -134,6 +135,9 @@ class ONNXPlan:
     tables: tuple[Part, Part]
     data_bytes: int
     notes: tuple[str, ...]
+    name: str
+    expected: Expected | None = None
+    context: int = CONTEXT
 
     def slots(self) -> dict[str, list[ONNXSlot]]:
         """By the checkpoint's name of the tensor."""
@@ -152,8 +156,15 @@ class ONNXPlan:
         return self.data_bytes + kv_cache_bytes(self.architecture, context, item) + RUNTIME_BYTES
 
 
-def plan(model: Architecture, settings: Settings) -> ONNXPlan:
-    """Lay everything out. Raises ConfigError or UnsupportedError for what the operators cannot express."""
+def node(weight: str) -> str:
+    """The operator that reads a weight, by name: what has one number of bits. Routed experts' weights have one operator."""
+    return weight.rsplit(".", 1)[0] if ".experts." in weight else weight
+
+
+def plan(model: Architecture, settings: Settings, bits: Mapping[str, int] | None = None) -> ONNXPlan:
+    """Lay everything out; by `node`, some may have other `bits` than the settings say.
+
+    Raises ConfigError or UnsupportedError for what the operators cannot express."""
     if model.head_dim % HEAD_STEP:
         raise UnsupportedError(f"head_dim {model.head_dim}: ONNX Runtime rotates heads of a multiple of {HEAD_STEP} dimensions")
     block = max(settings.experts.block_size, settings.active.block_size)
@@ -184,27 +195,31 @@ def plan(model: Architecture, settings: Settings) -> ONNXPlan:
         offset = _up(offset + part.nbytes, ALIGNMENT)
         return here
 
-    for weight in _weights(model, settings, width, shared):
+    for weight in _weights(model, settings, bits or {}, width, shared):
         placed[weight.name] = replace(weight, parts=tuple(place(part) for part in weight.parts))
     if model.tie_word_embeddings:
         bytes_of = placed["embedding"].parts
-        head = _matrix("head", settings.active, model.vocab_size, model.hidden_size, ())
+        head = _matrix("head", placed["embedding"].kind, model.vocab_size, model.hidden_size, ())
         parts = tuple(replace(part, offset=other.offset) for part, other in zip(head.parts, bytes_of, strict=True))
         placed["head"] = replace(head, parts=parts)
     kind = FLOATS[settings.onnx_dtype]
     item = formats.get(kind).block_bytes
     half = model.head_dim // 2
     cos, sin = (place(Part(name, kind, (model.max_position_embeddings, half), half * item)) for name in ("cos", "sin"))
-    return ONNXPlan(model, settings, width, shared, placed, (cos, sin), offset, tuple(notes))
+    return ONNXPlan(model, settings, width, shared, placed, (cos, sin), offset, tuple(notes), settings.name)
 
 
 def _up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _weights(model: Architecture, settings: Settings, width: int, shared: int) -> Iterator[Weight]:
+def _weights(model: Architecture, settings: Settings, bits: Mapping[str, int], width: int, shared: int) -> Iterator[Weight]:
     hidden, attended, kv = model.hidden_size, model.attention_size, model.kv_size
-    active, experts = settings.active, settings.experts
+
+    def matrix(name: str, rows: int, columns: int, pieces: tuple[Piece, ...], experts: int = 0, **how: bool) -> Weight:
+        usual = settings.experts if experts else settings.active
+        kind = settings.kind(bits[node(name)]) if node(name) in bits else usual
+        return _matrix(name, kind, rows, columns, pieces, experts, **how)
 
     def norm(name: str, source: TensorSpec) -> Weight:
         kind, (size,) = formats.get(FLOATS[settings.onnx_dtype]), source.shape
@@ -214,18 +229,18 @@ def _weights(model: Architecture, settings: Settings, width: int, shared: int) -
     def swiglu(name: str, mlp: Swiglu, padded: int) -> Iterator[Weight]:
         """gate and up as one matrix, gate's rows first; down."""
         pieces = (Piece(mlp.gate), Piece(mlp.up, padded))
-        yield _matrix(f"{name}.gate_up", active, 2 * padded, hidden, pieces)
-        yield _matrix(f"{name}.down", active, hidden, padded, (Piece(mlp.down),))
+        yield matrix(f"{name}.gate_up", 2 * padded, hidden, pieces)
+        yield matrix(f"{name}.down", hidden, padded, (Piece(mlp.down),))
 
-    yield _matrix("embedding", active, model.vocab_size, hidden, (Piece(model.embedding),), gathered=True)
+    yield matrix("embedding", model.vocab_size, hidden, (Piece(model.embedding),), gathered=True)
     for index in range(model.num_layers):
         layer, name = model.layer(index), f"layers.{index}"
         yield norm(f"{name}.attention.norm", layer.attention_norm)
         qkv = (Piece(layer.q), Piece(layer.k, attended), Piece(layer.v, attended + kv))
-        yield _matrix(f"{name}.attention.qkv", active, attended + 2 * kv, hidden, qkv)
+        yield matrix(f"{name}.attention.qkv", attended + 2 * kv, hidden, qkv)
         for which, source in zip("qk", layer.qk_norms or (), strict=False):
             yield norm(f"{name}.attention.{which}.norm", source)
-        yield _matrix(f"{name}.attention.output", active, hidden, attended, (Piece(layer.output),))
+        yield matrix(f"{name}.attention.output", hidden, attended, (Piece(layer.output),))
         yield norm(f"{name}.mlp.norm", layer.mlp_norm)
         if layer.router:
             yield _matrix(f"{name}.router", formats.get("F32"), model.num_experts, hidden, (Piece(layer.router),))
@@ -236,13 +251,13 @@ def _weights(model: Architecture, settings: Settings, width: int, shared: int) -
                 gate_up.append(Piece(expert.gate, first, 2))
                 gate_up.append(Piece(expert.up, first + 1, 2))
                 down.append(Piece(expert.down, hidden * number))
-            yield _matrix(f"{name}.experts.gate_up", experts, 2 * width, hidden, tuple(gate_up), model.num_experts)
-            yield _matrix(f"{name}.experts.down", experts, hidden, width, tuple(down), model.num_experts)
+            yield matrix(f"{name}.experts.gate_up", 2 * width, hidden, tuple(gate_up), model.num_experts)
+            yield matrix(f"{name}.experts.down", hidden, width, tuple(down), model.num_experts)
         if layer.mlp:
             yield from swiglu(f"{name}.{'shared' if layer.router else 'mlp'}", layer.mlp, shared if layer.router else width)
     yield norm("norm", model.final_norm)
     if not model.tie_word_embeddings:
-        yield _matrix("head", active, model.vocab_size, hidden, (Piece(model.head),))
+        yield matrix("head", model.vocab_size, hidden, (Piece(model.head),))
 
 
 def _matrix(

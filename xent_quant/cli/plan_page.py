@@ -7,9 +7,8 @@ from math import ceil, floor, log10
 from pathlib import Path
 
 from exporters.interface import Alternative, Expected, PlanSummary
-from xent_quant.cli.show import type_map
+from xent_quant.cli.show import bits_of, type_map
 from xent_quant.errors import ConfigError, ExportError
-from xent_quant.formats import get as get_format
 from xent_quant.page import document, escape, label, section
 from xent_quant.storage import replace_bytes
 from xent_quant.units import human_bytes
@@ -155,23 +154,26 @@ def _apart(
     return placed
 
 
-def _cell(kind: str) -> str:
+def _cell(kind: str, bits: float) -> str:
     if not kind:
         return "<td></td>"
-    bits = get_format(kind).bits_per_weight
     hue = next(hue for least, hue in HUES if bits >= least)
     return f'<td style="background:hsl({hue} 70% 50% / .32)" title="{bits:.2f} bits per weight">{escape(kind)}</td>'
 
 
 def _types(planned: PlanSummary) -> str:
     """Types by layer and projection; neighbouring layers that are alike share a row."""
-    found = type_map([(tensor.name.removesuffix(".weight"), tensor.type) for tensor in planned.tensors])
+    found, bits = type_map(planned), bits_of(planned)
+
+    def cell(kind: str) -> str:
+        return _cell(kind, bits.get(kind, 0))
+
     head = "".join(f"<th>{escape(part)}</th>" for part in found.parts)
     rows = "".join(
-        f"<tr><td>{escape(layers)}</td>{''.join(_cell(types.get(part, '')) for part in found.parts)}</tr>"
+        f"<tr><td>{escape(layers)}</td>{''.join(cell(types.get(part, '')) for part in found.parts)}</tr>"
         for layers, types in found.rows
     )
-    outside = "".join(f"<tr><td>{escape(name)}</td>{_cell(kind)}</tr>" for name, kind in found.outside.items())
+    outside = "".join(f"<tr><td>{escape(name)}</td>{cell(kind)}</tr>" for name, kind in found.outside.items())
     body = (
         f'<div class="scroll"><table class="heat"><tr><th>layers</th>{head}</tr>{rows}</table>'
         f'<table class="heat" style="margin-top:10px">{outside}</table></div>'

@@ -14,7 +14,6 @@ from rich.text import Text
 from exporters.interface import Alternative, TypeRow
 from xent_quant.cli import show_progress
 from xent_quant.cli.terminal import Terminal
-from xent_quant.formats import get as get_format
 from xent_quant.plain import readable_json
 from xent_quant.progress import Progress
 from xent_quant.units import human_bytes, human_count, human_seconds
@@ -60,7 +59,7 @@ def plans(summaries: "Sequence[PlanSummary]") -> None:
 
 def _plan(summary: "PlanSummary") -> None:
     if summary.expected:
-        _heat_map([(tensor.name.removesuffix(".weight"), tensor.type) for tensor in summary.tensors])
+        _heat_map(summary)
         totals(summary)
         _alternatives(summary.expected)
         return
@@ -82,14 +81,15 @@ class TypeMap(NamedTuple):
     outside: dict[str, str]
 
 
-def type_map(types: Sequence[tuple[str, str]]) -> TypeMap:
-    """Of tensors by llama.cpp's names; those in F32 are left out."""
+def type_map(plan: "PlanSummary") -> TypeMap:
+    """Of llama.cpp's names or an ONNX graph's; vectors and what is in F32 are left out."""
     layers: dict[str, dict[str, str]] = {}
-    for name, kind in types:
-        _, layer, part = name.split(".", 2) if name.startswith("blk.") else ("", "", name)
-        if kind != "F32":
+    for tensor in plan.tensors:
+        name = tensor.name.removesuffix(".weight")
+        _, layer, part = name.split(".", 2) if name.startswith(("blk.", "layers.")) else ("", "", name)
+        if len(tensor.shape) > 1 and tensor.type != "F32":
             short = re.sub(r"^(gate|up)(?=_|$)", "gate, up", re.sub("^(attn|ffn)_", "", part))  # they have one type
-            layers.setdefault(layer, {})[short] = kind
+            layers.setdefault(layer, {})[short] = tensor.type
     outside = layers.pop("", {})
     parts = list(dict.fromkeys(part for by in layers.values() for part in by))
     rows = []
@@ -99,26 +99,27 @@ def type_map(types: Sequence[tuple[str, str]]) -> TypeMap:
     return TypeMap(parts, rows, outside)
 
 
-def _heat_map(types: Sequence[tuple[str, str]]) -> None:
+def bits_of(plan: "PlanSummary") -> dict[str, float]:
+    """Bits per weight of each type of a plan; "" has none."""
+    return {row.type: row.bits_per_weight for row in plan.by_type()}
+
+
+def _heat_map(plan: "PlanSummary") -> None:
     """Types by layer and projection; warmer is fewer bits."""
-    found = type_map(types)
+    found, bits = type_map(plan), bits_of(plan)
+
+    def warm(kind: str) -> Text:
+        return Text(kind, style=next(style for least, style in HEAT if bits[kind] >= least)) if kind else Text()
+
     table = new_table(">layers", *found.parts)
     for label, row in found.rows:
-        table.add_row(label, *(_warm(row.get(part, "")) for part in found.parts))
+        table.add_row(label, *(warm(row.get(part, "")) for part in found.parts))
     out.print(table)
     if found.outside:
         table = new_table(*found.outside)
-        table.add_row(*(_warm(kind) for kind in found.outside.values()))
+        table.add_row(*(warm(kind) for kind in found.outside.values()))
         out.print(table)
     out.print()
-
-
-def _warm(kind: str) -> Text:
-    """A type on the colour of its bits."""
-    if not kind:
-        return Text()
-    bits = get_format(kind).bits_per_weight
-    return Text(kind, style=next(style for least, style in HEAT if bits >= least))
 
 
 def _alternatives(expected: "Expected") -> None:
