@@ -76,10 +76,12 @@ class ONNX:
         return onnx_budget.planned(self._model, self._known, goal, self._settings, method=self._method)
 
     def budgets(self, names: list[str]) -> dict[str, int]:
-        """Bytes of the best plans, smallest first."""
+        """Bytes of as many of the best plans, smallest first."""
         expected = self.within(max(map(size, self.plans.values()))).expected
         assert expected is not None
-        return {f"{nbytes / 2**20:.2f} MiB": nbytes for nbytes, _ in expected.frontier}
+        curve = expected.frontier[1:-1]  # all of 4 bits, and all of 8, are mixes
+        chosen = sorted({round(place) for place in np.linspace(0, len(curve) - 1, len(names))})
+        return {f"{curve[place][0] / 2**20:.2f} MiB": curve[place][0] for place in chosen}
 
 
 Planned = GGUFPlan | ONNXPlan
