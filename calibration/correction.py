@@ -5,6 +5,9 @@ model has: W x̂ with x̂ the exact inputs. The weights nearest to that in the m
 H = mean x xᵀ, the drift D = mean (x̂ − x) xᵀ and, where the output is added to the residual stream, R = mean r xᵀ of the residual
 r that the exact stream holds more than this one. Noise that quantisation put where inputs have little energy is filtered out, as
 by Wiener's filter. After QEP (Arai and Ichikawa, 2025), which has no R and no held-out share.
+
+The experts of a layer read rows of the same states, and what was done to those does not depend on who reads them: D (H + λ)⁻¹ of
+all tokens serves every expert's gate and up (`Regression`), and costs nothing for each.
 """
 
 from dataclasses import dataclass
@@ -25,6 +28,14 @@ class Solver(Protocol[Matrix]):
         """rows (H + λ)⁻¹."""
 
 
+class Moving(Protocol):
+    """How weights make up for what those before them lost."""
+
+    def moved(self, start: int, weights: Any) -> tuple[Any, Any | None]:
+        """For rows `start`… [rows, in] float32 of a weight: W and P of that shape, of which W + P (H + λ)⁻¹ should be quantised;
+        None for P = 0. All in memory or on one device."""
+
+
 @dataclass(frozen=True)
 class Correction(Generic[Matrix]):
     """`curvature` of H, `drift` D [in, in] and `residuals` R [out, in] or None as above. Of rows that none of them has seen:
@@ -42,6 +53,10 @@ class Correction(Generic[Matrix]):
         """x (H + λ)⁻¹: with it the outputs of a change of weights are known before the change is."""
         return self.curvature.solve(self.inputs)
 
+    def moved(self, start: int, weights: Matrix) -> tuple[Matrix, Matrix | None]:
+        """See `Moving`."""
+        return weights, self.pull(start, weights)
+
     def pull(self, start: int, weights: Matrix) -> Matrix:
         """For rows `start`… [rows, in] float32 of the weight, P of the same shape: W + P (H + λ)⁻¹ should be quantised.
 
@@ -55,9 +70,36 @@ class Correction(Generic[Matrix]):
             wanted += self.residuals[rows]
             wish += self.residual[:, rows]
         reach = product(self._reaching, wanted.T)
-        energy = dot(reach, reach)
-        wanted *= min(max(dot(wish, reach) / energy, 0.0), 1.0) if energy else 0.0
+        wanted *= _share(wish, reach)
         return wanted
+
+
+@dataclass(frozen=True)
+class Regression(Generic[Matrix]):
+    """`matrix` D (H + λ)⁻¹ [in, in] of a layer's tokens, for weights that read some of them; `inputs` and `drifts` as of
+    `Correction`."""
+
+    matrix: Matrix
+    inputs: Matrix
+    drifts: Matrix
+
+    @classmethod
+    def of(cls, known: Correction[Matrix]) -> "Regression[Matrix]":
+        """Of a correction of all of the layer's tokens."""
+        return cls(known.curvature.solve(known.drift), known.inputs, known.drifts)
+
+    def moved(self, start: int, weights: Matrix) -> tuple[Matrix, Matrix | None]:
+        """See `Moving`. Goes as far as is best on the held-out rows. Holds another copy of the weights."""
+        change = product(weights, self.matrix)
+        change *= _share(product(self.drifts, weights.T), product(self.inputs, change.T))
+        change += weights
+        return change, None
+
+
+def _share(wish: Matrix, reach: Matrix) -> float:
+    """How much of a change should be made that reaches so far where so much is wished, 0 to 1."""
+    energy = dot(reach, reach)
+    return min(max(dot(wish, reach) / energy, 0.0), 1.0) if energy else 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +108,7 @@ class Measured:
     moved before. None where no row is known."""
 
     statistics: "InputStatistics | DeviceStatistics | None"
-    correction: Correction[Any] | None
+    correction: Moving | None
 
     @property
     def in_memory(self) -> InputStatistics | None:

@@ -1,11 +1,12 @@
 """Statistics of the rows that a text sends through a model, stage by stage."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from calibration.correction import Measured
+from calibration.correction import Measured, Regression
 from calibration.moments import HELD_OUT_ROWS, Moments
 from calibration.rare import FEWEST_ROWS, fewest_rows
 from xent_quant.errors import CalibrationError
@@ -34,6 +35,7 @@ class Measuring:
         mask = _held_out(count, self._length) if hessian else torch.zeros(count, dtype=torch.bool)
         self._held_out = mask.to(windows.device)
         self._layer: Moments | None = None  # of all tokens in front of the current layer's experts
+        self._drifted: Regression[Any] | None = None  # and what drifted there
 
     def measure(self, stage: Stage) -> Measured:
         """Look at all rows of a stage. Raises CalibrationError where they are NaN or infinite."""
@@ -43,13 +45,15 @@ class Measuring:
             moments.add(batch, self._held_out[batch.tokens // self._length], self._gated)
         if not torch.isfinite(moments.squares).all():
             raise CalibrationError(f"{first.name}: its inputs are NaN or infinite; the checkpoint is damaged")
-        prior = None
-        if first.role is Role.ROUTER:
-            self._layer = moments
-        elif first.expert is not None:
-            prior = self._others(stage, moments) if first.role is Role.DOWN else self._layer
+        if first.expert is not None and first.role is not Role.DOWN:
+            return Measured(moments.statistics(self._layer), self._drifted)
+        prior = self._others(stage, moments) if first.expert is not None else None
         statistics = moments.statistics(prior)
-        return Measured(statistics, moments.correction(statistics, prior) if statistics else None)
+        correction = moments.correction(statistics, prior) if statistics else None
+        if first.role is Role.ROUTER:
+            moments.drift = None
+            self._layer, self._drifted = moments, Regression.of(correction) if correction else None
+        return Measured(statistics, correction)
 
     def _others(self, stage: Stage, moments: Moments) -> Moments | None:
         """A sample of the layer's tokens as a rare expert's down projection would see them; every 16th is held out."""

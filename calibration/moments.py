@@ -124,21 +124,18 @@ class Moments:
     def correction(
         self, statistics: InputStatistics | DeviceStatistics, layer: "Moments | None" = None
     ) -> Correction[Any] | None:
-        """For weights whose inputs have these `statistics`, drift and residuals made up alike: with the layer's drift where
-        that is known, else with none. Of the drift, too, what lies beside the diagonal is taken as far as so few rows are
-        believed. None where nothing drifted, is held out, or has any energy."""
-        own, theirs = self._shares(layer)
-        known, there = [(self, own), (layer, theirs)], self.device or CPU
-        drifts = [moments.drift.to(there) * share for moments, share in known if share and moments and moments.drift is not None]
-        apart = next((moments for moments, share in known if share and moments and moments.held_out_drift), None)
-        if not drifts or apart is None or statistics.curvature is None:
+        """For weights whose inputs have these `statistics`, drift and residuals made up alike, with rows that have none. Of the
+        drift, too, what lies beside the diagonal is taken as far as so few rows are believed. None where nothing drifted, is
+        held out, or has any energy."""
+        if self.drift is None or not self.held_out_drift or statistics.curvature is None:
             return None
+        (own, _), there = self._shares(layer), self.device or CPU
         residual = torch.cat(self.held_out_residual) if self.held_out_residual else None
         residuals = None if self.residuals is None or residual is None else self.residuals.to(there) * own
-        drift = sum(drifts[1:], drifts[0])
+        drift = self.drift.to(there) * own
         diagonal = drift.diagonal().clone()
         drift = (drift * believed(self.rows, statistics.importance)).diagonal_scatter(diagonal)
-        parts = (drift, residuals, torch.cat(apart.held_out), torch.cat(apart.held_out_drift), residual)
+        parts = (drift, residuals, torch.cat(self.held_out), torch.cat(self.held_out_drift), residual)
         if isinstance(statistics, DeviceStatistics):
             return Correction(statistics.curvature, *parts)
         return Correction(statistics.curvature, *(None if part is None else part.numpy() for part in parts))

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from calibration.correction import Correction, Regression
 from calibration.moments import Moments
 from xent_quant import formats, pipeline
 from xent_quant.checkpoint.architecture import Architecture
@@ -119,6 +120,10 @@ def parity(device: torch.device, small: bool) -> dict[str, dict[str, float]]:
     return found
 
 
+SHARED_IN, EXPERTS_IN = 2, 4
+"""Places in a layer's work of what reads the same states: the shared experts' gate and up, and the routed ones'."""
+
+
 def stage(
     device: torch.device,
     clock: Clock,
@@ -127,9 +132,11 @@ def stage(
     experts: int,
     kind: CodedFormat,
     factor: float,
-) -> None:
-    """Weights [out, in] that read the same rows, of `experts` experts together: measured, corrected, rounded, multiplied; the
-    seconds count `factor` times."""
+    drifted: Regression[torch.Tensor] | None = None,
+) -> Correction[torch.Tensor] | None:
+    """Weights [out, in] that read the same rows, of `experts` experts together: measured, corrected (by what `drifted` in their
+    layer, where it is given), rounded, multiplied; the seconds count `factor` times. Gives the last one's own correction."""
+    correction = None
     method, columns = OnDevice(METHODS["gptq"]("normal"), device), shapes[0][1]
     jobs, mixing = [], torch.randn(columns, columns, device=device) * torch.logspace(0, -1.5, columns, device=device)[:, None]
     for number in range(experts):
@@ -144,8 +151,8 @@ def stage(
             weights = [(each.pin_memory() if device.type == "cuda" else each).to(device) for each in memory]
         with clock.phase("statistics", factor):
             for part, states in zip(numbers, parts, strict=True):
-                exact, drifted = (each.to(device) for each in states)
-                moments.add(Batch(drifted, part, exact=exact), part % HELD_OUT == 0)
+                exact, inputs = (each.to(device) for each in states)
+                moments.add(Batch(inputs, part, exact=None if drifted else exact), part % HELD_OUT == 0)
             statistics = moments.statistics()
         with clock.phase("factorisation", factor):
             assert statistics is not None
@@ -153,17 +160,21 @@ def stage(
             statistics.curvature.solve(torch.zeros(1, columns, device=device))
         with clock.phase("correction", factor):
             correction = moments.correction(statistics)
-            assert correction is not None
-            jobs += [Job(f"{number}", each, statistics, correction.pull(0, each)) for each in weights]
+            moving = drifted or correction
+            assert moving is not None
+            for weight in weights:
+                moved, pull = moving.moved(0, weight)
+                jobs.append(Job(f"{number}", moved, statistics, pull))
         with clock.phase("products with the weights", factor):
             for states in parts:
                 for each in states:
                     there = each.to(device)
                     for weight in weights:
                         linear(there, weight)
-        del exact, drifted, moments, there
+        del exact, inputs, moments, there
     with clock.phase("rounding and packing", factor):
         method.quantize_together(jobs, kind)
+    return correction
 
 
 def layer(device: torch.device, options: argparse.Namespace, small: bool) -> dict[str, Any]:
@@ -197,8 +208,10 @@ def layer(device: torch.device, options: argparse.Namespace, small: bool) -> dic
 
     methods._pack = pack
     try:
+        made: list[Correction[torch.Tensor] | None] = []
         for shapes, rows, together, factor in work:
-            stage(device, clock, shapes, rows, together, kind, factor)
+            known = made[SHARED_IN] if len(made) == EXPERTS_IN else None
+            made.append(stage(device, clock, shapes, rows, together, kind, factor, known and Regression.of(known)))
     finally:
         methods._pack = plain
     seconds = sum(clock.spent.values())

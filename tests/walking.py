@@ -12,6 +12,7 @@ from calibration.measuring import Measuring
 from calibration.session import Windows
 from exporters.interface import Exported, Exporter
 from xent_quant.checkpoint.reader import Checkpoint
+from xent_quant.model.sizes import state_files
 from xent_quant.model.stages import Pass, Stage, Stream, WeightSource
 from xent_quant.model.states import InMemory
 from xent_quant.tensors import StatisticsSource
@@ -32,13 +33,15 @@ def export(
     return list(done.exported)
 
 
-def stages(source: WeightSource, windows: Tensor, dtype: torch.dtype, follower: WeightSource | None = None) -> Iterator[Stage]:
-    """Every stage in turn, advanced with the model's weights and, in a second stream, with those of `follower`."""
+def stages(
+    source: WeightSource, windows: Tensor, dtype: torch.dtype, follower: WeightSource | None = None, *, inner: bool = False
+) -> Iterator[Stage]:
+    """Every stage in turn, advanced with the model's weights and, in a second stream, with those of `follower`. Rows inside the
+    shared MLP are kept with `inner`."""
     sides = [source, *([follower] if follower else [])]
-    model = source.architecture
-    widths = [model.hidden_size] * 3 + [model.attention_size] * (model.attention_size != model.hidden_size)
-    states = [[InMemory(torch.empty(windows.numel(), width, dtype=dtype)) for width in widths] for _ in sides]
-    pass_ = Pass(source, windows, [Stream(*each) for each in states], dtype)
+    widths = state_files(source.architecture, inner)
+    states = [{file: InMemory(torch.empty(windows.numel(), width, dtype=dtype)) for file, width in widths.items()} for _ in sides]
+    pass_ = Pass(source, windows, [Stream.of(each) for each in states], dtype)
     for number, side in enumerate(sides):
         pass_.embed(number, 0, torch.from_numpy(side.read(source.architecture.embedding.name)))
     for layer in range(source.architecture.num_layers):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.correction import Correction
+from calibration.correction import Correction, Regression
 from calibration.moments import Moments
 from xent_quant.linalg import DAMPING, FEW_ROWS
 from xent_quant.model.stages import Batch
@@ -74,29 +74,36 @@ def test_never_worse_on_held_out_rows_however_few_the_others(rows) -> None:
     assert after < before
 
 
-@pytest.mark.parametrize("drifted", [False, True])
-def test_a_rare_experts_drift_is_made_up_as_its_hessian_is(monkeypatch, drifted) -> None:
-    """Of a layer whose drift is not known, its rows count as rows without any."""
+def test_a_rare_experts_drift_is_made_up_with_rows_that_have_none(monkeypatch) -> None:
     monkeypatch.setattr("calibration.rare.FEWEST_ROWS", 1)
     rare, layer = Moments(COLUMNS, hessian=True), Moments(COLUMNS, hessian=True)
     own, others = problem(10, 0.3), problem(300, 0.3)
     for moments, (exact, inputs, _) in ((rare, own), (layer, others)):
         mask = torch.arange(len(inputs)) % 5 == 4
-        known = torch.from_numpy(exact) if drifted or moments is rare else None
+        known = torch.from_numpy(exact) if moments is rare else None
         moments.add(Batch(torch.from_numpy(inputs), mask, exact=known), mask)
     statistics = rare.statistics(layer)
     assert statistics is not None
     found = rare.correction(statistics, layer)
     assert found is not None
-
-    def mean(side: tuple[np.ndarray, ...]) -> np.ndarray:
-        exact, inputs = (rows[np.arange(len(rows)) % 5 != 4].astype(np.float64) for rows in side[:2])
-        return (exact - inputs).T @ inputs / len(inputs)
-
-    wanted = (8 * mean(own) + (COLUMNS - 8) * (mean(others) if drifted else 0)) / COLUMNS
+    exact, inputs = (rows[np.arange(len(rows)) % 5 != 4].astype(np.float64) for rows in own[:2])
+    wanted = (exact - inputs).T @ inputs / COLUMNS  # 8 rows and 16 without drift
     wanted *= np.where(np.eye(COLUMNS), 1, 8 / (8 + FEW_ROWS * COLUMNS))  # as of a Hessian of so few rows
     np.testing.assert_allclose(found.drift, wanted, atol=1e-5 * np.abs(wanted).max())
     np.testing.assert_array_equal(found.inputs, own[1][4::5])
+
+
+def test_what_drifted_in_a_layer_moves_the_weights_of_all_its_experts() -> None:
+    """Where a weight reads all of the layer's rows, as its own correction does."""
+    correction, _, (exact, inputs, _) = corrected(400, 0.3, False)
+    weights = RANDOM.normal(size=(ROWS, COLUMNS)).astype(np.float32)
+    moved, pull = Regression.of(correction).moved(0, weights)
+    assert pull is None
+    np.testing.assert_allclose(moved, target(correction, weights), rtol=1e-4, atol=1e-4)
+    before, after = (np.square(inputs @ side.T - exact @ weights.T).sum() for side in (weights, moved))
+    assert after < before
+    misled = replace(Regression.of(correction), drifts=-correction.drifts)
+    np.testing.assert_array_equal(misled.moved(0, weights)[0], weights)
 
 
 def test_weights_whose_inputs_have_no_energy_stay() -> None:

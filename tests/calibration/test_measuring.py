@@ -1,6 +1,7 @@
 """Statistics of the running pass against a float64 pass that keeps every row."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -173,15 +174,21 @@ def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, 
             off = ~np.eye(len(product), dtype=bool)
             assert found.hessian is not None
             np.testing.assert_allclose(found.hessian[off], product[off], atol=1e-4 * np.abs(product).max())
-            target = weights + correction.curvature.solve(correction.pull(0, weights)) if correction else weights
-            judged = [token for token in own[name] if token >= apart and token in exact[name]]
-            if all(token in exact[name] for token in own[name]) and "o_proj" not in name and "down_proj" not in name:
-                drift = np.array([exact[name][token] for token in rows]) - inputs
+            moved, pull = correction.moved(0, weights) if correction else (weights, None)
+            expert = re.match(r"(.+)\.experts\.\d+\.(gate|up)", name)
+            assert pull is None or not expert
+            target = moved if pull is None else moved + correction.curvature.solve(pull)
+            where = f"{expert[1]}.router.weight" if expert else name  # its layer's tokens say what drifted
+            judged = [token for token in own[where] if token >= apart and token in exact[where]]
+            if all(token in exact[where] for token in own[where]) and "o_proj" not in name and "down_proj" not in name:
+                inputs = np.array([row for token, row in own[where].items() if token < apart])
+                drift = np.array([exact[where][token] for token in own[where] if token < apart]) - inputs
+                hessian = known[where].statistics.hessian
                 believed = np.where(off, len(inputs) / (len(inputs) + FEW_ROWS * len(product)), 1)
-                damped = believed * found.hessian + DAMPING * found.hessian.trace() / len(product) * ~off
+                damped = believed * hessian + DAMPING * hessian.trace() / len(product) * ~off
                 change = np.linalg.solve(damped, (weights @ (believed * (drift.T @ inputs / len(inputs)))).T).T
-                held = np.array([own[name][token] for token in judged])
-                wish = (np.array([exact[name][token] for token in judged]) - held) @ weights.T
+                held = np.array([own[where][token] for token in judged])
+                wish = (np.array([exact[where][token] for token in judged]) - held) @ weights.T
                 reach = held @ change.T
                 share = np.clip((wish * reach).sum() / np.square(reach).sum(), 0, 1)
                 np.testing.assert_allclose(target, weights + share * change, atol=2e-3 * np.abs(weights).max())

@@ -1,6 +1,8 @@
-"""How much of a text, or of weights alone, is in memory at a time; torch need not be there to ask."""
+"""How much of a text, or of weights alone, is in memory at a time, and on disk; torch need not be there to ask."""
 
 from dataclasses import dataclass
+
+from xent_quant.checkpoint.architecture import Architecture
 
 PART_TOKENS = 4096
 """Tokens that go through a weight together (one window at least through attention); bounds what is held besides the states."""
@@ -23,5 +25,19 @@ STATE_FILES = ("a", "b", "sum")
 """Of a stream: the states before and behind a layer in turns, and what is about to be added to them; all as wide as the model."""
 ATTENDED = "attended"
 """One more, where what attention makes has another width: that."""
+INNER = "inner"
+"""And one for what is between the weights of the MLP that every token uses: a CPU computes that more slowly than it reads it."""
+
+
+def state_files(model: Architecture, inner: bool = True) -> dict[str, int]:
+    """The files of a stream and their columns, float32; with or without INNER."""
+    found = dict.fromkeys(STATE_FILES, model.hidden_size)
+    if model.attention_size != model.hidden_size:
+        found[ATTENDED] = model.attention_size
+    if inner and (mlp := model.layer(0).mlp):
+        found[INNER] = mlp.down.shape[1]
+    return found
+
+
 SALIENCY_TOKENS = 32768
 """Of the calibration text at most so many, in evenly spaced windows, say which experts are dropped."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from xent_quant.checkpoint.architecture import Architecture, Layer
 from xent_quant.errors import CalibrationError
 from xent_quant.model.layers import attention, head_norm, linear, rms_norm, rotary_tables, route, swiglu
-from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS
+from xent_quant.model.sizes import ATTENDED, INNER, KEPT_ROWS, PART_TOKENS, STATE_FILES
 from xent_quant.model.states import States
 from xent_quant.parallel import Turns, check
 from xent_quant.tensors import TensorSpec
@@ -69,14 +69,22 @@ class Batch:
 class Stream:
     """A residual stream: `x` [n_tokens, hidden], what is about to be added to it, `y`, and where the next `x` is written, `spare`
     (which may be `x` itself where nobody asks for the layer's beginning again). `attended` [n_tokens, attention width] is what
-    attention makes; None stands for `y`, where that is as wide."""
+    attention makes; None stands for `y`, where that is as wide. `inner` [n_tokens, width of the shared or dense MLP] keeps what
+    is between that MLP's weights from one look at it to the next; None: it is computed again."""
 
     x: States
     y: States
     spare: States
     attended: States | None = None
+    inner: States | None = None
     chosen: Tensor = field(init=False)
     gates: Tensor = field(init=False)
+
+    @classmethod
+    def of(cls, files: Mapping[str, States]) -> "Stream":
+        """Of states by their names in `state_files`."""
+        before, behind, added = (files[name] for name in STATE_FILES)
+        return cls(before, added, behind, files.get(ATTENDED), files.get(INNER))
 
     @property
     def mixed(self) -> States:
@@ -256,6 +264,8 @@ class _Mlp:
         self._norm: Tensor | None = None
         self.shared: list[tuple[Tensor, Tensor]] = []
         """gate and up in every stream."""
+        self._kept = [0] * len(run.streams)
+        """Tokens whose inner rows of the shared MLP are kept."""
         self.adding = [Turns(run.architecture.num_experts or 0) for _ in run.streams]
         """Experts add to a token's sum in their order, so that it does not depend on who is done first. Places are tokens."""
 
@@ -267,6 +277,17 @@ class _Mlp:
 
     def normed(self, stream: int, tokens: Tensor) -> Tensor:
         return rms_norm(self.run.streams[stream].x.take(tokens), self.norm, self.run.architecture.rms_norm_eps)
+
+    def shared_inner(self, stream: int, start: int, stop: int, *, last: bool) -> Tensor:
+        """Inner rows of the shared MLP, which are kept where there is a place for them, unless this is the `last` look."""
+        kept = self.run.streams[stream].inner
+        if kept is not None and stop <= self._kept[stream]:
+            return kept.read(start, stop)
+        rows = swiglu(self.normed(stream, self.run.tokens(start, stop)), *self.shared[stream])
+        if kept is not None and not last and start == self._kept[stream]:
+            kept.write(start, rows)
+            self._kept[stream] = stop
+        return rows
 
 
 class _Expert:
@@ -369,8 +390,7 @@ class _ExpertIn(_MlpStage):
 
     def batches(self, stream: int) -> Iterator[Batch]:
         for tokens, gates in self._own.seen(stream):
-            exact = self.mlp.normed(0, tokens) if stream else None
-            yield Batch(self.mlp.normed(stream, tokens), tokens, gates, exact)
+            yield Batch(self.mlp.normed(stream, tokens), tokens, gates)
 
     def advance(self, weights: Sequence[Weights]) -> None:
         self._own.begin(self.pairs(weights))
@@ -411,28 +431,26 @@ class _ExpertDown(_MlpStage):
 class _SharedDown(_MlpStage):
     """The shared (or dense) MLP's last weight, where there is one, and the end of the layer."""
 
-    def _inner(self, stream: int, start: int, stop: int) -> Tensor:
-        return swiglu(self.mlp.normed(stream, self.run.tokens(start, stop)), *self.mlp.shared[stream])
-
     def batches(self, stream: int) -> Iterator[Batch]:
         if not self.weights:
             return
         exact, own = self.run.streams[0], self.run.streams[stream]
         for start, stop in self.run.parts():
-            rows, tokens = self._inner(stream, start, stop), self.run.tokens(start, stop)
+            rows, tokens = self.mlp.shared_inner(stream, start, stop, last=False), self.run.tokens(start, stop)
             if not stream:
                 yield Batch(rows, tokens)
                 continue
             ahead = exact.x.read(start, stop) + exact.y.read(start, stop)
             residual = ahead - (own.x.read(start, stop) + own.y.read(start, stop))
-            yield Batch(rows, tokens, exact=self._inner(0, start, stop), residual=residual)
+            yield Batch(rows, tokens, exact=self.mlp.shared_inner(0, start, stop, last=False), residual=residual)
 
     def advance(self, weights: Sequence[Weights]) -> None:
         for number, stream in enumerate(self.run.streams):
             for start, stop in self.run.parts():
                 added = stream.y.read(start, stop)
                 for spec in self.weights:
-                    added = added + linear(self._inner(number, start, stop), weights[number][spec.name])
+                    inner = self.mlp.shared_inner(number, start, stop, last=True)
+                    added = added + linear(inner, weights[number][spec.name])
                 behind = stream.x.read(start, stop) + added
                 if not number:
                     self.run.check_finite(behind, f"layer {self.mlp.layer}")

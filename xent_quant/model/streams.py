@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from xent_quant.formats.base import F32
-from xent_quant.model.sizes import ATTENDED, KEPT_ROWS, STATE_FILES
+from xent_quant.model.sizes import KEPT_ROWS, state_files
 from xent_quant.model.stages import Pass, Stream, WeightSource
 from xent_quant.model.states import OnDisk
 from xent_quant.storage import Rows
@@ -16,8 +16,8 @@ from xent_quant.storage import Rows
 class Streams:
     """The streams of a walk: `windows` [n, length] of token ids and the states of `count` streams in files of `folder`.
 
-    Holds what `Pass` and, for each stream that is measured, `Measuring` hold; the files take 12 bytes a token, hidden column and
-    stream, and 4 for each column that attention makes where those are not as many.
+    Holds what `Pass` and, for each stream that is measured, `Measuring` hold; the files take 4 bytes for each token, stream and
+    column of `state_files`.
     """
 
     def __init__(
@@ -33,17 +33,11 @@ class Streams:
     ) -> None:
         """`fresh`: nothing was committed yet, so whatever a killed run left in the files is made anew."""
         self.folder, self._files = folder, ExitStack()
-        model = source.architecture
-        columns = dict.fromkeys(STATE_FILES, model.hidden_size)
-        if model.attention_size != model.hidden_size:
-            columns[ATTENDED] = model.attention_size
+        columns = state_files(source.architecture, inner=windows.device.type == "cpu")
         streams = []
         for number in range(count):
-            before, behind, added, *attended = (
-                OnDisk(self._open(f"{number}.{file}", windows, width, fresh), dtype, windows.device)
-                for file, width in columns.items()
-            )
-            streams.append(Stream(before, added, behind, *attended))
+            files = {file: self._open(f"{number}.{file}", windows, width, fresh) for file, width in columns.items()}
+            streams.append(Stream.of({file: OnDisk(rows, dtype, windows.device) for file, rows in files.items()}))
         self._first = streams[0].x
         self.run = Pass(source, windows, streams, dtype, kept_rows)
 

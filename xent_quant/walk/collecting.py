@@ -172,7 +172,7 @@ def collect(
             progress.note(f"Going on with an interrupted run: {done} of {model.num_layers} layers are done.")
         if journal.windows is None:
             windows = session.windows(FEWEST_ROWS, progress, work.path / PROBE)
-            check_free_space(work.path, resources.disk(model, windows.numel(), 0))
+            check_free_space(work.path, resources.disk(model, windows.numel(), 0, device))
             journal.windows = len(windows)
             journal.save()
         else:

@@ -194,7 +194,7 @@ def _streams(
         count += needed
         listened[lane.stream] = needed
     if journal.windows is None:
-        nbytes = resources.disk(model, windows.numel(), count - 1)
+        nbytes = resources.disk(model, windows.numel(), count - 1, device)
         unwritten = sum(lane.exporter.nbytes for lane in lanes) - work.nbytes()  # the files are holes yet
         check_free_space(work.path, nbytes + max(0, unwritten))
         if nbytes >= resources.WORTH_SAYING:

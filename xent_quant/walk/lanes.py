@@ -120,7 +120,7 @@ class Lane:
         tensor, start, weights, known, there = given
         statistics = known.statistics if self.stream is not None else self._from_file(tensor)
         there = torch.from_numpy(weights).to(self.device.device) if there is None else there
-        pull = known.correction.pull(start, there) if known.correction else None
+        there, pull = known.correction.moved(start, there) if known.correction else (there, None)
         for slot in slots:
             use = statistics if self._wanted(slot) else None
             if not start and tensor.measured:
@@ -139,7 +139,7 @@ class Lane:
         """By the CPU's kernels."""
         tensor, start, weights, known, _ = given
         statistics = known.statistics if self.stream is not None else self._from_file(tensor)
-        pull = known.correction.pull(start, weights) if known.correction else None
+        weights, pull = known.correction.moved(start, weights) if known.correction else (weights, None)
         read: F32 | None = None
         for slot in self.slots(tensor, head):
             use = statistics if self._wanted(slot) else None

@@ -19,7 +19,7 @@ from xent_quant.errors import ConfigError
 from xent_quant.formats._lanes import WIDTH
 from xent_quant.formats.base import F32, QuantFormat
 from xent_quant.formats.prescaled import Prescaled
-from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS, PIECE, STATE_FILES, Room
+from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS, PIECE, Room, state_files
 from xent_quant.tensors import ATTENTION_ROLES, InputStatistics, Role, TensorSpec
 from xent_quant.units import human_bytes
 
@@ -215,10 +215,10 @@ def left_to_cpu(exporters: Sequence[Exporter]) -> list[str]:
     return sorted(encoding.name for encoding in encodings if not OnDevice.here(encoding))
 
 
-def disk(model: Architecture, tokens: int, followers: int) -> int:
-    """Bytes of the states while a text runs."""
-    attended = model.attention_size if model.attention_size != model.hidden_size else 0
-    return 4 * (len(STATE_FILES) * model.hidden_size + attended) * tokens * (1 + followers)
+def disk(model: Architecture, tokens: int, followers: int, device: "torch.device | None") -> int:
+    """Bytes of the states while a text runs, on a device or not."""
+    columns = state_files(model, inner=device is None or device.type == "cpu")
+    return 4 * sum(columns.values()) * tokens * (1 + followers)
 
 
 def seconds(model: Architecture, exporters: Sequence[Exporter], tokens: int, hessian: Sequence[bool]) -> float:
@@ -243,7 +243,9 @@ def seconds(model: Architecture, exporters: Sequence[Exporter], tokens: int, hes
     if followers:
         # Gate shares its rows with up, q with k and v: statistics are made once for them.
         alone = [t for t in layer if t.role in (Role.ATTENTION_Q, Role.ATTENTION_OUTPUT, Role.GATE, Role.DOWN)]
-        flops += followers * sum(2 * rows(t) * t.shape[-1] ** 2 * 1.5 for t in alone)
+        # Half of a product, it being symmetric, and one for the drift, which routed experts' gate and up take from their layer.
+        sums = {t.name: 0.5 if t.expert is not None and t.role is Role.GATE else 1.5 for t in alone}
+        flops += followers * sum(2 * rows(t) * t.shape[-1] ** 2 * sums[t.name] for t in alone)
         flops += followers * sum(2 * t.n_weights * t.shape[-1] * 1.5 for t in layer if t.role is not Role.ROUTER)
         total += followers * sum(t.shape[-1] ** 3 for t in alone) / factorisation / numba.get_num_threads()
     return total + flops / product

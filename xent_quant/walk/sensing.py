@@ -8,7 +8,7 @@ loses by the reference's output error. Loss is quadratic in small errors, so tha
 ratio of their output errors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CalibrationError, ExportError
 from xent_quant.formats.base import F32
 from xent_quant.methods.search import Search
-from xent_quant.model.sizes import ATTENDED, STATE_FILES
+from xent_quant.model.sizes import state_files
 from xent_quant.model.stages import Pass, Stage, Stream
 from xent_quant.model.states import OnDisk
 from xent_quant.model.streaming import StreamingModel
@@ -79,9 +79,7 @@ def measure(session: Session, target: Path, *, force: bool, progress: Progress |
 
 def _disk(model: Architecture, text: int, judged: int) -> int:
     """Bytes of the states of so many tokens."""
-    columns = len(STATE_FILES) * model.hidden_size
-    columns += model.attention_size if model.attention_size != model.hidden_size else 0
-    return 4 * columns * (text + judged * len(places(model)))
+    return 4 * sum(state_files(model, inner=False).values()) * (text + judged * len(places(model)))
 
 
 class Sensing:
@@ -115,21 +113,17 @@ class Sensing:
         self.errors: dict[str, dict[str, float]] = {}  # by place and type, of the output, on the sampled rows
         self._measuring = Measuring(0, text, hessian=True)
 
-    def _states(self, name: str, tokens: int) -> list[Rows]:
+    def _states(self, name: str, tokens: int) -> dict[str, Rows]:
         """Files for the states of so many tokens."""
-        model = self.checkpoint.architecture
-        widths = dict.fromkeys(STATE_FILES, model.hidden_size)
-        if model.attention_size != model.hidden_size:
-            widths[ATTENDED] = model.attention_size
-        return [
-            self._files.enter_context(Rows.create(self.folder / f"{name}.{file}", tokens, width))
+        widths = state_files(self.checkpoint.architecture, inner=False)
+        return {
+            file: self._files.enter_context(Rows.create(self.folder / f"{name}.{file}", tokens, width))
             for file, width in widths.items()
-        ]
+        }
 
-    def _stream(self, files: Sequence[Rows], first: int) -> Stream:
+    def _stream(self, files: Mapping[str, Rows], first: int) -> Stream:
         """States in rows of the files, from `first` on."""
-        before, behind, added, *attended = (OnDisk(rows, torch.float32, torch.device("cpu"), first) for rows in files)
-        return Stream(before, added, behind, *attended)
+        return Stream.of({name: OnDisk(rows, torch.float32, torch.device("cpu"), first) for name, rows in files.items()})
 
     def run(self) -> Sensitivity:
         """The whole walk."""
