@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.cli.main import main
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 """`--device auto` is the CPU's kernels here, on whatever machine: scripts/check_gpu is for GPUs."""
@@ -84,6 +87,29 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return write_checkpoint(tmp_path / "model", config, random_weights(config))
 
     return make
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """command(arguments) is exit status and output of the command, in this process: that costs no start, and imports can be
+    blocked."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        status = 0
+        try:
+            main(list(map(str, arguments)))
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return subprocess.CompletedProcess([], status, *capsys.readouterr())
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

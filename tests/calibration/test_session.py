@@ -17,7 +17,8 @@ from calibration.rare import FEWEST_ROWS
 from calibration.session import Session, Windows
 from calibration.text import CalibrationText
 from tests.calibration.test_measuring import rows_and_gates
-from tests.test_command import fails, run
+from tests.conftest import Command
+from tests.test_command import fails
 from xent_quant import formats
 from xent_quant.checkpoint.hub import miniature
 from xent_quant.checkpoint.llama_names import llama_name
@@ -79,23 +80,23 @@ def test_imatrix_holds_raw_sums_and_counts_under_llama_names(checkpoint, tmp_pat
     assert "blk.1.ffn_down_exps.weight.in_sum2" in names
 
 
-def test_the_command_calibrates_and_uses_the_file(checkpoint, tmp_path: Path) -> None:
+def test_the_command_calibrates_and_uses_the_file(checkpoint, command: Command, tmp_path: Path) -> None:
     folder, file, out = checkpoint(), tmp_path / "stats" / "m.gguf", tmp_path / "out"
     text = tmp_path / "chats.jsonl"
     text.write_text("\n".join(json.dumps({"body": f"the night is long, number {index}, and the rain"}) for index in range(80)))
     common = ["--calib", text, "--text-field", "body", "--tokens", "1k", "--seqlen", 50]
-    made = run("calibrate", folder, "--output", file, *common, "--json")
+    made = command("calibrate", folder, "--output", file, *common, "--json")
     assert made.returncode == 0, made.stderr
     facts = json.loads(made.stdout)
     assert facts["tokens"] >= 1000
     assert len(facts["coverage"]["layers"]) == 2
-    assert run("calibrate", folder, "--output", file, *common).returncode == 1
-    used = run(folder, "--type", "Q4_K_M", "--imatrix", file, "--output", out, "--json")
+    assert command("calibrate", folder, "--output", file, *common).returncode == 1
+    used = command(folder, "--type", "Q4_K_M", "--imatrix", file, "--output", out, "--json")
     assert used.returncode == 0, used.stderr
     keys = {key: field.contents() for key, field in gguf.GGUFReader(out / "model-Q4_K_M.gguf").fields.items()}
     assert keys["quantize.imatrix.file"] == "m.gguf"
     assert keys["quantize.imatrix.entries_count"] == len(Imatrix.read(file).entries)
-    table = run(folder, "--type", "Q4_K_M", "--method", "imatrix", *common, "--output", out, "--force")
+    table = command(folder, "--type", "Q4_K_M", "--method", "imatrix", *common, "--output", out, "--force")
     assert table.returncode == 0, table.stderr
     assert "Calibration tokens per expert" in table.stdout
 
@@ -223,12 +224,12 @@ def test_no_method_draws_more_than_an_importance_takes(checkpoint, tmp_path: Pat
 @pytest.mark.parametrize(
     ("loud", "words"), [("layers.1.mlp.experts.3.up", "layer 1, expert 3"), ("layers.1.self_attn.o", "layer 1, attention")]
 )
-def test_nan_activations_name_layer_and_expert(checkpoint, tmp_path: Path, loud: str, words: str) -> None:
+def test_nan_activations_name_layer_and_expert(checkpoint, command: Command, tmp_path: Path, loud: str, words: str) -> None:
     folder, out = checkpoint(), tmp_path / "out"
     weights = load_file(folder / "model.safetensors")
     weights = {name: values * np.float32(3e38 if loud in name else 1) for name, values in weights.items()}
     save_file(weights, folder / "model.safetensors")
-    result = run(folder, "--calib", "fiction-en", "--tokens", 200, "--seqlen", 40, "--output", out)
+    result = command(folder, "--calib", "fiction-en", "--tokens", 200, "--seqlen", 40, "--output", out)
     noted, told = result.stderr.splitlines()  # what the text lacks is said before the model runs
     assert "give more text" in noted
     assert result.returncode == 1
@@ -236,10 +237,10 @@ def test_nan_activations_name_layer_and_expert(checkpoint, tmp_path: Path, loud:
     assert not list(out.iterdir())
 
 
-def test_statistics_of_another_model_are_refused(checkpoint, tmp_path: Path) -> None:
+def test_statistics_of_another_model_are_refused(checkpoint, command: Command, tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     collected(checkpoint(), file)
-    fails(run(checkpoint(num_experts=7), "--imatrix", file), "m.gguf", "ffn_down_exps.weight", "the model needs [7, 96]")
+    fails(command(checkpoint(num_experts=7), "--imatrix", file), "m.gguf", "ffn_down_exps.weight", "the model needs [7, 96]")
     read = Imatrix.read(file)
     for overrides in ({"num_experts": None}, {"num_hidden_layers": 1}, {"num_shared_experts": 0}):
         with pytest.raises(CalibrationError, match=r"m\.gguf: has statistics of blk\..*, which this model lacks"):

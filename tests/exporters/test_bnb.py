@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import xent_quant
 from exporters.bitsandbytes.kinds import FourBit, Int8
 from exporters.bitsandbytes.plan import plan
-from tests.conftest import TINY
+from tests.conftest import TINY, Command
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
@@ -398,18 +398,8 @@ def test_failure_half_way_leaves_what_was_there(checkpoint, tmp_path: Path) -> N
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_the_command_writes_a_folder_that_transformers_loads(checkpoint, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "xent_quant.cli.main",
-        str(checkpoint(**SMALL)),
-        "--format",
-        "bnb",
-        "--output",
-        str(tmp_path),
-    ]
-    done = subprocess.run([*command, "--bnb-type", "fp4", "--json"], capture_output=True, text=True, check=False)
+def test_the_command_writes_a_folder_that_transformers_loads(checkpoint, command: Command, tmp_path: Path) -> None:
+    done = command(checkpoint(**SMALL), "--format", "bnb", "--output", tmp_path, "--bnb-type", "fp4", "--json")
     assert done.returncode == 0, done.stderr
     assert not done.stderr.strip()
     facts = json.loads(done.stdout)

@@ -261,7 +261,7 @@ def test_full_disk_leaves_nothing(checkpoint, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path: Path, how: signal.Signals) -> None:
     # Enough to do, at low priority, that the process does not end before it is told to.
-    source, out = checkpoint(num_experts=32, num_hidden_layers=4, intermediate_size=480), tmp_path / "out"
+    source, out = checkpoint(num_experts=24, num_hidden_layers=3, intermediate_size=480), tmp_path / "out"
     options = ["--format", "onnx", "--method", "rtn", "--threads", "1", "--output", str(out)]
     command = [sys.executable, "-m", "xent_quant.cli.main", str(source), *options]
     process = subprocess.Popen(["nice", *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

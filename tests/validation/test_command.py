@@ -2,27 +2,20 @@
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.test_command import run
+from tests.conftest import Command
+from tests.test_command import fails, run
 from tests.validation.test_validate import _zero_expert
 from xent_quant.checkpoint.hub import miniature
-from xent_quant.cli.main import main
 from xent_quant.validation import suites
 from xent_quant.validation.suites import Suite, bundled
 
-Command = Callable[..., tuple[int, str, str]]
 QUICK = ("--max-tokens", 1024, "--threads", 1, "--suite", "XfictionEN")
-
-
-def validate(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return run("validate", *arguments, "--reference", miniature())
 
 
 def test_exit_3_and_the_reports(export: Callable[[str], Path], tmp_path: Path) -> None:
@@ -32,7 +25,7 @@ def test_exit_3_and_the_reports(export: Callable[[str], Path], tmp_path: Path) -
     _zero_expert(file)
     written = tmp_path / "found.json"
     options = (*QUICK, "--suite-file", f"mine={own}", "--report", tmp_path / "report", "--json", written)
-    result = validate(file, *options)
+    result = run("validate", file, *options, "--reference", miniature())
     assert result.returncode == 3, result.stderr
     assert result.stdout.startswith("OUT OF TOLERANCE")
     assert "model.layers.1.mlp.experts.5.down_proj.weight" in result.stdout
@@ -45,48 +38,23 @@ def test_exit_3_and_the_reports(export: Callable[[str], Path], tmp_path: Path) -
     assert len(list((tmp_path / "report" / "references").iterdir())) == 2
 
 
-def test_json_goes_to_stdout_alone(export: Callable[[str], Path], tmp_path: Path) -> None:
-    result = validate(export("Q8_0"), *QUICK, "--tolerance", "ppl=2,kld=1,top1=0.1", "--report", tmp_path, "--json", "-")
+def test_json_goes_to_stdout_alone(command: Command, export: Callable[[str], Path], tmp_path: Path) -> None:
+    options = (*QUICK, "--tolerance", "ppl=2,kld=1,top1=0.1", "--report", tmp_path, "--json", "-")
+    result = command("validate", export("Q8_0"), *options, "--reference", miniature())
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["verdict"] == "within"
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """command(arguments) is exit status, stdout and stderr of the command, in this process, where imports can be blocked."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        try:
-            main(list(map(str, arguments)))
-        except SystemExit as end:
-            status = int(end.code or 0)
-        else:
-            status = 0
-        return status, *capsys.readouterr()
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
-
-
-def _refused(found: tuple[int, str, str], *words: str) -> None:
-    status, _, said = found
-    assert status == 1, said
-    assert len(said.strip().splitlines()) == 1, said
-    for word in words:
-        assert word in said
-
-
 def test_errors_are_one_line(command: Command, export: Callable[[str], Path], tmp_path: Path) -> None:
     file, options = export("Q8_0"), ("--reference", miniature(), "--report", tmp_path)
-    _refused(command("validate", tmp_path / "none.gguf", *options), "none.gguf", "no such file")
-    _refused(command("validate", file, *options, "--suite", "Xpoetry"), "Xpoetry", "XwebccZH")
-    _refused(command("validate", file, *options, "--max-tokens", 9), "fewer than one window")
-    _refused(command("validate", file, *options, "--max-tokens", -9), "--max-tokens -9")
-    _refused(command("validate", file, "--reference", miniature(), "--report", file), "--report", "is a file", "name a folder")
-    _refused(command("validate", file, "--reference", miniature(), "--json", tmp_path), "--json", "is a folder", "name the file")
+    fails(command("validate", tmp_path / "none.gguf", *options), "none.gguf", "no such file")
+    fails(command("validate", file, *options, "--suite", "Xpoetry"), "Xpoetry", "XwebccZH")
+    fails(command("validate", file, *options, "--max-tokens", 9), "fewer than one window")
+    fails(command("validate", file, *options, "--max-tokens", -9), "--max-tokens -9")
+    fails(command("validate", file, "--reference", miniature(), "--report", file), "--report", "is a file", "name a folder")
+    fails(command("validate", file, "--reference", miniature(), "--json", tmp_path), "--json", "is a folder", "name the file")
     (tmp_path / "empty.txt").touch()
-    _refused(command("validate", file, *options, "--suite-file", f"mine={tmp_path / 'empty.txt'}"), "suite mine is empty")
+    fails(command("validate", file, *options, "--suite-file", f"mine={tmp_path / 'empty.txt'}"), "suite mine is empty")
 
 
 def _gguf(folder: Path) -> Path:
@@ -127,8 +95,8 @@ def test_a_runtime_that_is_not_installed_is_one_line_before_anything_is_read(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     found = command("validate", make(tmp_path), "--reference", miniature(), "--report", tmp_path / "report")
-    _refused(found, package, f"pip install 'xent-quant[{extra}]'")
-    assert ("--runtime torch" in found[2]) == other_way
+    fails(found, package, f"pip install 'xent-quant[{extra}]'")
+    assert ("--runtime torch" in found.stderr) == other_way
     assert not (tmp_path / "report").exists()
 
 
@@ -146,16 +114,16 @@ def test_a_missing_runtime_is_told_before_the_export_that_it_was_to_judge(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     found = command(miniature(), "--format", format, "--output", tmp_path / "out", "--validate")
-    _refused(found, package, f"pip install 'xent-quant[{extra}]'")
+    fails(found, package, f"pip install 'xent-quant[{extra}]'")
     assert not (tmp_path / "out").exists()
 
 
 def test_too_little_text_is_undecided_and_exits_0(command: Command, export: Callable[[str], Path], tmp_path: Path) -> None:
     options = ("--max-tokens", 512, "--threads", 1, "--suite", "XfictionEN", "--reference", miniature())
-    status, printed, _ = command("validate", export("Q8_0"), *options, "--report", tmp_path)
-    assert status == 0
-    assert printed.startswith("undecided: too little text to tell")
-    assert "One window is too few" in printed
+    result = command("validate", export("Q8_0"), *options, "--report", tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.startswith("undecided: too little text to tell")
+    assert "One window is too few" in result.stdout
     assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "undecided"
 
 
@@ -164,9 +132,9 @@ def test_export_and_validate_in_one_command(command: Command, monkeypatch: pytes
     beginning = Suite("beginning", bundled("XfictionEN").text[:6000])
     monkeypatch.setattr(suites, "choose", lambda names, files: [beginning])
     options = ("--bits", 8, "--format", "gguf", "--method", "rtn", "--effort", "fast", "--threads", 1)
-    status, printed, _ = command(miniature(), *options, "--output", tmp_path, "--validate", "--json")
-    (report,) = json.loads(printed)["validation"]
-    assert (status, report["verdict"]) == (0, "within")
+    result = command(miniature(), *options, "--output", tmp_path, "--validate", "--json")
+    (report,) = json.loads(result.stdout)["validation"]
+    assert (result.returncode, report["verdict"]) == (0, "within")
     assert [suite["name"] for suite in report["suites"]] == ["beginning"]
     assert (tmp_path / "validation" / "xent-mini-Q8_0" / "report.html").is_file()
 
