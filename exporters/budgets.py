@@ -107,8 +107,8 @@ def corners(found: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]
     return tuple(best[index] for index in sorted({round(part * (len(best) - 1) / CORNERS) for part in range(CORNERS + 1)}))
 
 
-def notes(name: str, loss: float, source: str, method: str) -> Sequence[str]:
-    """What is to be said of a plan, by a method of `METHODS`."""
+def notes(name: str, loss: float, source: str, method: str = "") -> Sequence[str]:
+    """What is to be said of a plan; by a `method` of `METHODS`, or one that the plan knows of."""
     said = [f"Planned for {name}: expected KL divergence {loss:.2g} nats per token; sensitivity: {source}."]
     if method == "rtn":
         said.append("That is expected of --method imatrix; what --method rtn loses was not measured.")

@@ -65,20 +65,20 @@ IDLE: list[tuple[dict[str, Any], list[str]]] = [
     ({"max_kl": 0.01, "tensor_types": ["a=Q8_0"]}, ["--tensor-type a=Q8_0: has no effect beside --max-kl"]),
     ({"size": "1G", "max_kl": 0.01}, ["--max-kl 0.01: has no effect beside --size"]),
     ({"size": "1G", "fit": "1G"}, ["--fit 1G: has no effect beside --size"]),
-    ({**BNB, "size": "1G"}, ["--size 1G: has no effect with --format bnb", "--bits instead", "--format gguf or onnx"]),
+    ({**BNB, "size": "1G", "bits": 16}, ["--bits 16: has no effect beside --size"]),
+    ({**BNB, "ram": "1G"}, ["--ram 1G: has no effect with --format bnb", "--format gguf"]),
     ({**ONNX, "size": "1G", "bits": 8}, ["--bits 8: has no effect beside --size"]),
     ({**ONNX, "max_kl": 0.1, "active_bits": 8}, ["--active-bits 8: has no effect beside --max-kl"]),
     ({**ONNX, "fit": "1G", "ram": "1G"}, ["--ram 1G: has no effect with --format onnx", "--format gguf"]),
     ({"formats": ["gguf", "onnx"], "fit": "1G", "speed": 9.0}, ["--speed 9.0: has no effect with --format onnx"]),
     ({**ONNX, "fit": "1G", "kv": "q8_0"}, ["--kv q8_0: has no effect with --format onnx"]),
     ({**ONNX, "fit": "1G", "vram_bandwidth": "9GB/s"}, ["--vram-bandwidth 9GB/s: has no effect with --format onnx"]),
-    ({**BNB, "fit": "1G"}, ["--fit 1G: has no effect with --format bnb"]),
+    ({**BNB, "fit": "1G", "kv": "q8_0"}, ["--kv q8_0: has no effect with --format bnb"]),
     ({"size": "1G", "context": 512}, ["--context 512: has no effect without --fit"]),
     ({"kv": "q8_0"}, ["--kv q8_0: has no effect without --fit"]),
     ({"sensitivity": "a.json"}, ["--sensitivity a.json: has no effect without --size, --max-kl, --fit or --ram"]),
     ({"size": "1G", "ram": "1G"}, ["--ram 1G: has no effect beside --size"]),
     ({"ram": "1G", "max_kl": 0.1}, ["--max-kl 0.1: has no effect beside --ram"]),
-    ({**BNB, "fit": "auto"}, ["--fit auto: has no effect with --format bnb"]),
     ({"fit": "auto", "type": "Q8_0"}, ["--type Q8_0: has no effect beside --fit"]),
     ({"size": "1G", "speed": 10.0}, ["--speed 10.0: has no effect without --fit or --ram"]),
     ({"ram": "1G", "vram_bandwidth": "360GB/s"}, ["--vram-bandwidth 360GB/s: has no effect without --fit"]),
@@ -194,7 +194,7 @@ def test_statistics_serve_every_format_that_has_a_use_for_them() -> None:
 
 
 def test_every_option_is_said_to_need_something_or_not() -> None:
-    always = {"formats", "memory", "output", "name", "threads", "force", "restart"}
+    always = {"formats", "memory", "output", "name", "threads", "force", "restart", "size"}
     assert {field.name for field in fields(Options)} == always | NEEDS.keys()
     assert not always & NEEDS.keys()
 

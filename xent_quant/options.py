@@ -226,7 +226,7 @@ class TensorOptions(_Choices):
     tensor_types: tuple[str, ...] = ()
     """REGEX=TYPE on GGUF tensor names; repeatable, first match wins."""
     size: int | str | None = None
-    """Instead of --bits: the best file of at most this size, such as 12GiB, planned tensor by tensor. Of ONNX: all its files."""
+    """Instead of --bits: the best file of at most this size, such as 12GiB, planned tensor by tensor (of a folder: its files)."""
     max_kl: float | None = None
     """Instead of --bits: the smallest file whose expected KL divergence is at most so many nats per token, such as 0.01."""
     fit: int | str | None = None
@@ -393,9 +393,6 @@ class Options(OutputOptions, OnnxOptions, TensorOptions, StatisticsOptions, Targ
 FILES = (".gguf", ".onnx", ".safetensors")
 """Endings of --output that a person means a file by."""
 
-PLANNED = ("gguf", "onnx")
-"""Formats whose types can be planned for a budget."""
-
 FLOATS = ("F32", "F16", "BF16")
 """Types of which nothing is chosen."""
 
@@ -462,12 +459,12 @@ def _bits(options: Options) -> str:
 
 
 def _planned(field: str) -> Need:
-    """An option that chooses types, where a plan does; a number of bits is for other formats too."""
+    """An option that chooses types, where a plan does; a number of bits says which of bitsandbytes' kinds."""
 
     def need(options: Options) -> str:
         bounds = {"size": options.size, "fit": options.fit, "ram": options.ram, "max-kl": options.max_kl}
         by = next((name for name, value in bounds.items() if value is not None), field)
-        elsewhere = field == "bits" and isinstance(options.bits, int) and not set(options.formats) <= set(PLANNED)
+        elsewhere = field == "bits" and options.bits in (4, 8) and "bnb" in options.formats
         no_effect = field != by and not elsewhere and (field, by) != ("ram", "fit")
         return f"beside --{by}, which chooses the types; drop one of them" if no_effect else ""
 
@@ -476,8 +473,8 @@ def _planned(field: str) -> Need:
 
 def _one_memory(options: Options) -> str:
     """An option of plans for several memories."""
-    onnx = "onnx" in options.formats
-    return "with --format onnx, all of which lies in the GPU's memory; drop it, or use --format gguf" if onnx else ""
+    others = ", ".join(name for name in options.formats if name != "gguf")
+    return f"with --format {others}, all of which lies in the GPU's memory; drop it, or use --format gguf" if others else ""
 
 
 def _plan(options: Options) -> str:
@@ -521,10 +518,9 @@ def _blocks(options: Options) -> str:
 
 NEEDS: dict[str, tuple[Need, ...]] = {
     "bits": (_planned("bits"), _bits),
-    "size": (_only(*PLANNED, instead="give --bits instead"),),
-    "fit": (_only(*PLANNED, instead="give --bits instead"), _planned("fit")),
-    "max_kl": (_only(*PLANNED, instead="give --bits instead"), _planned("max-kl")),
-    "ram": (_one_memory, _only("gguf", instead="give --bits instead"), _planned("ram")),
+    "fit": (_planned("fit"),),
+    "max_kl": (_planned("max-kl"),),
+    "ram": (_one_memory, _planned("ram")),
     "context": (_machine,),
     "kv": (_machine, _only("gguf")),
     "speed": (_machine, _one_memory),

@@ -4,7 +4,7 @@ FORMATS."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from xent_quant.errors import ExportError, UnsupportedError
 from xent_quant.options import AUTO, OnnxOptions, Options
@@ -200,13 +200,23 @@ def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
 
 
 def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
+    from exporters.bitsandbytes import budget
     from exporters.bitsandbytes.export import BnbExporter
     from exporters.bitsandbytes.plan import plan
 
-    planned = plan(checkpoint.architecture, bits=options.n_bits, bnb_type=options.bnb_type, pad=options.pad)
+    model, known = checkpoint.architecture, _Budget.of(checkpoint, options)
+    kinds: dict[str, Any] = {"bits": options.n_bits, "bnb_type": options.bnb_type, "pad": options.pad}
     method = methods.new() if "bnb" in options.quantised else None
-    planned = _told(planned, checkpoint.kept)
-    yield BnbExporter(checkpoint, planned, options.folder, name, method, split_size=options.split_bytes)
+
+    def within(header: int) -> "BnbPlan":
+        assert known is not None
+        made = budget.planned(model, known.sensitivity, known.goal, **kinds, header=header, gptq=method is not None)
+        return _told(replace(made, notes=(*known.said, *made.notes, *_beside_dropped(checkpoint))), checkpoint.kept)
+
+    usual = _told(plan(model, **kinds), checkpoint.kept)
+    yield BnbExporter(
+        checkpoint, usual, options.folder, name, method, split_size=options.split_bytes, within=within if known else None
+    )
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,28 @@
 No model is built.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from exporters.bitsandbytes import folder
 from exporters.bitsandbytes.kinds import Whole, bitsandbytes_functional
 from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor, shards
-from exporters.bitsandbytes.shard import Shard
+from exporters.bitsandbytes.shard import Shard, header_bytes
 from exporters.card import calibrated
 from exporters.hub_files import json_bytes
-from exporters.interface import CONTEXT, Exported, PlanSummary, TensorRow
+from exporters.interface import Exported, PlanSummary, TensorRow
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import U8
 from xent_quant.methods.interface import Method
 from xent_quant.storage import Move, Target, replace_bytes, sync
 
 FOLDER = "bnb"
+TEXT_BYTES = 8192
+"""By how much config.json and the card grow at most with what a plan says and what the calibration text is called, but for the
+names of modules."""
+INDEX_BYTES = 48
+"""Of each entry of the index, besides the tensor's name."""
 
 
 class BnbExporter:
@@ -37,12 +42,16 @@ class BnbExporter:
         method: Method | None = None,
         *,
         split_size: int | None = None,
+        within: Callable[[int], BnbPlan] | None = None,
     ) -> None:
+        """`within` makes another plan, for a budget, when told how many bytes the files have besides weights."""
         if plan.bits < 16:
             bitsandbytes_functional()
         self.plan, self.target, self.method = plan, output / FOLDER, method
-        self.files = folder.files(checkpoint, plan, name)
-        self.parts = shards(plan.tensors, split_size)
+        self.files, self.parts = folder.files(checkpoint, plan, name), shards(plan.tensors, split_size)
+        if within:
+            self.plan = within(self._beside_weights() + TEXT_BYTES)
+            self.files, self.parts = folder.files(checkpoint, self.plan, name), shards(self.plan.tensors, split_size)
         count = len(self.parts)
         self.shards = [
             "model.safetensors" if count == 1 else f"model-{index:05d}-of-{count:05d}.safetensors"
@@ -51,8 +60,9 @@ class BnbExporter:
 
     @property
     def summary(self) -> PlanSummary:
-        rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in self.plan.tensors)
-        return PlanSummary("bnb", rows, self.plan.vram_bytes(CONTEXT), self.plan.notes)
+        plan = self.plan
+        rows = tuple(TensorRow(t.name, t.shape, t.type, t.nbytes) for t in plan.tensors)
+        return PlanSummary("bnb", rows, plan.vram_bytes(plan.context), plan.notes, plan.expected, plan.context)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -67,6 +77,7 @@ class BnbExporter:
         """See `Exporter.identity`."""
         return {
             "type": self.plan.type,
+            "modules in bfloat16": self.plan.whole,
             "expert width": self.plan.width,
             "files": sorted(self.files),
             "tensors of each file (--split-size)": [len(part) for part in self.parts],
@@ -74,7 +85,13 @@ class BnbExporter:
 
     @property
     def nbytes(self) -> int:
-        return self.plan.nbytes + sum(map(len, self.files.values()))
+        return self.plan.nbytes + self._beside_weights()
+
+    def _beside_weights(self) -> int:
+        """Bytes of headers, of the index, and of what is known before any weight is."""
+        headers = [header_bytes([part for tensor in tensors for part in tensor.parts]) for tensors in self.parts]
+        names = sum(len(part.name) + INDEX_BYTES for tensor in self.plan.tensors for part in tensor.parts)
+        return sum(headers) + (len(headers) > 1) * names + sum(map(len, self.files.values()))
 
     def check(self, force: bool) -> None:
         """See `Exporter.check`."""

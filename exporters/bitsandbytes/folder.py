@@ -64,8 +64,9 @@ def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
             base,
             "transformers",
             (*(("bitsandbytes", "quantized") if plan.bits < 16 else ()), *tags(plan.architecture)),
-            f"{name}-{plan.type}",
-            f"for transformers 4.57 and 5 in {KINDS[plan.type]}: {human_bytes(plan.nbytes)}",
+            f"{name}-{plan.name or plan.type}",
+            f"for transformers 4.57 and 5 in {KINDS[plan.type]}{', some modules in bfloat16' if plan.whole else ''}: "
+            f"{human_bytes(plan.nbytes)}",
         ),
         *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors),
         *(f"{note}\n" for note in plan.notes),

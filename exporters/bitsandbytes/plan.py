@@ -1,16 +1,18 @@
 """What a transformers folder will hold, from headers alone: the kind of every weight, and shards of safetensors.
 
 Router and norms stay F32 where the model's code is ours, else BF16, in which transformers' own computes. Embedding and head stay
-BF16: bitsandbytes has no layer for the one, and the other costs more quality in few bits than all experts together.
+BF16: bitsandbytes has no layer for the one, and the other costs more quality in few bits than all experts together. So do modules
+that a plan for a budget leaves whole.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
 from exporters.bitsandbytes.kinds import BLOCK, FourBit, Int8, Part, Whole
-from exporters.interface import Slot, kv_cache_bytes
+from exporters.interface import CONTEXT, Expected, Slot, kv_cache_bytes
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ConfigError, UnsupportedError
@@ -52,7 +54,8 @@ class PlannedTensor(Slot):
 
 @dataclass(frozen=True)
 class BnbPlan:
-    """`width` is the expert's in the file: config.json's, or that padded with zeros."""
+    """`width` is the expert's in the file: config.json's, or that padded with zeros. `whole` modules are BF16, though
+    they could be quantised. `name` is the budget that this was planned for, of which `expected` is there then."""
 
     architecture: Architecture
     bits: Literal[4, 8, 16]
@@ -60,6 +63,10 @@ class BnbPlan:
     width: int
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...]
+    whole: tuple[str, ...] = ()
+    name: str = ""
+    expected: Expected | None = None
+    context: int = CONTEXT
 
     @property
     def nbytes(self) -> int:
@@ -70,10 +77,14 @@ class BnbPlan:
         """NF4, FP4, INT8 or BF16."""
         return {4: self.bnb_type.upper(), 8: "INT8", 16: "BF16"}[self.bits]
 
-    def vram_bytes(self, context: int) -> int:
-        """Weights, the KV cache in bfloat16, the largest weight while it is dequantised, RUNTIME_BYTES: an estimate."""
+    def beside_weights(self, context: int) -> int:
+        """The KV cache in bfloat16, the largest weight while it is dequantised, RUNTIME_BYTES: an estimate."""
         largest = 2 * max(prod(tensor.shape) for tensor in self.tensors)
-        return self.nbytes + kv_cache_bytes(self.architecture, context) + largest + RUNTIME_BYTES
+        return kv_cache_bytes(self.architecture, context) + largest + RUNTIME_BYTES
+
+    def vram_bytes(self, context: int) -> int:
+        """Weights and what is beside them."""
+        return self.nbytes + self.beside_weights(context)
 
     def quantization_config(self) -> dict[str, Any] | None:
         """For config.json, as transformers writes it."""
@@ -84,7 +95,7 @@ class BnbPlan:
             "load_in_4bit": self.bits == 4,
             "load_in_8bit": self.bits == 8,
             "llm_int8_threshold": THRESHOLD,
-            "llm_int8_skip_modules": ["lm_head"],
+            "llm_int8_skip_modules": ["lm_head", *self.whole],
             "llm_int8_has_fp16_weight": False,
             "llm_int8_enable_fp32_cpu_offload": False,
             "bnb_4bit_quant_type": self.bnb_type,
@@ -94,8 +105,15 @@ class BnbPlan:
         }
 
 
-def plan(model: Architecture, *, bits: int = 4, bnb_type: str = "nf4", pad: str = "auto") -> BnbPlan:
-    """Choose every tensor's kind. Raises ConfigError for bits or a type that bitsandbytes does not have,
+def module(tensor: TensorSpec) -> str:
+    """What transformers calls the layer of a weight; of routed experts all together, since a list of each would be long."""
+    return re.sub(r"(\.experts)\..*", r"\1", tensor.name) if tensor.expert is not None else tensor.name.removesuffix(".weight")
+
+
+def plan(model: Architecture, *, bits: int = 4, bnb_type: str = "nf4", pad: str = "auto", whole: Collection[str] = ()) -> BnbPlan:
+    """Choose every tensor's kind; those of `module`s that are `whole` stay BF16.
+
+    Raises ConfigError for bits or a type that bitsandbytes does not have,
     UnsupportedError for a family that it cannot hold in them."""
     if bits not in (4, 8, 16):
         raise ConfigError(f"--bits {bits}: bitsandbytes has 4 and 8; 16 writes bfloat16")
@@ -118,8 +136,10 @@ def plan(model: Architecture, *, bits: int = 4, bnb_type: str = "nf4", pad: str 
             f"Rows are not multiples of {BLOCK} weights: bitsandbytes runs this on CUDA, slowly, and not on every CPU. "
             "--method gptq leaves such rows' codes as bitsandbytes chooses them."
         )
-    tensors = tuple(_planned(tensor, model, width, quantised) for tensor in model.tensors().values())
-    return BnbPlan(model, bits, bnb_type, width, tensors, tuple(notes))  # type: ignore[arg-type]
+    tensors = tuple(
+        _planned(tensor, model, width, kinds[16] if module(tensor) in whole else quantised) for tensor in model.tensors().values()
+    )
+    return BnbPlan(model, bits, bnb_type, width, tensors, tuple(notes), tuple(whole))  # type: ignore[arg-type]
 
 
 def _planned(tensor: TensorSpec, model: Architecture, width: int, quantised: Encoding) -> PlannedTensor:

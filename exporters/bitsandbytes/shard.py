@@ -20,6 +20,23 @@ ALIGNMENT = 8
 LENGTH_BYTES = 2
 
 
+def _header(parts: Sequence[Part], sizes: dict[str, int]) -> dict[str, Any]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for part in parts:
+        size = sizes[part.name]
+        shape = [size] if part.bounded else list(part.shape)
+        header[part.name] = {"dtype": part.dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    return header
+
+
+def header_bytes(parts: Sequence[Part]) -> int:
+    """What precedes the data of a file of such parts, at most and nearly."""
+    longest = len(json.dumps(_header(parts, {part.name: part.nbytes for part in parts}))) + 8 * len(parts)
+    return -(-(8 + longest) // ALIGNMENT) * ALIGNMENT
+
+
 class Shard:
     """Holds nothing: what was written is in the files, and another process may go on with them."""
 
@@ -30,8 +47,7 @@ class Shard:
         for part in self._parts:
             self._offsets[part.name] = ends[part.bounded]
             ends[part.bounded] += part.nbytes + LENGTH_BYTES * part.bounded
-        longest = len(json.dumps(self._header({part.name: part.nbytes for part in self._parts}))) + 8 * len(self._parts)
-        self._data = -(-(8 + longest) // ALIGNMENT) * ALIGNMENT
+        self._data = header_bytes(self._parts)
         self._fixed = ends[False]
         self._file, self._bounded = ((PositionalFile.create if fresh else PositionalFile.open)(each) for each in (path, bounded))
         if fresh:
@@ -52,7 +68,7 @@ class Shard:
         """Write the bounded parts, and the header. Returns the tensors' names; `nbytes` is then their data's size."""
         held = {part.name: self._held(part) for part in self._parts if part.bounded}
         sizes = {part.name: held[part.name].size if part.bounded else part.nbytes for part in self._parts}
-        header = self._header(sizes)
+        header = _header(self._parts, sizes)
         if held:
             self._file.write_at(np.concatenate(list(held.values())), self._data + self._fixed)
         text = json.dumps(header).encode()
@@ -73,13 +89,3 @@ class Shard:
     def close(self) -> None:
         self._file.close()
         self._bounded.close()
-
-    def _header(self, sizes: dict[str, int]) -> dict[str, Any]:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for part in self._parts:
-            size = sizes[part.name]
-            shape = [size] if part.bounded else list(part.shape)
-            header[part.name] = {"dtype": part.dtype, "shape": shape, "data_offsets": [end, end + size]}
-            end += size
-        return header

@@ -82,13 +82,15 @@ class TypeMap(NamedTuple):
 
 
 def type_map(plan: "PlanSummary") -> TypeMap:
-    """Of llama.cpp's names or an ONNX graph's; vectors and what is in F32 are left out."""
+    """Of llama.cpp's names, an ONNX graph's or transformers', of which experts' are told once; no vectors, nothing in F32."""
     layers: dict[str, dict[str, str]] = {}
     for tensor in plan.tensors:
-        name = tensor.name.removesuffix(".weight")
+        name = re.sub(r"\.experts\.\d+", ".experts", tensor.name.removeprefix("model.").removesuffix(".weight"))
         _, layer, part = name.split(".", 2) if name.startswith(("blk.", "layers.")) else ("", "", name)
         if len(tensor.shape) > 1 and tensor.type != "F32":
-            short = re.sub(r"^(gate|up)(?=_|$)", "gate, up", re.sub("^(attn|ffn)_", "", part))  # they have one type
+            bare = re.sub(r"^(attn_|ffn_|self_attn\.|attention\.|mlp\.)|_proj$", "", part)
+            bare = bare.replace("shared_experts", "shared")
+            short = re.sub(r"^(gate|up)(?=_|$)", "gate, up", bare)  # they have one type
             layers.setdefault(layer, {})[short] = tensor.type
     outside = layers.pop("", {})
     parts = list(dict.fromkeys(part for by in layers.values() for part in by))
