@@ -7,7 +7,7 @@ r that the exact stream holds more than this one. Noise that quantisation put wh
 by Wiener's filter. After QEP (Arai and Ichikawa, 2025), which has no R and no held-out share.
 
 The experts of a layer read rows of the same states, and what was done to those does not depend on who reads them: D (H + λ)⁻¹ of
-all tokens serves every expert's gate and up (`Regression`), and costs nothing for each.
+all tokens serves every expert's gate and up (`Regression`); their own rows need not be summed against the exact ones.
 """
 
 from dataclasses import dataclass
@@ -28,14 +28,6 @@ class Solver(Protocol[Matrix]):
         """rows (H + λ)⁻¹."""
 
 
-class Moving(Protocol):
-    """How weights make up for what those before them lost."""
-
-    def moved(self, start: int, weights: Any) -> tuple[Any, Any | None]:
-        """For rows `start`… [rows, in] float32 of a weight: W and P of that shape, of which W + P (H + λ)⁻¹ should be quantised;
-        None for P = 0. All in memory or on one device."""
-
-
 @dataclass(frozen=True)
 class Correction(Generic[Matrix]):
     """`curvature` of H, `drift` D [in, in] and `residuals` R [out, in] or None as above. Of rows that none of them has seen:
@@ -54,7 +46,7 @@ class Correction(Generic[Matrix]):
         return self.curvature.solve(self.inputs)
 
     def moved(self, start: int, weights: Matrix) -> tuple[Matrix, Matrix | None]:
-        """See `Moving`."""
+        """For rows `start`… [rows, in] float32 of a weight: W and P of that shape; W + P (H + λ)⁻¹ is to be quantised."""
         return weights, self.pull(start, weights)
 
     def pull(self, start: int, weights: Matrix) -> Matrix:
@@ -89,7 +81,8 @@ class Regression(Generic[Matrix]):
         return cls(known.curvature.solve(known.drift), known.inputs, known.drifts)
 
     def moved(self, start: int, weights: Matrix) -> tuple[Matrix, Matrix | None]:
-        """See `Moving`. Goes as far as is best on the held-out rows. Holds another copy of the weights."""
+        """As `Correction.moved`, with None for P = 0. Goes as far as is best on the held-out rows. Holds another copy of the
+        weights."""
         change = product(weights, self.matrix)
         change *= _share(product(self.drifts, weights.T), product(self.inputs, change.T))
         change += weights
@@ -108,7 +101,7 @@ class Measured:
     moved before. None where no row is known."""
 
     statistics: "InputStatistics | DeviceStatistics | None"
-    correction: Moving | None
+    correction: Correction[Any] | Regression[Any] | None
 
     @property
     def in_memory(self) -> InputStatistics | None:

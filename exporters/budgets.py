@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import inf
 
 from exporters.interface import CONTEXT, Alternative, Expected
-from xent_quant.errors import ExportError
+from xent_quant.checkpoint.architecture import Architecture
+from xent_quant.errors import ConfigError, ExportError
 from xent_quant.planning import Chosen, Group, Infeasible, Part, Problem, frontier, least_bytes, least_loss
 from xent_quant.units import human_bytes
 
@@ -31,6 +32,11 @@ class Goal:
     max_kl: float | None = None
     vram: int | None = None
     context: int = CONTEXT
+
+    def check(self, model: Architecture) -> None:
+        """Raise ConfigError for what no runtime could do."""
+        if self.context > model.max_position_embeddings:
+            raise ConfigError(f"--context {self.context}: the model's is {model.max_position_embeddings}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Small random XVERSE checkpoints with a small tokenizer, in the layout of a released one; and how many threads work on them."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -93,21 +94,28 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """command(arguments) is exit status and output of the command, in this process: that costs no start, and imports can be
     blocked."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in signals}
+    root, threads = logging.getLogger(), (numba.get_num_threads(), torch.get_num_threads())
+    loggers, root.handlers = root.handlers, []  # so that the command's own is the one, as in a process of its own
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        capsys.readouterr()
+        capfd.readouterr()
         status = 0
         try:
             main(list(map(str, arguments)))
         except SystemExit as end:
             status = int(end.code or 0)
-        return subprocess.CompletedProcess([], status, *capsys.readouterr())
+        return subprocess.CompletedProcess([], status, *capfd.readouterr())
 
     yield call
+    root.handlers = loggers
+    logging.captureWarnings(False)
+    numba.set_num_threads(threads[0])
+    torch.set_num_threads(threads[1])
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

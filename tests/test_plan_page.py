@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,11 +11,18 @@ import pytest
 
 import xent_quant
 from exporters.interface import Alternative, PlanSummary
+from tests.conftest import Command
 from tests.test_command import told
 from xent_quant.checkpoint.hub import miniature
 from xent_quant.cli.main import main
-from xent_quant.cli.plan_page import measured, page
+from xent_quant.cli.plan_page import measured, sections
+from xent_quant.page import document
 from xent_quant.units import human_bytes
+
+
+def page(name: str, planned: PlanSummary, reports: Sequence[Alternative] = ()) -> str:
+    return document(name, sections(name, planned, reports))
+
 
 SVG = re.compile(r"<svg.*?</svg>", re.DOTALL)
 
@@ -88,10 +96,28 @@ def test_the_command_draws_what_was_measured_too(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit) as ended:
         main(["--size", "9MiB", "--dry-run", "--tokens", "2k", "--output", str(out), "--plan-page", str(file)])
     assert not ended.value.code
-    assert measured(out / "validation") == [Alternative("xent-mini-8MiB.gguf", 8 * 2**20, 0.0025)]
+    assert measured(out / "validation", "gguf") == [Alternative("xent-mini-8MiB.gguf", 8 * 2**20, 0.0025)]
+    assert not measured(out / "validation", "onnx")
     assert "xent-mini-8MiB.gguf: 8.0 MiB, measured 0.0025" in file.read_text("utf-8")
     assert not [path for path in out.iterdir() if path.name != "validation"]
     capsys.readouterr()
     told(capsys, [miniature(), "--dry-run", "--plan-page", file], ["--plan-page", "--size, --max-kl, --fit or --ram"])
     for nowhere in (report / "x.html", out):
         told(capsys, [miniature(), "--size", "9MiB", "--plan-page", nowhere], ["--plan-page", str(nowhere), "another name"])
+
+
+def test_plans_of_several_formats_are_all_drawn(tmp_path: Path, command: Command) -> None:
+    file, formats = tmp_path / "plan.html", ("gguf", "onnx", "bnb")
+    asked = [part for name in formats for part in ("--format", name)]
+    done = command(*asked, "--size", "12MiB", "--method", "rtn", "--dry-run", "--plan-page", file)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("--format")] == [f"--format {name}" for name in formats]
+    text = file.read_text("utf-8")
+    assert [f"<h1>xent-mini, {name}</h1>" in text for name in formats] == [True] * 3
+    pictures = [ElementTree.fromstring(svg.replace("class=soft", 'class="soft"')) for svg in SVG.findall(text)]
+    assert len(pictures) == 3
+    circles = {group.findtext("title"): group.find("circle") for group in pictures[2].iter("g")}
+    (whole,) = (circle for title, circle in circles.items() if title.startswith("BF16: "))
+    others = [float(circle.attrib["cy"]) for circle in circles.values() if circle is not whole]
+    assert float(whole.attrib["cy"]) > max(others)  # what loses nothing is on the edge
+    assert all(0 < float(circle.attrib["cx"]) < 860 for circle in circles.values())

@@ -225,7 +225,7 @@ def read(*, fit: bool, ram: bool, beside_ram: bool, measure: bool, system: Syste
         if gpu is None:
             raise ConfigError(
                 "--fit auto: no GPU is found (by NVML, nvidia-smi, /sys/class/drm or sysctl); "
-                "write its memory, such as --fit 12GiB, or plan for the CPU with --ram alone"
+                "write its memory, such as --fit 12GiB, or plan a GGUF for the CPU with --ram alone"
             )
         if gpu.unified and beside_ram:
             raise ConfigError("--ram: this machine has one memory, which --fit auto counts for both; drop --ram")

@@ -232,17 +232,17 @@ class TensorOptions(_Choices):
     fit: int | str | None = None
     """Instead of --bits: the best file that runs on a GPU with so much memory, such as 16GiB, KV cache and buffers included. auto: this machine's."""  # noqa: E501  (--help keeps line ends)
     ram: int | str | None = None
-    """RAM beside it, such as 32GiB, where the experts of some layers stay if need be (--n-cpu-moe of llama.cpp); without --fit, RAM for all of it. auto: this machine's."""  # noqa: E501
+    """RAM beside it, such as 32GiB, where the experts of some layers stay if need be (--n-cpu-moe of llama.cpp); without --fit, RAM for all of it. auto: this machine's. GGUF only."""  # noqa: E501
     speed: float | None = None
-    """Tokens per second that the memories' bandwidth must allow (--fit, --ram). Default: with --ram, what makes half the loss worth twice the time; without, any."""  # noqa: E501
+    """Tokens per second that the memories' bandwidth must allow (--fit, --ram of GGUF). Default: with --ram, what makes half the loss worth twice the time; without, any."""  # noqa: E501
     vram_bandwidth: str | None = None
-    """Of the GPU's memory. Default: the card's own with --fit auto where it is known; 360GB/s, an RTX 3060's."""
+    """Of the GPU's memory (GGUF). Default: the card's own with --fit auto where it is known; 360GB/s, an RTX 3060's."""
     ram_bandwidth: str | None = None
     """Of RAM. Default: measured with auto; 51.2GB/s, two channels of DDR4-3200."""
     context: int | None = None
     """Tokens of context that must fit beside it (--fit, --ram). Default: 8192, or the model's where that is less."""
     kv: Literal["f16", "q8_0"] = "f16"
-    """Type of the KV cache (--fit, --ram)."""
+    """Type of the KV cache (--fit, --ram of GGUF)."""
     sensitivity: Path | None = None
     """What a plan stands on: a file that `xent-quant sensitivity` wrote. Default: this model's own where it was measured here, else what was measured on the bundled miniature."""  # noqa: E501  (--help keeps line ends)
     pad: Literal["auto", "never"] = "auto"
@@ -474,7 +474,7 @@ def _planned(field: str) -> Need:
 def _one_memory(options: Options) -> str:
     """An option of plans for several memories."""
     others = ", ".join(name for name in options.formats if name != "gguf")
-    return f"with --format {others}, all of which lies in the GPU's memory; drop it, or use --format gguf" if others else ""
+    return f"with --format {others}, planned for a GPU's memory alone; drop it, or use --format gguf" if others else ""
 
 
 def _plan(options: Options) -> str:
@@ -522,9 +522,8 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "max_kl": (_planned("max-kl"),),
     "ram": (_one_memory, _planned("ram")),
     "context": (_machine,),
-    "kv": (_machine, _only("gguf")),
-    "speed": (_machine, _one_memory),
-    "vram_bandwidth": (_fit, _only("gguf")),
+    **dict.fromkeys(("kv", "speed"), (_machine, _one_memory)),
+    "vram_bandwidth": (_fit, _one_memory),
     "ram_bandwidth": (_ram,),
     "sensitivity": (_plan,),
     "bnb_type": (_only("bnb"), _four_bits),

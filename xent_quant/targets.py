@@ -72,11 +72,15 @@ def _refuse_the_model_itself(model: Path, output: Path, exporters: "list[Exporte
 Plan = TypeVar("Plan", "GGUFPlan", "ONNXPlan", "BnbPlan")
 
 
-def _told(plan: Plan, kept: "KeptExperts | None") -> Plan:
-    """The plan with a note on experts that are left out."""
+def _told(plan: Plan, kept: "KeptExperts | None", said: tuple[str, ...] = ()) -> Plan:
+    """The plan with notes on what it stands on and on experts that are left out."""
     from exporters.card import without
 
-    return replace(plan, notes=(without(kept), *plan.notes)) if kept else plan
+    notes = [*said, *plan.notes]
+    if kept:
+        notes.insert(0, without(kept))
+        notes += ["What the experts that are left out lose comes on top of that."] if plan.expected else []
+    return replace(plan, notes=tuple(notes))
 
 
 def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
@@ -116,7 +120,7 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
 
         def planned(header: int) -> "GGUFPlan":
             made = budget.planned(model, known, goal, header=header, method=methods.name, pad=options.pad)
-            return _told(replace(made, notes=(*said, *made.notes, *_beside_dropped(checkpoint))), checkpoint.kept)
+            return _told(made, checkpoint.kept, said)
 
         yield exporter(planned)
         return
@@ -133,10 +137,6 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
             continue
         done.add(chosen.name)
         yield exporter(_told(plan(checkpoint.architecture, chosen, pad=options.pad), checkpoint.kept))
-
-
-def _beside_dropped(checkpoint: "Checkpoint") -> tuple[str, ...]:
-    return ("What the experts that are left out lose comes on top of that.",) if checkpoint.kept else ()
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,8 @@ def _with_this_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
     beside_ram = options.ram is not None
     measure = beside_ram and options.ram_bandwidth is None
     found, said = machine.read(fit="fit" in asked, ram="ram" in asked, beside_ram=beside_ram, measure=measure)
+    if "gguf" not in options.formats:
+        found.pop("vram_bandwidth", None)
     kept = {field: value for field, value in options.given.items() if value is not None and field not in asked}
     return Options(**found | kept), (said,)
 
@@ -193,7 +195,7 @@ def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
     def within(header: int) -> "ONNXPlan":
         assert known is not None
         made = budget.planned(model, known.sensitivity, known.goal, settings, header=header, method=methods.name)
-        return _told(replace(made, notes=(*known.said, *made.notes, *_beside_dropped(checkpoint))), checkpoint.kept)
+        return _told(made, checkpoint.kept, known.said)
 
     usual = _told(plan(model, settings), checkpoint.kept)
     yield ONNXExporter(checkpoint, usual, options.folder, name, methods.new(), within if known else None)
@@ -211,7 +213,7 @@ def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods
     def within(header: int) -> "BnbPlan":
         assert known is not None
         made = budget.planned(model, known.sensitivity, known.goal, **kinds, header=header, gptq=method is not None)
-        return _told(replace(made, notes=(*known.said, *made.notes, *_beside_dropped(checkpoint))), checkpoint.kept)
+        return _told(made, checkpoint.kept, known.said)
 
     usual = _told(plan(model, **kinds), checkpoint.kept)
     yield BnbExporter(

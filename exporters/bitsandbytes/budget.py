@@ -10,6 +10,7 @@ from math import prod
 from exporters import budgets
 from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor, module, plan
 from exporters.budgets import Goal, Layout
+from exporters.interface import Alternative
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.planning import Choice, Group
 from xent_quant.sensitivities import Sensitivity, place
@@ -34,7 +35,8 @@ def planned(
     gptq: bool = False,
 ) -> BnbPlan:
     """The plan of least expected loss within the goal's bytes, or of fewest bytes within its loss; `header` bytes of the files
-    are no weight's. Raises what `plan` raises, and ExportError that says what would be possible."""
+    are no weight's. Raises what `plan` and `Goal.check` raise, and ExportError that says what would be possible."""
+    goal.check(model)
     quantised = plan(model, bits=bits, bnb_type=bnb_type, pad=pad)
     kind, (like, error) = quantised.type, LIKE[quantised.type]
     together: dict[str, list[PlannedTensor]] = {}
@@ -51,12 +53,15 @@ def planned(
         whole = Choice(WHOLE, sum(2 * prod(tensor.shape) for tensor in some) + names, 0.0)
         groups[label] = Group(label, (Choice(kind, sum(tensor.nbytes for tensor in some), loss), whole))
     kept = quantised.nbytes - sum(group.choices[0].nbytes for group in groups.values()) + header
-    mixes = {name: dict.fromkeys(groups, name) for name in (kind, WHOLE)}
-    layout = Layout(groups, kept, quantised.beside_weights(goal.context) - header, mixes)
+    layout = Layout(groups, kept, quantised.beside_weights(goal.context) - header, {kind: dict.fromkeys(groups, kind)})
     chosen = layout.best(goal)
     kinds = zip(groups, chosen.choices, strict=True)
-    names_of = tuple(name for label, choice in kinds if choice.type == WHOLE for name in modules[label])
-    made = plan(model, bits=bits, bnb_type=bnb_type, pad=pad, whole=names_of)
-    notes = budgets.notes(goal.name, chosen.loss, sensitivity.source)
+    left = [name for label, choice in kinds if choice.type == WHOLE for name in modules[label]]
+    plain = plan(model, bits=16, pad=pad)
+    quantise = any(choice.type == kind for choice in chosen.choices)
+    made = plan(model, bits=bits, bnb_type=bnb_type, pad=pad, whole=left) if quantise else plain
     expected = layout.expected(goal, chosen, sensitivity.source)
+    beside = (Alternative(WHOLE, plain.nbytes + header, 0.0), *expected.beside)
+    expected = replace(expected, nbytes=made.nbytes + header if not quantise else expected.nbytes, beside=beside)
+    notes = budgets.notes(goal.name, chosen.loss, sensitivity.source)
     return replace(made, notes=(*notes, *made.notes), name=goal.name, expected=expected, context=goal.context)

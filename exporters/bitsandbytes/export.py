@@ -47,16 +47,22 @@ class BnbExporter:
         """`within` makes another plan, for a budget, when told how many bytes the files have besides weights."""
         if plan.bits < 16:
             bitsandbytes_functional()
-        self.plan, self.target, self.method = plan, output / FOLDER, method
-        self.files, self.parts = folder.files(checkpoint, plan, name), shards(plan.tensors, split_size)
+        self.target, self.method = output / FOLDER, method
+        self._lay_out(checkpoint, plan, name, split_size)
         if within:
-            self.plan = within(self._beside_weights() + TEXT_BYTES)
-            self.files, self.parts = folder.files(checkpoint, self.plan, name), shards(self.plan.tensors, split_size)
+            header = self._beside_weights() + TEXT_BYTES
+            self._lay_out(checkpoint, within(header), name, split_size)
+            if len(self.parts) > 1 and (more := self._beside_weights() + TEXT_BYTES) > header:  # it took more files
+                self._lay_out(checkpoint, within(more), name, split_size)
         count = len(self.parts)
         self.shards = [
             "model.safetensors" if count == 1 else f"model-{index:05d}-of-{count:05d}.safetensors"
             for index in range(1, count + 1)
         ]
+
+    def _lay_out(self, checkpoint: Checkpoint, plan: BnbPlan, name: str, split_size: int | None) -> None:
+        self.plan, self.files = plan, folder.files(checkpoint, plan, name)
+        self.parts = shards(plan.tensors, split_size)
 
     @property
     def summary(self) -> PlanSummary:

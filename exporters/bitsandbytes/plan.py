@@ -136,8 +136,10 @@ def plan(model: Architecture, *, bits: int = 4, bnb_type: str = "nf4", pad: str 
             f"Rows are not multiples of {BLOCK} weights: bitsandbytes runs this on CUDA, slowly, and not on every CPU. "
             "--method gptq leaves such rows' codes as bitsandbytes chooses them."
         )
+    left = frozenset(whole)
     tensors = tuple(
-        _planned(tensor, model, width, kinds[16] if module(tensor) in whole else quantised) for tensor in model.tensors().values()
+        _planned(tensor, model, width, kinds[16] if left and module(tensor) in left else quantised)
+        for tensor in model.tensors().values()
     )
     return BnbPlan(model, bits, bnb_type, width, tensors, tuple(notes), tuple(whole))  # type: ignore[arg-type]
 

@@ -34,7 +34,7 @@ from exporters.gguf.plan import (
     plan,
     share,
 )
-from exporters.interface import CONTEXT, Alternative, AtWork, Expected
+from exporters.interface import Alternative, AtWork, Expected
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ConfigError, ExportError
@@ -65,23 +65,17 @@ Place = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Goal:
-    """What a plan is for, by one of three: `size` bytes of file, an expected loss of at most `max_kl` nats a token, or a
-    `machine` whose memories hold the weights, the KV cache of `context` tokens in type `kv`, and buffers; there `speed` is the
-    least number of tokens per second that its bandwidths must allow. `name` is the plan's, in files' names."""
+class Goal(budgets.Goal):
+    """In place of `vram` there is a `machine`, whose memories hold the weights, the KV cache in type `kv`, and buffers; `speed`
+    is the least number of tokens per second that its bandwidths must allow."""
 
-    name: str
-    size: int | None = None
-    max_kl: float | None = None
     machine: Machine | None = None
     speed: float | None = None
-    context: int = CONTEXT
     kv: str = "f16"
 
     def check(self, model: Architecture) -> None:
         """Raise ConfigError for what llama.cpp would refuse."""
-        if self.context > model.max_position_embeddings:
-            raise ConfigError(f"--context {self.context}: the model's is {model.max_position_embeddings}")
+        super().check(model)
         if KV_ITEM[self.kv] < 2 and model.head_dim % 32:
             raise ConfigError(
                 f"--kv {self.kv}: llama.cpp takes that for heads of a multiple of 32 dimensions, and this model's have "

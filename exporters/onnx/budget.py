@@ -37,7 +37,8 @@ def planned(
     model: Architecture, sensitivity: Sensitivity, goal: Goal, settings: Settings, *, header: int = 0, method: str = "gptq"
 ) -> ONNXPlan:
     """The plan of least expected loss within the goal's bytes, or of fewest bytes within its loss; `header` bytes of the files
-    are not in the data file. Raises what `plan` raises, and ExportError that says what would be possible."""
+    are not in the data file. Raises what `plan` and `Goal.check` raise, and ExportError that says what would be possible."""
+    goal.check(model)
     layout = _layout(model, sensitivity, goal, settings, header, method)
     chosen = layout.best(goal)
     bits = {label: int(choice.type) for label, choice in zip(layout.groups, chosen.choices, strict=True)}

@@ -47,19 +47,14 @@ class ONNXExporter:
         within: Callable[[int], ONNXPlan] | None = None,
     ) -> None:
         """`within` makes another plan, for a budget, when told how many bytes the files have besides the data file."""
-        self.checkpoint, self.plan, self.method, self._name = checkpoint, plan, method, name
-        self.target = output / FOLDER
+        self.method, self.target = method, output / FOLDER
+        self._lay_out(checkpoint, plan, name)
         if within:
-            self.plan = within(self._beside_data() + TEXT_BYTES)
-        self.files = self._files()
+            self._lay_out(checkpoint, within(self._beside_data + TEXT_BYTES), name)
 
-    def _files(self) -> dict[str, bytes]:
-        """What is known before any weight is."""
-        return config.files(self.checkpoint, self.plan) | card.files(self.checkpoint.path, self.plan, self._name)
-
-    def _beside_data(self) -> int:
-        graph: int = build(self.plan).ByteSize()
-        return graph + sum(map(len, self._files().values()))
+    def _lay_out(self, checkpoint: Checkpoint, plan: ONNXPlan, name: str) -> None:
+        self.plan, self.files = plan, config.files(checkpoint, plan) | card.files(checkpoint.path, plan, name)
+        self._beside_data: int = build(plan).ByteSize() + sum(map(len, self.files.values()))
 
     @property
     def summary(self) -> PlanSummary:
@@ -87,7 +82,7 @@ class ONNXExporter:
 
     @property
     def nbytes(self) -> int:
-        return self.plan.data_bytes + self._beside_data()
+        return self.plan.data_bytes + self._beside_data
 
     def check(self, force: bool) -> None:
         """See `Exporter.check`."""

@@ -12,14 +12,16 @@ from exporters.budgets import Goal
 from exporters.onnx.budget import ERROR, LIKE, planned
 from exporters.onnx.export import ONNXExporter
 from exporters.onnx.plan import ALIGNMENT, ONNXPlan, Settings, node, plan
+from tests.conftest import Command
 from tests.exporters.test_gguf_budget import sensitivity
 from tests.exporters.test_gguf_plan import architecture
 from tests.exporters.test_onnx_exact import IDS, expected, typical
 from tests.walking import export
 from xent_quant import formats
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.errors import ExportError
+from xent_quant.errors import ConfigError, ExportError
 from xent_quant.formats.int_group import IntGroup, int_group
+from xent_quant.machine import Card
 from xent_quant.methods.search import Search
 from xent_quant.planning import Choice
 from xent_quant.sensitivities import place
@@ -114,6 +116,25 @@ def test_a_gpu_of_that_size_holds_it() -> None:
         assert {4, 8} == set(bits(ours).values())
         cache = 2 * item * 2048 * MODEL.num_layers * MODEL.kv_size
         assert ours.vram_bytes(2048) - ours.vram_bytes(1024) == cache // 2
+
+
+def test_more_context_than_the_model_has_is_refused() -> None:
+    for kind in ("gguf", "onnx", "bnb"):
+        with pytest.raises(ConfigError, match="--context 100000: the model's is 8192"):
+            xent_quant.plan(formats=[kind], fit="6G", context=100_000)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "bnb"])
+def test_this_machines_card(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr("xent_quant.machine.card", lambda system: Card("NVIDIA GeForce RTX 3060", 12 * 2**30))
+    (summary,) = xent_quant.plan(formats=[kind], fit="auto")
+    assert summary.expected is not None
+    assert any("RTX 3060" in note for note in summary.notes)
+
+
+def test_columns_of_a_dense_graph(checkpoint, command: Command) -> None:
+    done = command(checkpoint(num_experts=None), "--format", "onnx", "--size", "1G", "--dry-run")
+    assert done.stdout.split()[:5] == ["layers", "qkv", "output", "gate_up", "down"]
 
 
 def test_a_bound_on_the_loss_gives_the_smallest_files() -> None:

@@ -20,15 +20,17 @@ HUES = ((8, 215), (6, 190), (5, 145), (4, 55), (3, 25), (0, 0))
 """Hues, in degrees, of types with so many bits per weight or more: warmer is fewer."""
 
 
-def measured(folder: Path) -> list[Alternative]:
-    """What the reports of `validate` in `folder` say of their files: KL divergence over all suites. What is no report is passed
-    over."""
+def measured(folder: Path, kind: str) -> list[Alternative]:
+    """What the reports of `validate` in `folder` say of files of a format: KL divergence over all suites. What is no report is
+    passed over."""
     found: list[Alternative] = []
     for file in sorted(folder.glob("*/report.json")):
         try:
             report = json.loads(file.read_text("utf-8"))
             kl = (report["averages"] or report["suites"])[-1]["kl"]["value"]["value"]
-            found.append(Alternative(Path(report["exported"]).name, int(report["nbytes"]), float(kl)))
+            name = Path(report["exported"]).name
+            if kind == ("gguf" if name.endswith(".gguf") else name):  # others are folders that are called by it
+                found.append(Alternative(name, int(report["nbytes"]), float(kl)))
         except (OSError, ValueError, LookupError, TypeError):
             continue
     return found
@@ -41,22 +43,25 @@ def check(path: Path) -> None:
         raise ConfigError(f"--plan-page {path}: no file can be written there; choose another name")
 
 
-def write(path: Path, name: str, summaries: Sequence[PlanSummary], reports: Sequence[Alternative]) -> None:
-    """The page of the plan among `summaries` to `path`, whose folder is made. Raises ExportError where it cannot be written."""
-    planned = next(summary for summary in summaries if summary.expected)
+def write(path: Path, name: str, summaries: Sequence[PlanSummary], reports: Path) -> None:
+    """The page of the plans among `summaries` to `path`, whose folder is made, with what the `reports` in a folder measured.
+    Raises ExportError where it cannot be written."""
+    parts = []
+    for summary in (each for each in summaries if each.expected):
+        title = name if len(summaries) == 1 else f"{name}, {summary.format}"
+        parts += sections(title, summary, measured(reports, summary.format))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(path, page(name, planned, reports).encode())
+        replace_bytes(path, document(f"{name}: a plan", parts).encode())
     except OSError as error:
         raise ExportError(f"--plan-page {path}: cannot be written ({error.strerror})") from error
 
 
-def page(name: str, planned: PlanSummary, reports: Sequence[Alternative] = ()) -> str:
-    """The page of a plan that has an expectation, for the model `name`."""
+def sections(title: str, planned: PlanSummary, reports: Sequence[Alternative] = ()) -> list[str]:
+    """Of a plan that has an expectation."""
     expected = planned.expected
     assert expected is not None
-    parts = [_head(name, planned, expected), _sizes(expected, reports), _types(planned), _beside(expected, reports)]
-    return document(f"{name}: a plan", parts)
+    return [_head(title, planned, expected), _sizes(expected, reports), _types(planned), _beside(expected, reports)]
 
 
 def _head(name: str, planned: PlanSummary, expected: Expected) -> str:
@@ -80,7 +85,8 @@ def _head(name: str, planned: PlanSummary, expected: Expected) -> str:
 
 def _axes(points: Sequence[tuple[float, float]]) -> tuple[Callable[[float], float], Callable[[float], float], str]:
     """From bytes and from nats to pixels, and the axes, with lines at round GiB and at powers of ten."""
-    low, high = floor(log10(min(kl for _, kl in points))), ceil(log10(max(kl for _, kl in points)))
+    found = [kl for _, kl in points if kl > 0]
+    low, high = floor(log10(min(found))), ceil(log10(max(found)))
     least, most = min(size for size, _ in points), max(size for size, _ in points)
     span = (most - least) or 1.0
     least, most = least - 0.03 * span, most + 0.03 * span
@@ -111,14 +117,18 @@ def _sizes(expected: Expected, reports: Sequence[Alternative]) -> str:
     mixes = [row for row in expected.beside if " " not in row.name and not row.name.startswith("--")]
     ours = Alternative("this plan", expected.nbytes, expected.kl)
     every = [*expected.frontier, *((row.nbytes, row.kl) for row in (*mixes, ours, *reports))]
-    x, y, shapes = _axes([(size, kl) for size, kl in every if kl > 0])
+    x, y, shapes = _axes(every)
     curve = " ".join(f"{x(size):.1f},{y(kl):.1f}" for size, kl in expected.frontier if kl > 0)
     shapes += f'<polyline points="{curve}" fill="none" stroke="var(--bar)" stroke-width="2"/>'
+
+    def low(kl: float) -> float:
+        return y(kl) if kl > 0 else HEIGHT - BOTTOM  # nothing is lost: on the edge
+
     for row in (*mixes, ours):
         radius, colour = (7, "var(--good)") if row is ours else (4, "var(--soft)")
         shapes += (
             f"<g><title>{escape(row.name)}: {human_bytes(row.nbytes)}, expected {row.kl:.2g}</title>"
-            f'<circle cx="{x(row.nbytes):.1f}" cy="{y(row.kl):.1f}" r="{radius}" fill="{colour}"/></g>'
+            f'<circle cx="{x(row.nbytes):.1f}" cy="{low(row.kl):.1f}" r="{radius}" fill="{colour}"/></g>'
         )
     for report in reports:
         if report.kl > 0:
@@ -127,9 +137,8 @@ def _sizes(expected: Expected, reports: Sequence[Alternative]) -> str:
                 f'<rect x="-5" y="-5" width="10" height="10" fill="var(--bad)" '
                 f'transform="translate({x(report.nbytes):.1f} {y(report.kl):.1f}) rotate(45)"/></g>'
             )
-    marked = [row for row in (*mixes, *reports) if row.kl > 0]
-    above = (x(ours.nbytes) - 28, y(ours.kl) - 12), ours.name
-    for at, name in _apart(above, [(x(row.nbytes), y(row.kl), row.name) for row in marked]):
+    above = (x(ours.nbytes) - 28, low(ours.kl) - 12), ours.name
+    for at, name in _apart(above, [(x(row.nbytes), low(row.kl), row.name) for row in (*mixes, *reports)]):
         shapes += label(*at, name, "start")
     marks = "The curve is the best that can be planned at each size; grey dots are mixes by name, "
     marks += "red squares were measured by validate on its suites." if reports else "and nothing was measured."

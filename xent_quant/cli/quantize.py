@@ -100,7 +100,7 @@ def _draw(page: Path | None, model: str | None, plans: "Sequence[PlanSummary]", 
         from xent_quant.cli import plan_page, show
 
         name = options.name or (Path(model).resolve().name if model else "xent-mini")
-        plan_page.write(page, name, plans, plan_page.measured(options.folder / "validation"))
+        plan_page.write(page, name, plans, options.folder / "validation")
         show.note(f"The plan: {page}")
 
 

@@ -54,6 +54,8 @@ def new_table(*columns: str, title: str | None = None) -> Table:
 def plans(summaries: "Sequence[PlanSummary]") -> None:
     """--dry-run: every tensor, then the totals, of each format."""
     for summary in summaries:
+        if len({each.format for each in summaries}) > 1:
+            out.print(f"--format {summary.format}", style="bold")
         _plan(summary)
 
 
@@ -90,7 +92,7 @@ def type_map(plan: "PlanSummary") -> TypeMap:
         if len(tensor.shape) > 1 and tensor.type != "F32":
             bare = re.sub(r"^(attn_|ffn_|self_attn\.|attention\.|mlp\.)|_proj$", "", part)
             bare = bare.replace("shared_experts", "shared")
-            short = re.sub(r"^(gate|up)(?=_|$)", "gate, up", bare)  # they have one type
+            short = re.sub(r"(^|\.)(gate|up)(?=_(?!up)|$)", r"\1gate, up", bare)  # they have one type
             layers.setdefault(layer, {})[short] = tensor.type
     outside = layers.pop("", {})
     parts = list(dict.fromkeys(part for by in layers.values() for part in by))

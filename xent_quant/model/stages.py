@@ -54,8 +54,9 @@ class Batch:
 
     `inputs` [n, in_features]; `tokens` [n] int64, which token of the flattened windows each row belongs to; `gates` [n], the
     factors with which an expert's output will be scaled, None outside experts. In a quantised stream also `exact`
-    [n, in_features], the rows of the exact stream there, and `residual` [n, out_features], where the output goes straight to the
-    residual stream, how much more the exact stream holds there than this one.
+    [n, in_features], the rows of the exact stream there (but of routed experts' gate and up, whose rows are some of the router's)
+    and, where the output goes straight to the residual stream, `residual` [n, out_features], how much more the exact stream holds
+    there than this one.
     """
 
     inputs: Tensor

@@ -84,7 +84,7 @@ class StreamingModel:
                 identity = {"windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(), "version": software()}
                 journal = Journal.load(folder / FILE, identity) or Journal(folder / FILE, identity)
                 streams = files.enter_context(
-                    closing(Streams(self.source, windows, folder, self.dtype, 1, fresh=not journal.done))
+                    closing(Streams(self.source, windows, folder, self.dtype, 1, fresh=not journal.done, inner=False))
                 )
                 streams.swapped = journal.swapped
                 run = streams.run

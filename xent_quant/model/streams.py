@@ -30,10 +30,12 @@ class Streams:
         kept_rows: int = KEPT_ROWS,
         *,
         fresh: bool,
+        inner: bool = True,
     ) -> None:
-        """`fresh`: nothing was committed yet, so whatever a killed run left in the files is made anew."""
+        """`fresh`: nothing was committed yet, so whatever a killed run left in the files is made anew. `inner`: rows inside the
+        MLP are looked at before they are gone on with, and so worth keeping."""
         self.folder, self._files = folder, ExitStack()
-        columns = state_files(source.architecture, inner=windows.device.type == "cpu")
+        columns = state_files(source.architecture, inner=inner and windows.device.type == "cpu")
         streams = []
         for number in range(count):
             files = {file: self._open(f"{number}.{file}", windows, width, fresh) for file, width in columns.items()}

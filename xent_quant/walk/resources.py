@@ -78,7 +78,7 @@ def memory(model: Architecture, followers: int, text: bool, room: Room) -> int:
     if routed:
         inner = 4 * room.kept_rows * model.intermediate_size * streams
         shared = 2 * 4 * model.shared_size * model.hidden_size * streams
-        layer = followers * 8 * model.hidden_size**2  # sums over all tokens, to make up rare experts
+        layer = followers * 8 * model.hidden_size**2  # Σxxᵀ and the drift of all tokens
         experts = shared + layer + side_by_side * (inner + _stage(routed, model, streams))
     return int(MARGIN * (rows_of_vocabulary + TORCH + max(for_all, experts)))
 
