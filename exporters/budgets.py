@@ -20,6 +20,8 @@ NEIGHBOURS = {"an eighth smaller": 7 / 8, "an eighth larger": 9 / 8}
 """Budgets that are planned for comparison, as shares of the plan's."""
 CORNERS = 60
 """Of the curve of all sizes, about."""
+ROUNDING = 1e-12
+"""Of the largest loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +107,11 @@ class Layout:
 
 def corners(found: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
     """Of bytes and expected loss those that no others beat, fewest bytes first; some CORNERS of them, the smallest and the best
-    among them."""
+    among them. What is left of a sum by rounding is no loss."""
+    every = sorted(found)
+    least = ROUNDING * max(loss for _, loss in every)
     best: list[tuple[int, float]] = []
-    for corner in sorted(found):
+    for corner in ((nbytes, loss if loss > least else 0.0) for nbytes, loss in every):
         if not best or corner[1] < best[-1][1]:
             best.append(corner)
     return tuple(best[index] for index in sorted({round(part * (len(best) - 1) / CORNERS) for part in range(CORNERS + 1)}))

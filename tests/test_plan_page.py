@@ -118,6 +118,9 @@ def test_plans_of_several_formats_are_all_drawn(tmp_path: Path, command: Command
     assert len(pictures) == 3
     circles = {group.findtext("title"): group.find("circle") for group in pictures[2].iter("g")}
     (whole,) = (circle for title, circle in circles.items() if title.startswith("BF16: "))
+    curve = [tuple(map(float, point.split(","))) for point in pictures[2].find("polyline").attrib["points"].split()]
+    assert max(y for _, y in curve) < float(whole.attrib["cy"])
+    assert not [text.text for text in pictures[2].iter("text") if "e-" in text.text]  # no powers of rounding
     others = [float(circle.attrib["cy"]) for circle in circles.values() if circle is not whole]
     assert float(whole.attrib["cy"]) > max(others)  # what loses nothing is on the edge
     assert all(0 < float(circle.attrib["cx"]) < 860 for circle in circles.values())
