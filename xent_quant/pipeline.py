@@ -143,7 +143,7 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
         vram = resources.vram(architecture, followers, length, room)
     taken = resources.Resources(
         memory=memory,
-        disk=resources.disk(architecture, tokens, followers, device) if session else 0,
+        disk=resources.disk(architecture, tokens, followers, device, measured=prepared.measure) if session else 0,
         result=sum(exporter.nbytes for exporter in exporters),
         tokens=tokens,
         seconds=None if vram else resources.seconds(architecture, exporters, tokens, hessian),

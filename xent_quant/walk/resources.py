@@ -215,9 +215,9 @@ def left_to_cpu(exporters: Sequence[Exporter]) -> list[str]:
     return sorted(encoding.name for encoding in encodings if not OnDevice.here(encoding))
 
 
-def disk(model: Architecture, tokens: int, followers: int, device: "torch.device | None") -> int:
-    """Bytes of the states while a text runs, on a device or not."""
-    columns = state_files(model, inner=device is None or device.type == "cpu")
+def disk(model: Architecture, tokens: int, followers: int, device: "torch.device | None", *, measured: bool = True) -> int:
+    """Bytes of the states while a text runs, on a device or not; `measured`: for statistics of all weights."""
+    columns = state_files(model, inner=measured and (device is None or device.type == "cpu"))
     return 4 * sum(columns.values()) * tokens * (1 + followers)
 
 
