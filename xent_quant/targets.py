@@ -87,8 +87,6 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
     from exporters.gguf import budget
     from exporters.gguf.export import GGUFExporter
     from exporters.gguf.plan import plan
-    from exporters.interface import CONTEXT
-    from xent_quant import sensitivities
     from xent_quant.machine import Machine
     from xent_quant.recipes import recipe
 
@@ -104,23 +102,19 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
             allow_tokenizer_mismatch=options.allow_tokenizer_mismatch,
         )
 
-    if options.planned:
-        model, known = checkpoint.architecture, sensitivities.of(checkpoint.whole or checkpoint, options.sensitivity)
-        options, said = _with_this_machine(options)
+    if known := _Budget.of(checkpoint, options):
+        model, asked, options = checkpoint.architecture, known, known.options
         for_machine = options.fit is not None or options.ram is not None
         goal = budget.Goal(
-            name=options.planned,
-            size=options.size_bytes,
-            max_kl=options.max_kl,
+            **(vars(known.goal) | {"vram": None}),
             machine=Machine(vram=options.fit_bytes, ram=options.ram_bytes, **options.bandwidths) if for_machine else None,
             speed=options.speed,
-            context=options.context or min(CONTEXT, model.max_position_embeddings),
             kv=options.kv,
         )
 
         def planned(header: int) -> "GGUFPlan":
-            made = budget.planned(model, known, goal, header=header, method=methods.name, pad=options.pad)
-            return _told(made, checkpoint.kept, said)
+            made = budget.planned(model, asked.sensitivity, goal, header=header, method=methods.name, pad=options.pad)
+            return _told(made, checkpoint.kept, asked.said)
 
         yield exporter(planned)
         return
@@ -141,10 +135,12 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
 
 @dataclass(frozen=True)
 class _Budget:
-    """What a plan of another format than GGUF is made of: its goal, what it stands on, and what is to be said of the machine."""
+    """What a plan is made of: its goal, what it stands on, what is to be said of the machine, and the options with what that
+    machine has."""
 
     goal: "Goal"
     sensitivity: "Sensitivity"
+    options: Options
     said: tuple[str, ...]
 
     @classmethod
@@ -159,7 +155,7 @@ class _Budget:
         options, said = _with_this_machine(options)
         context = options.context or min(CONTEXT, checkpoint.architecture.max_position_embeddings)
         goal = Goal(name=options.planned, size=options.size_bytes, max_kl=options.max_kl, vram=options.fit_bytes, context=context)
-        return cls(goal, sensitivities.of(checkpoint.whole or checkpoint, options.sensitivity), said)
+        return cls(goal, sensitivities.of(checkpoint.whole or checkpoint, options.sensitivity), options, said)
 
 
 def _with_this_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
