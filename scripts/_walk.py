@@ -80,10 +80,11 @@ class _Receiver:
         """See `Writer.put`; slices come in order. Raises _Done behind the last of all lanes."""
         parts = self.parts.setdefault((slot.tensor.name, slot.role), [])
         parts.append(packed)
-        if sum(map(len, parts)) == slot.rows:
+        count = len(packed) if slot.encoding.by_rows else slot.rows
+        if not slot.encoding.by_rows or sum(map(len, parts)) == slot.rows:
             del self.parts[slot.tensor.name, slot.role]
             self.receive(slot, np.concatenate(parts))
-        if self.missing.less(len(packed)):
+        if self.missing.less(count):
             raise _Done
 
     def sync(self) -> None:
@@ -124,8 +125,7 @@ def walk_together(
     """Quantise what the slots ask for, with statistics of a file or of `windows` that run along, until the last slot is full.
 
     A method that needs Hessians follows the model that it quantises, each of `wanted` its own, as in an export, unless `follow`
-    is False. `gated` as of `Measuring`. Weights that go nowhere are not measured unless `measure_all` is given. For encodings by
-    rows.
+    is False. `gated` as of `Measuring`. Weights that go nowhere are not measured unless `measure_all` is given.
     """
     tensors = checkpoint.architecture.tensors()
     every = [{name: slots.get(name, ()) for name in tensors} for slots, _ in wanted]
@@ -179,7 +179,7 @@ def quantised_together(checkpoint: Checkpoint, wanted: Sequence[Slots], method: 
 
     def receive(into: Weights, slot: Slot, packed: U8) -> None:
         shape = slot.tensor.shape
-        rows = cast(QuantFormat, slot.encoding).dequantize(packed)
+        rows = slot.encoding.read(packed, (slot.rows, slot.columns))
         into.arrays[slot.tensor.name] = np.ascontiguousarray(rows[: shape[0], : shape[1]] if len(shape) > 1 else rows[0])
 
     walk_together(

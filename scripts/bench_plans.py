@@ -2,13 +2,13 @@
 """Compares planned files with the mixes by name, of a model whose sensitivity was measured: KL divergence at the same bytes.
 
     scripts/bench_plans.py --sensitivity FILE [--model DIR] [--mixes XENT5 XENT4 ...] [--budgets XENT5 XENT4 ...]
-                           [--format gguf|onnx] [--method gptq] [--tokens 32768] [--calib-mix MIX] [--judge-tokens 2048]
+                           [--format gguf|onnx|bnb] [--method gptq] [--tokens 32768] [--calib-mix MIX] [--judge-tokens 2048]
 
 FILE is what `xent-quant sensitivity` or scripts/check_sensitivity.py wrote (the miniature's own is
 xent_quant/data/sensitivity-prior.json); without one the prior is used. A budget is the tensor data of a mix: the plan takes no
-more. Of ONNX the mixes are those that options can name, and the budgets the sizes of the best plans. Both sides are quantised
-by --method with statistics of the bundled calibration text, and judged in our own exact forward on
---judge-tokens of every bundled suite, as of scripts/bench_quality.py: KL(checkpoint ‖ quantised) in nats per token, ± the
+more. Of ONNX and bitsandbytes the mixes are those that options can name, and the budgets sizes of the best plans, as many as
+--budgets. Both sides are quantised by --method with statistics of the bundled calibration text, and judged in our own exact
+forward on --judge-tokens of every bundled suite, as of scripts/bench_quality.py: KL(checkpoint ‖ quantised) in nats per token, ± the
 standard error over windows. "best" is the mix of least measured divergence among those of no more bytes; the ratio is over the
 same windows. Holds the model in float32.
 """
@@ -23,6 +23,9 @@ from bench_quality import judge
 
 from calibration.text import load, sources
 from exporters import budgets
+from exporters.bitsandbytes import budget as bnb_budget
+from exporters.bitsandbytes.plan import BnbPlan
+from exporters.bitsandbytes.plan import plan as bnb_plan
 from exporters.gguf.budget import Goal, planned
 from exporters.gguf.plan import GGUFPlan, plan
 from exporters.onnx import budget as onnx_budget
@@ -60,12 +63,43 @@ class GGUF:
         return {name: size(self.plans[name]) for name in names}
 
 
-class ONNX:
-    """The same of ONNX, for which names of mixes are fixed."""
+class _Named:
+    """The same of a format for which names of mixes are fixed."""
+
+    plans: "dict[str, Planned]"
+
+    def within(self, nbytes: int) -> "Planned":
+        """The plan for so many bytes."""
+        raise NotImplementedError
+
+    def budgets(self, names: list[str]) -> dict[str, int]:
+        """Bytes of as many of the best plans, smallest first."""
+        expected = self.within(max(map(size, self.plans.values()))).expected
+        assert expected is not None
+        curve = [nbytes for nbytes, loss in expected.frontier[1:] if loss][:-1]  # the ends are mixes
+        chosen = sorted({round(place) for place in np.linspace(0, len(curve) - 1, len(names))})
+        return {f"{curve[place] / 2**20:.2f} MiB": curve[place] for place in chosen}
+
+
+class BNB(_Named):
+    """bitsandbytes in 4 bits, and whole."""
+
+    def __init__(self, model: Architecture, known: Sensitivity, method: str) -> None:
+        self._model, self._known, self._gptq = model, known, method == "gptq"
+        self.plans = {"NF4": bnb_plan(model), "BF16": bnb_plan(model, bits=16)}
+
+    def within(self, nbytes: int) -> "Planned":
+        """The plan for so many bytes."""
+        goal = budgets.Goal(name="", size=nbytes)
+        return bnb_budget.planned(self._model, self._known, goal, bits=4, bnb_type="nf4", gptq=self._gptq)
+
+
+class ONNX(_Named):
+    """ONNX in 4 and 8 bits."""
 
     def __init__(self, model: Architecture, known: Sensitivity, method: str) -> None:
         self._model, self._known, self._method, self._settings = model, known, method, Settings()
-        self.plans: dict[str, Planned] = {
+        self.plans = {
             name: onnx_plan(model, Settings(bits=experts, active_bits=others))
             for name, (experts, others) in onnx_budget.MIXES.items()
         }
@@ -75,16 +109,8 @@ class ONNX:
         goal = budgets.Goal(name="", size=nbytes)
         return onnx_budget.planned(self._model, self._known, goal, self._settings, method=self._method)
 
-    def budgets(self, names: list[str]) -> dict[str, int]:
-        """Bytes of as many of the best plans, smallest first."""
-        expected = self.within(max(map(size, self.plans.values()))).expected
-        assert expected is not None
-        curve = expected.frontier[1:-1]  # all of 4 bits, and all of 8, are mixes
-        chosen = sorted({round(place) for place in np.linspace(0, len(curve) - 1, len(names))})
-        return {f"{curve[place][0] / 2**20:.2f} MiB": curve[place][0] for place in chosen}
 
-
-Planned = GGUFPlan | ONNXPlan
+Planned = GGUFPlan | ONNXPlan | BnbPlan
 
 
 def size(of: Planned) -> int:
@@ -98,7 +124,7 @@ def main() -> None:
     parser.add_argument("--sensitivity", type=Path)
     parser.add_argument("--mixes", nargs="+", default=MIXES)
     parser.add_argument("--budgets", nargs="+", default=BUDGETS, help="mixes whose bytes are budgets")
-    parser.add_argument("--format", default="gguf", choices=["gguf", "onnx"])
+    parser.add_argument("--format", default="gguf", choices=["gguf", "onnx", "bnb"])
     parser.add_argument("--method", default="gptq", choices=list(METHODS))
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration text")
     parser.add_argument("--judge-tokens", type=int, default=2048, help="of each suite")
@@ -118,14 +144,16 @@ def main() -> None:
 
     def measured(chosen: Planned) -> np.ndarray:
         """KL divergence, mean of each window."""
-        weights = quantised(checkpoint, chosen.slots(), METHODS[options.method]("normal"), windows=windows)
+        slots = {tensor.name: [tensor] for tensor in chosen.tensors} if isinstance(chosen, BnbPlan) else chosen.slots()
+        measuring = {} if options.method == "rtn" else {"windows": windows}
+        weights = quantised(checkpoint, slots, METHODS[options.method]("normal"), **measuring)
         return np.asarray(judge(reference, StreamingModel(weights), judged)["kl"]).mean(1)
 
     if options.format == "gguf":
-        made: GGUF | ONNX = GGUF(model, known, options.method, list(dict.fromkeys([*options.mixes, *options.budgets])))
+        made: GGUF | _Named = GGUF(model, known, options.method, list(dict.fromkeys([*options.mixes, *options.budgets])))
         compared = options.mixes
     else:
-        made = ONNX(model, known, options.method)
+        made = {"onnx": ONNX, "bnb": BNB}[options.format](model, known, options.method)
         compared = list(made.plans)
     mixes = {}
     for name in compared:
