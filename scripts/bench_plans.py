@@ -8,9 +8,9 @@ FILE is what `xent-quant sensitivity` or scripts/check_sensitivity.py wrote (the
 xent_quant/data/sensitivity-prior.json); without one the prior is used. A budget is the tensor data of a mix: the plan takes no
 more. Of ONNX and bitsandbytes the mixes are those that options can name, and the budgets sizes of the best plans, as many as
 --budgets. Both sides are quantised by --method with statistics of the bundled calibration text, and judged in our own exact
-forward on --judge-tokens of every bundled suite, as of scripts/bench_quality.py: KL(checkpoint ‖ quantised) in nats per token, ± the
-standard error over windows. "best" is the mix of least measured divergence among those of no more bytes; the ratio is over the
-same windows. Holds the model in float32.
+forward on --judge-tokens of every bundled suite, as of scripts/bench_quality.py: KL(checkpoint ‖ quantised) in nats per token,
+± the standard error over windows. "best" is the mix of least measured divergence among those of no more bytes; the ratio is
+over the same windows. Holds the model in float32.
 """
 
 import argparse

@@ -233,7 +233,8 @@ def main() -> None:
                 file.write(json.dumps(line) + "\n")
             print(f"{of(line)}: {np.mean(line['kl']) * 1e3:.3f}, {line['seconds']} s", file=sys.stderr, flush=True)
     model = bench.checkpoint.architecture
-    table(lines, runs, model.num_experts / model.experts_per_token * max(model.hidden_size, model.intermediate_size))
+    tokens = model.num_experts / model.experts_per_token if model.num_experts else 1.0  # of which an expert sees one
+    table(lines, runs, tokens * max(model.hidden_size, model.intermediate_size))
     by_file(lines, runs, bench.judged_on)
 
 
