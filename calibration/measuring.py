@@ -21,7 +21,8 @@ class Measuring:
     """Measures one stream of a pass over windows [n_windows, length], the stages in their order.
 
     With `hessian` some windows feed `InputStatistics.held_out` alone. With `gated`, an expert's inputs weigh as much as the
-    square of the gate that scales its output. Holds the statistics of a layer's shared rows and of one stage.
+    square of the gate that scales its output. Holds the statistics of a layer's shared rows, with what drifted there, and of
+    one stage.
     """
 
     def __init__(

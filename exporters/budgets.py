@@ -22,6 +22,8 @@ CORNERS = 60
 """Of the curve of all sizes, about."""
 ROUNDING = 1e-12
 """Of the largest loss."""
+TEXT_BYTES = 8192
+"""By how much texts beside an export grow at most with what a plan says and what the calibration text is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,9 @@ class Goal:
 
 @dataclass(frozen=True)
 class Layout:
-    """`groups` of weights that have one kind each, by label; `kept` bytes of the files that are none of theirs, and `beside`
-    bytes on a GPU that are not the files': KV cache and buffers less what is in no weight. `mixes` by name are what there would
-    be without a plan: a kind for each group."""
+    """`groups` of weights that have one kind each, by label; `kept` bytes of the files that are none of theirs; `beside`, in
+    bytes, what a GPU holds besides the files (KV cache and buffers) less what it does not hold of them. `mixes` by name are what
+    there would be without a plan: a kind for each group."""
 
     groups: Mapping[str, Group]
     kept: int

@@ -90,7 +90,7 @@ def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
     import torch
     from _walk import first_layers, slot, walk
 
-    from calibration.correction import Correction
+    from calibration.correction import Correction, Regression
     from calibration.measuring import Measuring
     from xent_quant import formats, linalg
     from xent_quant.methods import METHODS
@@ -101,7 +101,9 @@ def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
     clock = Clock()
     clock.wrap("forward", Walk, "run")
     clock.wrap("statistics", Measuring, "measure")
-    clock.wrap("correction", Correction, "pull")
+    clock.wrap("correction", Correction, "moved")
+    clock.wrap("correction", Regression, "moved")
+    clock.wrap("correction", Regression, "of")
     clock.wrap("factorisation", linalg, "root")
     clock.wrap("search", Search, "quantize")
     clock.wrap("rounding", GPTQ, "quantize")

@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder or Hub id; default: the bundled miniature")
     parser.add_argument("--sensitivity", type=Path)
-    parser.add_argument("--mixes", nargs="+", default=MIXES)
+    parser.add_argument("--mixes", nargs="+", help="of GGUF")
     parser.add_argument("--budgets", nargs="+", default=BUDGETS, help="mixes whose bytes are budgets")
     parser.add_argument("--format", default="gguf", choices=["gguf", "onnx", "bnb"])
     parser.add_argument("--method", default="gptq", choices=list(METHODS))
@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--judge-tokens", type=int, default=2048, help="of each suite")
     parser.add_argument("--calib-mix")
     options = parser.parse_args()
+    if options.mixes and options.format != "gguf":
+        parser.error(f"--mixes: those of {options.format} are fixed")
 
     checkpoint = Checkpoint.open(resolve(options.model))
     model, tokenizer = checkpoint.architecture, load_tokenizer(checkpoint.path)
@@ -144,14 +146,13 @@ def main() -> None:
 
     def measured(chosen: Planned) -> np.ndarray:
         """KL divergence, mean of each window."""
-        slots = {tensor.name: [tensor] for tensor in chosen.tensors} if isinstance(chosen, BnbPlan) else chosen.slots()
         measuring = {} if options.method == "rtn" else {"windows": windows}
-        weights = quantised(checkpoint, slots, METHODS[options.method]("normal"), **measuring)
+        weights = quantised(checkpoint, chosen.slots(), METHODS[options.method]("normal"), **measuring)
         return np.asarray(judge(reference, StreamingModel(weights), judged)["kl"]).mean(1)
 
     if options.format == "gguf":
-        made: GGUF | _Named = GGUF(model, known, options.method, list(dict.fromkeys([*options.mixes, *options.budgets])))
-        compared = options.mixes
+        compared = options.mixes or MIXES
+        made: GGUF | _Named = GGUF(model, known, options.method, list(dict.fromkeys([*compared, *options.budgets])))
     else:
         made = {"onnx": ONNX, "bnb": BNB}[options.format](model, known, options.method)
         compared = list(made.plans)

@@ -471,10 +471,11 @@ def _planned(field: str) -> Need:
     return need
 
 
-def _one_memory(options: Options) -> str:
-    """An option of plans for several memories."""
+def _for_a_gpu(options: Options) -> str:
+    """A plan for RAM alone."""
     others = ", ".join(name for name in options.formats if name != "gguf")
-    return f"with --format {others}, planned for a GPU's memory alone; drop it, or use --format gguf" if others else ""
+    no_budget = options.fit is None and others
+    return f"with --format {others}, planned for a GPU's memory; add --fit, or use --format gguf" if no_budget else ""
 
 
 def _plan(options: Options) -> str:
@@ -520,10 +521,10 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "bits": (_planned("bits"), _bits),
     "fit": (_planned("fit"),),
     "max_kl": (_planned("max-kl"),),
-    "ram": (_one_memory, _planned("ram")),
+    "ram": (_for_a_gpu, _only("gguf"), _planned("ram")),
     "context": (_machine,),
-    **dict.fromkeys(("kv", "speed"), (_machine, _one_memory)),
-    "vram_bandwidth": (_fit, _one_memory),
+    **dict.fromkeys(("kv", "speed"), (_machine, _only("gguf"))),
+    "vram_bandwidth": (_fit, _only("gguf")),
     "ram_bandwidth": (_ram,),
     "sensitivity": (_plan,),
     "bnb_type": (_only("bnb"), _four_bits),

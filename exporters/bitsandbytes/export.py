@@ -11,6 +11,7 @@ from exporters.bitsandbytes import folder
 from exporters.bitsandbytes.kinds import Whole, bitsandbytes_functional
 from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor, shards
 from exporters.bitsandbytes.shard import Shard, header_bytes
+from exporters.budgets import TEXT_BYTES
 from exporters.card import calibrated
 from exporters.hub_files import json_bytes
 from exporters.interface import Exported, PlanSummary, TensorRow
@@ -20,9 +21,6 @@ from xent_quant.methods.interface import Method
 from xent_quant.storage import Move, Target, replace_bytes, sync
 
 FOLDER = "bnb"
-TEXT_BYTES = 8192
-"""By how much config.json and the card grow at most with what a plan says and what the calibration text is called, but for the
-names of modules."""
 INDEX_BYTES = 48
 """Of each entry of the index, besides the tensor's name."""
 
@@ -76,7 +74,7 @@ class BnbExporter:
 
     @property
     def slots(self) -> dict[str, list[PlannedTensor]]:
-        return {tensor.name: [tensor] for tensor in self.plan.tensors}
+        return self.plan.slots()
 
     @property
     def identity(self) -> dict[str, Any]:

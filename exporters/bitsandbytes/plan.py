@@ -5,7 +5,6 @@ BF16: bitsandbytes has no layer for the one, and the other costs more quality in
 that a plan for a budget leaves whole.
 """
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -68,6 +67,10 @@ class BnbPlan:
     expected: Expected | None = None
     context: int = CONTEXT
 
+    def slots(self) -> dict[str, list[PlannedTensor]]:
+        """By the checkpoint's name of the tensor."""
+        return {tensor.name: [tensor] for tensor in self.tensors}
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -107,7 +110,8 @@ class BnbPlan:
 
 def module(tensor: TensorSpec) -> str:
     """What transformers calls the layer of a weight; of routed experts all together, since a list of each would be long."""
-    return re.sub(r"(\.experts)\..*", r"\1", tensor.name) if tensor.expert is not None else tensor.name.removesuffix(".weight")
+    experts = ".experts"
+    return tensor.name.partition(f"{experts}.")[0] + experts if tensor.expert is not None else tensor.name.removesuffix(".weight")
 
 
 def plan(model: Architecture, *, bits: int = 4, bnb_type: str = "nf4", pad: str = "auto", whole: Collection[str] = ()) -> BnbPlan:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from exporters.budgets import TEXT_BYTES
 from exporters.card import calibrated
 from exporters.interface import Exported, PlanSummary, TensorRow
 from exporters.onnx import card, config
@@ -27,8 +28,6 @@ from xent_quant.storage import Move, PositionalFile, Target, replace_bytes, sync
 FOLDER = "onnx"
 POSITIONS = 16384
 """Rows of the rotary tables that are computed at a time."""
-TEXT_BYTES = 8192
-"""By how much graph and card grow at most with what a plan says and what the calibration text is called."""
 
 
 class ONNXExporter:

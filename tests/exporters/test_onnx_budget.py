@@ -124,12 +124,12 @@ def test_more_context_than_the_model_has_is_refused() -> None:
             xent_quant.plan(formats=[kind], fit="6G", context=100_000)
 
 
-@pytest.mark.parametrize("kind", ["onnx", "bnb"])
-def test_this_machines_card(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@pytest.mark.parametrize("kinds", [["onnx"], ["bnb"], ["gguf", "onnx", "bnb"]], ids=" ".join)
+def test_this_machines_card(monkeypatch: pytest.MonkeyPatch, kinds: list[str]) -> None:
     monkeypatch.setattr("xent_quant.machine.card", lambda system: Card("NVIDIA GeForce RTX 3060", 12 * 2**30))
-    (summary,) = xent_quant.plan(formats=[kind], fit="auto")
-    assert summary.expected is not None
-    assert any("RTX 3060" in note for note in summary.notes)
+    for summary in xent_quant.plan(formats=kinds, fit="auto"):
+        assert summary.expected is not None
+        assert any("RTX 3060" in note for note in summary.notes)
 
 
 def test_columns_of_a_dense_graph(checkpoint, command: Command) -> None:

@@ -58,7 +58,7 @@ def write(path: Path, name: str, summaries: Sequence[PlanSummary], reports: Path
 
 
 def sections(title: str, planned: PlanSummary, reports: Sequence[Alternative] = ()) -> list[str]:
-    """Of a plan that has an expectation."""
+    """HTML of a plan that has an expectation."""
     expected = planned.expected
     assert expected is not None
     return [_head(title, planned, expected), _sizes(expected, reports), _types(planned), _beside(expected, reports)]

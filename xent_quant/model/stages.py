@@ -280,7 +280,8 @@ class _Mlp:
         return rms_norm(self.run.streams[stream].x.take(tokens), self.norm, self.run.architecture.rms_norm_eps)
 
     def shared_inner(self, stream: int, start: int, stop: int, *, last: bool) -> Tensor:
-        """Inner rows of the shared MLP, which are kept where there is a place for them, unless this is the `last` look."""
+        """[stop − start, width], inner rows of the shared MLP. They are kept where there is a place for them, unless this is the
+        `last` look."""
         kept = self.run.streams[stream].inner
         if kept is not None and stop <= self._kept[stream]:
             return kept.read(start, stop)
