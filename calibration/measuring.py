@@ -1,6 +1,7 @@
 """Statistics of the rows that a text sends through a model, stage by stage."""
 
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 import torch
@@ -31,19 +32,28 @@ class Measuring:
         """`device`: see `Moments`."""
         self._device = device
         self.stream, self._hessian, self._gated = stream, hessian, gated
-        self._length = windows.shape[1]
-        count = len(windows)
-        mask = _held_out(count, self._length) if hessian else torch.zeros(count, dtype=torch.bool)
-        self._held_out = mask.to(windows.device)
+        count, length = windows.shape
+        mask = _held_out(count, length) if hessian else torch.zeros(count, dtype=torch.bool)
+        self._held_out = mask.repeat_interleave(length).to(windows.device)  # by token
         self._layer: Moments | None = None  # of all tokens in front of the current layer's experts
         self._drifted: Regression[Any] | None = None  # and what drifted there
+
+    def of(self, tokens: Tensor) -> "Measuring":
+        """The same for a pass over some of the tokens [n], ascending, in the same layer."""
+        found = copy(self)
+        found._held_out = self._held_out[tokens]
+        return found
+
+    def fewest(self, columns: int) -> int:
+        """Rows on which the statistics of a weight of so many columns must stand."""
+        return fewest_rows(columns, self._hessian)
 
     def measure(self, stage: Stage) -> Measured:
         """Look at all rows of a stage. Raises CalibrationError where they are NaN or infinite."""
         first = stage.weights[0]
         moments = Moments(first.shape[-1], self._hessian, self._device)
         for batch in stage.batches(self.stream):
-            moments.add(batch, self._held_out[batch.tokens // self._length], self._gated)
+            moments.add(batch, self._held_out[batch.tokens], self._gated)
         if not torch.isfinite(moments.squares).all():
             raise CalibrationError(f"{first.name}: its inputs are NaN or infinite; the checkpoint is damaged")
         if first.expert is not None and first.role is not Role.DOWN:
@@ -58,7 +68,7 @@ class Measuring:
 
     def _others(self, stage: Stage, moments: Moments) -> Moments | None:
         """A sample of the layer's tokens as a rare expert's down projection would see them; every 16th is held out."""
-        fewest = fewest_rows(moments.columns, self._hessian)
+        fewest = self.fewest(moments.columns)
         rows = sample(stage, self.stream, moments.rows + sum(len(rows) for rows in moments.held_out), fewest)
         if rows is None:
             return None

@@ -213,15 +213,8 @@ class Writer(Protocol):
         """Let go of the files; they stay."""
 
 
-class Exporter(Protocol):
-    """An export, planned from headers: everything that can be refused has been refused when it exists."""
-
-    @property
-    def summary(self) -> PlanSummary: ...
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        """What appears, the one to open first at the beginning; no other run may write these at the same time."""
+class Choices(Protocol):
+    """What becomes of weights in an export."""
 
     @property
     def slots(self) -> Mapping[str, Sequence[Slot]]:
@@ -230,6 +223,17 @@ class Exporter(Protocol):
     @property
     def method(self) -> Method | None:
         """What chooses the codes; None where the encodings know one way only."""
+
+
+class Exporter(Choices, Protocol):
+    """An export, planned from headers: everything that can be refused has been refused when it exists."""
+
+    @property
+    def summary(self) -> PlanSummary: ...
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What appears, the one to open first at the beginning; no other run may write these at the same time."""
 
     @property
     def identity(self) -> Mapping[str, Any]:

@@ -195,7 +195,7 @@ def test_statistics_serve_every_format_that_has_a_use_for_them() -> None:
 
 
 def test_every_option_is_said_to_need_something_or_not() -> None:
-    always = {"formats", "memory", "output", "name", "threads", "force", "restart", "size"}
+    always = {"formats", "output", "name", "threads", "force", "restart", "size"}
     assert {field.name for field in fields(Options)} == always | NEEDS.keys()
     assert not always & NEEDS.keys()
 

@@ -318,6 +318,8 @@ class OutputOptions(_Choices):
     """Export a tokenizer that llama.cpp cannot reproduce exactly; say where."""
     threads: int | None = None
     """CPU threads. Default: all."""
+    ray: str | None = None
+    """Machines that help, as a Ray cluster: its address, such as 10.0.0.1:6379, or auto, the one that this machine belongs to."""
     force: bool = False
     """Replace existing output."""
     restart: bool = False
@@ -373,6 +375,8 @@ class Options(OutputOptions, OnnxOptions, TensorOptions, StatisticsOptions, Targ
     def __post_init__(self) -> None:
         super().__post_init__()
         defaults = {field.name: field.default for field in fields(self)}
+        if self.ray is not None and self.device == "auto":
+            object.__setattr__(self, "device", "cpu")
         for field, value in self.given.items():
             unsaid = value is None or value == "auto" == defaults[field] or (value is False and not defaults[field])
             if unsaid or (isinstance(value, list | tuple) and not value):
@@ -496,6 +500,15 @@ def _ram(options: Options) -> str:
     return "" if options.ram is not None else "without --ram"
 
 
+def _one_machine(options: Options) -> str:
+    """What is of one machine alone."""
+    return "" if options.ray is None else "beside --ray, since Ray's object store and workers take what it gives them; drop one"
+
+
+def _cpu(options: Options) -> str:
+    return "" if options.device == "cpu" else f"with --device {options.device}, where no worker computes; drop one of them"
+
+
 def _effort(options: Options) -> str:
     if options.effort == "fast":  # so it is without a search too
         return ""
@@ -539,6 +552,8 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "type": (_only("gguf", instead="give --bits instead"), _planned("type")),
     "tensor_types": (_only("gguf"), _planned("tensor-type")),
     "pad": (_only("gguf", "bnb"),),
+    "memory": (_one_machine,),
+    "ray": (_cpu,),
     "onnx_dtype": (_only("onnx"),),
     **dict.fromkeys(("block_size", "accuracy_level", "symmetric"), (_only("onnx"), _blocks)),
     "active_bits": (_only("onnx"), _planned("active-bits")),

@@ -146,7 +146,7 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
         disk=resources.disk(architecture, tokens, followers, device, measured=prepared.measure) if session else 0,
         result=sum(exporter.nbytes for exporter in exporters),
         tokens=tokens,
-        seconds=None if vram else resources.seconds(architecture, exporters, tokens, hessian),
+        seconds=None if vram or wanted.ray else resources.seconds(architecture, exporters, tokens, hessian),
         vram=vram,
     )
     return taken, _said(prepared, session)
@@ -278,6 +278,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
         restart=wanted.restart,
         memory=wanted.memory_bytes,
         vram=wanted.vram_bytes,
+        ray=wanted.ray,
         progress=progress,
     )
     coverage = done.coverage

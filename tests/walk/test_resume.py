@@ -75,17 +75,17 @@ def test_stopped_behind_one_commit(case: str, done: int, model: Path, text: Any,
 def test_stopped_within_a_layer(model: Path, text: Any, tmp_path: Path, interrupt: Interrupt, monkeypatch) -> None:
     """What the layer has written so far, into files and streams, is written again."""
     make("gguf gptq", model, tmp_path / "whole", text)
-    from xent_quant.walk.loop import Walk
+    from xent_quant.walk.work import Work
 
-    stage, left = Walk._stage, [0]
+    stage, left = Work._stage, [0]
 
-    def stages(walk: Walk, *arguments: Any) -> None:
+    def stages(work: Work, *arguments: Any) -> None:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        stage(walk, *arguments)
+        stage(work, *arguments)
 
-    monkeypatch.setattr(Walk, "_stage", stages)
+    monkeypatch.setattr(Work, "_stage", stages)
     for count in (19, 9, 15):  # a layer has 16 stages, and there are two
         left[0] = count
         with pytest.raises(Interrupted):

@@ -113,13 +113,20 @@ class Checkpoint:
 
     def pieces(self, name: str, weights: int, step: int = 1) -> Iterator[tuple[int, Callable[[], NDArray[np.float32]]]]:
         """As `slices`, each read when it is called for: of at most so many weights, but of `step` rows or a multiple of them."""
-        shape, source = self.infos[name].shape, self.sources[name]
+        shape, rows = self.infos[name].shape, self.rows_together(name, weights, step)
         if len(shape) == 1:
             yield 0, lambda: self.read(name)[None]
             return
-        rows = shape[0] if isinstance(source, Transposed) else max(1, weights // prod(shape[1:]) // step) * step
         for start in range(0, shape[0], rows):
             yield start, partial(self.read, name, start, min(start + rows, shape[0]))
+
+    def rows_together(self, name: str, weights: int, step: int = 1) -> int:
+        """How many rows of a tensor are at most so many weights, and a multiple of `step`; all of a vector, or where they lie as
+        columns."""
+        shape = self.infos[name].shape
+        if len(shape) == 1 or isinstance(self.sources[name], Transposed):
+            return shape[0]
+        return max(1, weights // prod(shape[1:]) // step) * step
 
     def read_torch(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """The whole tensor for torch; float32 unless `dtype` is given. Raises as `read`."""

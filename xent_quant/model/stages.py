@@ -14,6 +14,7 @@ its own, what an export made of the model's (a *quantised stream*). Norms and ro
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -141,13 +142,20 @@ class Pass:
         self.source, self.architecture, self.streams, self.dtype = source, source.architecture, streams, dtype
         self.windows, self.device = windows, windows.device
         self.count, self.length = windows.shape
-        model = self.architecture
-        tables = rotary_tables(self.length, model, dtype)
-        self.tables = tables[0].to(self.device), tables[1].to(self.device)
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Of rotary embedding, for every place in a window."""
+        cos, sin = rotary_tables(self.length, self.architecture, self.dtype)
+        return cos.to(self.device), sin.to(self.device)
 
     @property
     def n_tokens(self) -> int:
         return self.count * self.length
+
+    def tensor(self, weights: NDArray[np.float32] | Tensor) -> Tensor:
+        """Weights as the pass takes them."""
+        return torch.as_tensor(weights).to(self.device, self.dtype)
 
     def weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the model itself."""
@@ -164,12 +172,12 @@ class Pass:
     def layer(self, index: int) -> "list[Stage]":
         """The stages of a layer in their order; the last one's `advance` ends the layer."""
         layer = self.architecture.layer(index)
-        mlp, every = _Mlp(self, layer), layer.mlp or ()
+        mlp, every = Mlp(self, layer), layer.mlp or ()
         stages: list[Stage] = [_AttentionIn(self, layer), _AttentionOut(self, (layer.output,), index)]
         stages.append(_Router(mlp, (*((layer.router,) if layer.router else ()), *every[:2])))
         for number, (gate, up, down) in enumerate(layer.experts):
-            expert = _Expert(mlp, number)
-            stages += [_ExpertIn(expert, (gate, up)), _ExpertDown(expert, (down,))]
+            expert = Expert(mlp, number)
+            stages += [ExpertIn(expert, (gate, up)), ExpertDown(expert, (down,))]
         return [*stages, _SharedDown(mlp, every[2:])]
 
     def head(self) -> "Head":
@@ -194,6 +202,11 @@ class Pass:
 
     def tokens(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self.device)
+
+    def sampled(self, count: int) -> Tensor:
+        """At most `count` tokens, evenly spaced."""
+        every = self.tokens(0, self.n_tokens)
+        return every[:: max(1, len(every) // count)][:count]
 
     def check_finite(self, rows: Tensor, where: str) -> None:
         """Raise CalibrationError naming the model and the place where its own activations are NaN or infinite."""
@@ -257,7 +270,7 @@ class _AttentionOut(Stage):
             stream.x, stream.spare = stream.spare, stream.x
 
 
-class _Mlp:
+class Mlp:
     """What the stages of one layer's MLP share: its norm, and the gate and up weights of the shared (or dense) MLP."""
 
     def __init__(self, run: Pass, layer: Layer) -> None:
@@ -267,8 +280,7 @@ class _Mlp:
         """gate and up in every stream."""
         self._kept = [0] * len(run.streams)
         """Tokens whose inner rows of the shared MLP are kept."""
-        self.adding = [Turns(run.architecture.num_experts or 0) for _ in run.streams]
-        """Experts add to a token's sum in their order, so that it does not depend on who is done first. Places are tokens."""
+        self._adding = [Turns(run.architecture.num_experts or 0) for _ in run.streams]
 
     @property
     def norm(self) -> Tensor:
@@ -278,6 +290,18 @@ class _Mlp:
 
     def normed(self, stream: int, tokens: Tensor) -> Tensor:
         return rms_norm(self.run.streams[stream].x.take(tokens), self.norm, self.run.architecture.rms_norm_eps)
+
+    def add(self, expert: int, stream: int, tokens: Tensor, rows: Tensor) -> None:
+        """What an expert makes of some of a stream's tokens, ascending. Experts add to a token's sum in their order, so that it
+        does not depend on who is done first."""
+        own = self.run.streams[stream]
+        with self._adding[stream].at(expert, int(tokens[-1])):
+            own.y.put(tokens, own.y.take(tokens) + rows)
+
+    def added(self, expert: int, stream: int) -> None:
+        """An expert has no more to add."""
+        with self._adding[stream].at(expert, self.run.n_tokens):
+            pass
 
     def shared_inner(self, stream: int, start: int, stop: int, *, last: bool) -> Tensor:
         """[stop − start, width], inner rows of the shared MLP. They are kept where there is a place for them, unless this is the
@@ -292,10 +316,10 @@ class _Mlp:
         return rows
 
 
-class _Expert:
+class Expert:
     """What the stages of one expert share: its gate and up weights in every stream, and its inner rows where they are few."""
 
-    def __init__(self, mlp: _Mlp, number: int) -> None:
+    def __init__(self, mlp: Mlp, number: int) -> None:
         self.mlp, self.number = mlp, number
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._inner: dict[int, tuple[Tensor, Tensor]] = {}
@@ -341,12 +365,11 @@ class _Expert:
         return rows if len(known) == len(tokens) else rows[torch.searchsorted(known, tokens)]
 
     def sample(self, stream: int, count: int) -> Tensor:
-        every = self.mlp.run.tokens(0, self.mlp.run.n_tokens)
-        return self._compute(stream, every[:: max(1, len(every) // count)][:count])
+        return self._compute(stream, self.mlp.run.sampled(count))
 
 
 class _MlpStage(Stage):
-    def __init__(self, mlp: _Mlp, weights: Sequence[TensorSpec]) -> None:
+    def __init__(self, mlp: Mlp, weights: Sequence[TensorSpec]) -> None:
         super().__init__(mlp.run, weights)
         self.mlp = mlp
 
@@ -385,49 +408,45 @@ class _Router(_MlpStage):
                 stream.gates[start:stop], stream.chosen[start:stop] = gates, chosen
 
 
-class _ExpertIn(_MlpStage):
-    def __init__(self, expert: _Expert, weights: Sequence[TensorSpec]) -> None:
+class ExpertIn(_MlpStage):
+    def __init__(self, expert: Expert, weights: Sequence[TensorSpec]) -> None:
         super().__init__(expert.mlp, weights)
-        self._own = expert
+        self.own = expert
 
     def batches(self, stream: int) -> Iterator[Batch]:
-        for tokens, gates in self._own.seen(stream):
+        for tokens, gates in self.own.seen(stream):
             yield Batch(self.mlp.normed(stream, tokens), tokens, gates)
 
     def advance(self, weights: Sequence[Weights]) -> None:
-        self._own.begin(self.pairs(weights))
+        self.own.begin(self.pairs(weights))
 
 
-class _ExpertDown(_MlpStage):
-    def __init__(self, expert: _Expert, weights: Sequence[TensorSpec]) -> None:
+class ExpertDown(_MlpStage):
+    def __init__(self, expert: Expert, weights: Sequence[TensorSpec]) -> None:
         super().__init__(expert.mlp, weights)
-        self._own = expert
+        self.own = expert
 
     def batches(self, stream: int) -> Iterator[Batch]:
-        for tokens, gates in self._own.seen(stream):
-            exact = self._own.inner(0, tokens) if stream else None
-            yield Batch(self._own.inner(stream, tokens), tokens, gates, exact)
+        for tokens, gates in self.own.seen(stream):
+            exact = self.own.inner(0, tokens) if stream else None
+            yield Batch(self.own.inner(stream, tokens), tokens, gates, exact)
 
     def others(self, stream: int, count: int) -> Tensor | None:
-        return self._own.sample(stream, count)
+        return self.own.sample(stream, count)
 
     def advance(self, weights: Sequence[Weights]) -> None:
-        run, expert = self.run, self._own.number
+        run, expert = self.run, self.own.number
         (spec,) = self.weights
-        for number, stream in enumerate(run.streams):
-            turns = self.mlp.adding[number]
-            for tokens, gates in self._own.seen(number):
+        for number in range(len(run.streams)):
+            for tokens, gates in self.own.seen(number):
                 if not len(tokens):
                     continue
-                out = linear(self._own.inner(number, tokens), weights[number][spec.name])
+                out = linear(self.own.inner(number, tokens), weights[number][spec.name])
                 if not number:
                     run.check_finite(out, f"layer {self.mlp.layer}, expert {expert}")
-                scaled = (out.to(gates.dtype) * gates[:, None]).to(run.dtype)
-                with turns.at(expert, int(tokens[-1])):
-                    stream.y.put(tokens, stream.y.take(tokens) + scaled)
-            with turns.at(expert, run.n_tokens):
-                pass
-        self._own.end()
+                self.mlp.add(expert, number, tokens, (out.to(gates.dtype) * gates[:, None]).to(run.dtype))
+            self.mlp.added(expert, number)
+        self.own.end()
 
 
 class _SharedDown(_MlpStage):

@@ -60,10 +60,6 @@ class Streams:
             for stream in self.run.streams:
                 stream.x, stream.spare = stream.spare, stream.x
 
-    def tensor(self, weights: F32 | Tensor) -> Tensor:
-        """Weights as the pass takes them."""
-        return torch.as_tensor(weights).to(self.run.device, self.run.dtype)
-
     def embed(self, stream: int, start: int, rows: F32 | Tensor) -> None:
         """See `Pass.embed`."""
         self.run.embed(stream, start, torch.as_tensor(rows))

@@ -80,7 +80,7 @@ class Collecting:
             if stage.weights:
                 self._add(stage, found)
             exact: dict[str, Tensor] = {
-                spec.name: self._streams.tensor(self._checkpoint.read(spec.name)) for spec in stage.weights
+                spec.name: self._streams.run.tensor(self._checkpoint.read(spec.name)) for spec in stage.weights
             }
             stage.advance([exact])
             if stage.weights and stage.weights[0].role is Role.ROUTER:

@@ -1,7 +1,7 @@
 """A whole quantisation: from planned exporters to published files, in a private folder that a later run can go on in."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from calibration.session import Text
     from xent_quant.device.method import OnDevice
     from xent_quant.model.streams import Streams
+    from xent_quant.walk.cluster import Cluster
     from xent_quant.walk.saliency import Dropping
 
 
@@ -66,13 +67,15 @@ def run(
     restart: bool = False,
     memory: int | None = None,
     vram: int | None = None,
+    ray: str | None = None,
     progress: Progress | None = None,
 ) -> Done:
     """Quantise `checkpoint` for all `exporters`, which write into `output`, in one walk, with `statistics` of a file or of a
     `text` that runs along; files say of them what `provenance` holds, and `identity` is what their bytes depend on. At most
     `memory` bytes are resident, or ConfigError is raised before anything is read; of the device's on which methods compute, where
     the text names one, `vram` (None: what is free). With `dropping` the checkpoint is any view with as many experts as will stay,
-    and the exporters are planned for it; which stay is measured when the run begins, and their view takes its place.
+    and the exporters are planned for it; which stay is measured when the run begins, and their view takes its place. `ray` is the
+    address of a cluster that helps.
 
     All exports appear, or none does, and what they replace is lost only when they are there. After an error or a kill the work
     that was done stays beside the output, and the same call goes on with it unless `restart` is given. Holds what `Walk` holds.
@@ -95,13 +98,14 @@ def run(
     before = fingerprint(checkpoint)
     whole = _identity(before, exporters, text, {**(identity or {}), "statistics": dict(provenance or {})})
     targets = [target for exporter in exporters for target in exporter.targets]
+    results = sum(exporter.nbytes for exporter in exporters)
     with Workspace.open(output, targets, force=force) as work, ExitStack() as files:
         path = work.path / journals.FILE
         journal = None if restart else Journal.load(path, whole)
         fresh = journal is None or (not journal.done and journal.windows is None)  # no more than which experts stay is known
         if journal is None or fresh:
             work.clear()
-            check_free_space(output, sum(exporter.nbytes for exporter in exporters))
+            check_free_space(output, results)
             journal = Journal(path, whole, experts=journal.experts if journal else None)
         resumed = journal.layers(model.num_layers)
         if resumed:
@@ -122,6 +126,7 @@ def run(
             if fresh:
                 journal.save()
             checkpoint, exporters, text = dropping.applied(journal.experts)
+        cluster = files.enter_context(_cluster(ray, report))
         opened = files.enter_context(ExitStack())
         lanes = []
         for number, exporter in enumerate(exporters):
@@ -134,9 +139,11 @@ def run(
         streams: Streams | None = None
         measuring: list[Measuring] = []
         if text:
-            streams, measuring = _streams(checkpoint, text, lanes, hessian, journal, work, room.kept_rows, device, report)
+            streams, measuring = _streams(
+                checkpoint, text, lanes, hessian, results, journal, work, room.kept_rows, device, report
+            )
             opened.callback(streams.close)
-        Walk(checkpoint, lanes, journal, streams, measuring, report, room.experts).run()
+        Walk(checkpoint, lanes, journal, streams, measuring, report, room.experts, cluster).run()
         exported = []
         for lane in lanes:
             exported.append(lane.writer.finish(unmeasured_notes(lane.unmeasured, lane.measured)))
@@ -149,6 +156,18 @@ def run(
         coverage = Coverage(model.num_layers, model.num_experts, fewest_rows(model.intermediate_size, any(hessian)))
         coverage.tokens = journal.coverage
     return Done(tuple(exported), tuple(exporter.summary for exporter in exporters), coverage, resumed, journal.seconds)
+
+
+@contextmanager
+def _cluster(address: str | None, report: Progress) -> "Iterator[Cluster | None]":
+    if address is None:
+        yield None
+        return
+    from xent_quant.walk.cluster import ray_cluster
+
+    with ray_cluster(address) as cluster:
+        report.note(f"Ray: {cluster.workers} workers.")
+        yield cluster
 
 
 def _memory_of(device: "torch.device", limit: int | None) -> AbstractContextManager[None]:
@@ -171,13 +190,15 @@ def _streams(
     text: "Text",
     lanes: Sequence[Lane],
     hessian: Sequence[bool],
+    results: int,
     journal: Journal,
     work: Workspace,
     kept_rows: int,
     device: "torch.device | None",
     progress: Progress,
 ) -> "tuple[Streams, list[Measuring]]":
-    """The exact stream, and one for each lane whose method goes on with what it made of the weights."""
+    """The exact stream, and one for each lane whose method goes on with what it made of the weights. `results` will have so many
+    bytes."""
     from calibration.measuring import Measuring
     from xent_quant.model.streams import Streams
 
@@ -188,14 +209,14 @@ def _streams(
     count = 1
     listened: dict[int, bool] = {}
     for lane, needed in zip(lanes, hessian, strict=True):
-        if lane.exporter.method is None:
+        if lane.choices.method is None:
             continue
         lane.stream = count if needed else 0
         count += needed
         listened[lane.stream] = needed
     if journal.windows is None:
         nbytes = resources.disk(model, windows.numel(), count - 1, device)
-        unwritten = sum(lane.exporter.nbytes for lane in lanes) - work.nbytes()  # the files are holes yet
+        unwritten = results - work.nbytes()  # the files are holes yet
         check_free_space(work.path, nbytes + max(0, unwritten))
         if nbytes >= resources.WORTH_SAYING:
             progress.note(f"The text's hidden states take {human_bytes(nbytes)} in {work.path} until the run is done.")

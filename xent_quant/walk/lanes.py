@@ -1,14 +1,14 @@
 """An export on its way through the walk: what it makes of each tensor."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from calibration.correction import Measured
-from exporters.interface import Exporter, Slot, Writer
+from exporters.interface import Choices, Slot, Writer
 from xent_quant.formats.base import F32, U8, Encoding
 from xent_quant.methods.rtn import RoundToNearest
 from xent_quant.tensors import InputStatistics, Role, StatisticsSource, TensorSpec
@@ -26,6 +26,10 @@ ALWAYS_WITHOUT = (Role.EMBEDDING, Role.HEAD)
 """Roles for which llama-imatrix collects nothing: nobody need be told that there is nothing."""
 
 
+Packed = tuple[str, int, int, U8]
+"""Of a tensor by its name, which of its slots, from which row, and rows as they are put there."""
+
+
 class Given(NamedTuple):
     """Rows `start`… [rows, columns] of a tensor, a vector as [1, n], and what is known of their inputs; `there` are the same rows
     on the device, where they are there already."""
@@ -39,14 +43,14 @@ class Given(NamedTuple):
 
 @dataclass
 class Lane:
-    """One export: its plan, its writer, and where its statistics come from.
+    """One export: what its plan chose, its writer, and where its statistics come from.
 
     `stream` is the one whose rows its method is told of: 0 the exact stream, above 0 its own, of its own quantised weights; None
     where no text is measured for it, and `file` may know something. `device` is its method where that computes on one.
     `unmeasured` are tensors that had no statistics, `measured` counts the others.
     """
 
-    exporter: Exporter
+    choices: Choices
     writer: Writer
     stream: int | None
     file: StatisticsSource | None = None
@@ -55,13 +59,27 @@ class Lane:
     measured: int = 0
 
     def __post_init__(self) -> None:
-        self._slots = self.exporter.slots
+        self._slots = self.choices.slots
         self._seen: set[str] = set()
         self._noting = threading.Lock()
 
     def resume(self, unmeasured: Sequence[str], measured: int) -> None:
         """What an earlier run found."""
         self.unmeasured, self.measured, self._seen = list(unmeasured), measured, set(unmeasured)
+
+    def made_elsewhere(self, rows: "Iterable[Packed]", unmeasured: Sequence[str], measured: int) -> None:
+        """What another lane of the same export, in another process, put and noted."""
+        for name, number, start, packed in rows:
+            self.writer.put(self._slots[name][number], start, packed)
+        with self._noting:
+            new = [label for label in unmeasured if label not in self._seen]
+            self.unmeasured += new
+            self._seen.update(new)
+            self.measured += measured
+
+    def slots_of(self, names: Iterable[str]) -> dict[str, Sequence[Slot]]:
+        """All of some tensors."""
+        return {name: self._slots[name] for name in names}
 
     def slots(self, tensor: TensorSpec, head: bool) -> Sequence[Slot]:
         """Where a tensor goes at the head, or anywhere else: a tied embedding goes to both."""
@@ -174,7 +192,7 @@ class Lane:
         if any(missing):
             around = (0, missing[0]), (0, missing[1])
             weights, pull = np.pad(weights, around), None if pull is None else np.pad(pull, around)
-        method = self.exporter.method or RoundToNearest()
+        method = self.choices.method or RoundToNearest()
         statistics = known and known.padded(slot.columns)
         return method.quantize(weights, slot.encoding, statistics, name=slot.tensor.name, pull=pull)
 

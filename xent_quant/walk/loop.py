@@ -9,14 +9,11 @@
 Without text there are no streams, and only the second line is left.
 """
 
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from calibration.correction import NOTHING, Measured
 from xent_quant import parallel
@@ -26,17 +23,16 @@ from xent_quant.formats.base import F32
 from xent_quant.journal import Journal
 from xent_quant.model.sizes import PIECE
 from xent_quant.progress import Progress, Silent
-from xent_quant.tensors import ATTENTION_ROLES, Role, TensorSpec
-from xent_quant.walk.lanes import Given, Lane
+from xent_quant.tensors import Role, TensorSpec
+from xent_quant.walk.elsewhere import Elsewhere
+from xent_quant.walk.lanes import Lane
+from xent_quant.walk.work import Reports, Work
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from calibration.measuring import Measuring
-    from xent_quant.device.upload import Weights
     from xent_quant.model.stages import Stage
     from xent_quant.model.streams import Streams
+    from xent_quant.walk.cluster import Cluster
 
 LEAST_SECONDS = 2.0
 """Between two commits where no text is run: a layer may take less, and syncing is not free."""
@@ -59,15 +55,16 @@ class Walk:
         measuring: "Sequence[Measuring]" = (),
         progress: Progress | None = None,
         experts: int | None = None,
+        cluster: "Cluster | None" = None,
     ) -> None:
-        """`experts` of a layer are worked on at a time, at most: in threads, or together by methods that compute on a device."""
+        """`experts` of a layer are worked on at a time, at most: in threads, or together by methods that compute on a device. A
+        `cluster` takes them instead, as do weights of which no text tells anything."""
         self.checkpoint, self.lanes, self.journal, self.streams = checkpoint, lanes, journal, streams
         self._side_by_side = experts
-        self._measuring: dict[int | None, Measuring] = {each.stream: each for each in measuring}
-        self._by_stream: dict[int | None, list[Lane]] = {}
-        for lane in lanes:
-            self._by_stream.setdefault(lane.stream, []).append(lane)
-        self._report, self._reporting = progress or Silent(), threading.Lock()
+        self._progress = progress or Silent()
+        self._reports = Reports(self._progress)
+        self._work = Work(checkpoint, lanes, streams.run if streams else None, measuring, self._reports)
+        self._elsewhere = Elsewhere(cluster, self._work, self._progress) if cluster else None
         self._tensors = checkpoint.architecture.tensors()
         self._layers = checkpoint.architecture.num_layers
         self._seconds, self._begun = journal.seconds, time.perf_counter()
@@ -83,13 +80,13 @@ class Walk:
         if self.streams:
             self.streams.swapped = self.journal.swapped
         weights = [self._weights(number) for number in range(len(steps))]
-        self._report.start("Quantising", sum(weights), done=sum(weights[: self.journal.done]))
+        self._progress.start("Quantising", sum(weights), done=sum(weights[: self.journal.done]))
         for number in range(self.journal.done, len(steps)):
             label, step = steps[number]
-            self._report.phase(label)
+            self._reports.phase(label)
             step()
             self._commit(number + 1, number + 1 == len(steps))
-        self._report.finish()
+        self._progress.finish()
 
     def _weights(self, step: int) -> int:
         layer = step - 1 if 0 < step <= self._layers else None
@@ -124,74 +121,51 @@ class Walk:
                 read = lane.put(tensor, start, rows, NOTHING)
                 if lane.stream and read is not None:
                     self.streams.embed(lane.stream, start, read)
-            self._report.advance(rows.size)
+            self._reports.advance(rows.size)
 
     def _layer(self, index: int) -> None:
         tensors = [tensor for tensor in self._tensors.values() if tensor.layer == index]
         self._pass([tensor for tensor in tensors if not self.streams or tensor.role is Role.NORM], self.lanes)
         if not self.streams:
             return
-        stages = self.streams.run.layer(index)
-        for routed, group in groupby(stages, key=lambda stage: stage.expert is not None):
-            if routed:
-                experts = [list(chain) for _, chain in groupby(group, key=lambda stage: stage.expert)]
-                if self._device is not None:
-                    step = self._side_by_side or 1
-                    parts = [experts[start : start + step] for start in range(0, len(experts), step)]
-                    self._stages(index, [same for part in parts for same in zip(*part, strict=True)])
-                    continue
-                parallel.run([partial(self._stages, index, zip(chain)) for chain in experts], self._side_by_side)
-            else:
-                self._stages(index, zip(group))
+        run = self.streams.run
+        for routed, group in groupby(run.layer(index), key=lambda stage: stage.expert is not None):
+            if not routed:
+                self._work.stages(zip(group))
+                continue
+            listened = max((number for number in self._work.measuring if number), default=0)
+            self.journal.coverage = [*self.journal.coverage[:index], run.expert_tokens(listened)]
+            self._experts([list(chain) for _, chain in groupby(group, key=lambda stage: stage.expert)])
 
-    @property
-    def _device(self) -> "torch.device | None":
-        """Where methods compute, the same for all lanes that have one."""
-        return next((lane.device.device for lane in self.lanes if lane.device is not None), None)
-
-    def _with_weights(self, stages: "Iterable[tuple[Stage, ...]]") -> "Iterator[tuple[tuple[Stage, ...], Weights]]":
-        """Stages with the model's weights, as read and as streams take them; for a device the next ones are read ahead."""
-        assert self.streams is not None
-        if self._device is None:
-            for together in stages:
-                read = {tensor.name: self.checkpoint.read(tensor.name) for stage in together for tensor in stage.weights}
-                yield together, {name: (weights, self.streams.tensor(weights)) for name, weights in read.items()}
-            return
-        from xent_quant.device.upload import ahead
-
-        every = list(stages)
-        names = [[tensor.name for stage in together for tensor in stage.weights] for together in every]
-        yield from zip(every, ahead(self.checkpoint.read, self._device, names), strict=True)
-
-    def _stages(self, index: int, stages: "Iterable[tuple[Stage, ...]]") -> None:
-        """Stages of a layer one after the other, or the same stages of several experts; those of another expert may be under way
-        beside them."""
-        assert self.streams is not None
-        for together, weights in self._with_weights(stages):
-            stage = together[0]
-            first = stage.weights[0] if stage.weights else None
-            if first:
-                with self._reporting:
-                    self._report.phase(f"layer {index + 1} of {self._layers}, {_said(first)}")
-            self._stage(together, weights)
-            if first and first.role is Role.ROUTER:
-                listened = max((number for number in self._measuring if number), default=0)
-                self.journal.coverage = [*self.journal.coverage[:index], self.streams.run.expert_tokens(listened)]
+    def _experts(self, experts: "list[list[Stage]]") -> None:
+        """The stages of a layer's routed experts: side by side in processes elsewhere or in threads, or as many as fit together
+        on a device."""
+        if self._work.device is not None:
+            step = self._side_by_side or 1
+            parts = [experts[start : start + step] for start in range(0, len(experts), step)]
+            self._work.stages([same for part in parts for same in zip(*part, strict=True)])
+        elif self._elsewhere:
+            self._elsewhere.experts(experts)
+        else:
+            parallel.run([partial(self._work.stages, zip(chain)) for chain in experts], self._side_by_side)
 
     def _head(self) -> None:
         self._pass([self.checkpoint.architecture.final_norm], self.lanes)
         tensor = self.checkpoint.architecture.head
         stage = self.streams.run.head() if self.streams else None
-        for number, lanes in self._by_stream.items():
+        for number, lanes in self._work.by_stream.items():
             wanted = [lane for lane in lanes if lane.slots(tensor, head=True)]
             if wanted:
-                self._pass([tensor], wanted, self._measure(number, stage) if stage else NOTHING, head=True)
+                self._pass([tensor], wanted, self._work.measure(number, stage) if stage else NOTHING, head=True)
 
     def _pass(
         self, tensors: Sequence[TensorSpec], lanes: Sequence[Lane], known: Measured = NOTHING, *, head: bool = False
     ) -> None:
         """Tensors that no stream goes on with: in slices to all lanes that take them, whole to the others. Where no text tells
         anything of them the slices are small and go side by side."""
+        if known is NOTHING and self._elsewhere and not self.streams:
+            self._elsewhere.weights(tensors, lanes, head=head)
+            return
         jobs: list[Callable[[], None]] = []
         for tensor in tensors:
             sliced = [lane for lane in lanes if lane.takes_slices(tensor)]
@@ -215,52 +189,4 @@ class Walk:
         rows = read()
         for lane in lanes:
             lane.put(tensor, start, rows, known, head=head)
-        with self._reporting:
-            self._report.advance(rows.size * len(lanes) // len(self.lanes))
-
-    def _stage(self, stages: "tuple[Stage, ...]", exact: "Weights") -> None:
-        assert self.streams is not None
-        tensors = [tensor for stage in stages for tensor in stage.weights]
-        weights = [{name: tensor for name, (_, tensor) in exact.items()} for _ in self.streams.run.streams]
-        for number, lanes in self._by_stream.items():  # what one of them measured is let go before the next one measures
-            known = [self._measure(number, stage) if stage.weights else NOTHING for stage in stages]
-            given = [
-                Given(tensor, 0, exact[tensor.name][0], measured if tensor.measured else NOTHING, exact[tensor.name][1])
-                for stage, measured in zip(stages, known, strict=True)
-                for tensor in stage.weights
-            ]
-            for lane in lanes:
-                for each, made in zip(given, self._put(lane, given), strict=True):
-                    if lane.stream and made is not None:
-                        weights[lane.stream][each.tensor.name] = self.streams.tensor(made)
-            del known, given
-        for stage in stages:
-            stage.advance(weights)
-        with self._reporting:
-            self._report.advance(sum(tensor.n_weights for tensor in tensors))
-
-    def _measure(self, stream: int | None, stage: "Stage") -> Measured:
-        return self._measuring[stream].measure(stage) if stream in self._measuring else NOTHING
-
-    def _put(self, lane: Lane, given: Sequence[Given]) -> "list[F32 | Tensor | None]":
-        """Whole tensors; by the CPU in the same slices as if they were read in them: what they become depends on where they are
-        cut."""
-        if lane.device is not None:
-            return lane.put_together(given)
-        found: list[F32 | Tensor | None] = []
-        for tensor, _, weights, known, _ in given:
-            made = []
-            step = max(1, self.checkpoint.SLICE // weights.shape[1]) if lane.takes_slices(tensor) else len(weights)
-            for start in range(0, len(weights), step):
-                read = lane.put(tensor, start, weights[start : start + step], known)
-                if read is not None:
-                    made.append(read)
-            found.append(np.concatenate(made) if made else None)
-        return found
-
-
-def _said(tensor: TensorSpec) -> str:
-    """Where in a layer it is."""
-    if tensor.expert is not None:
-        return f"expert {tensor.expert + 1}"
-    return "attention" if tensor.role in ATTENTION_ROLES else "router" if tensor.role is Role.ROUTER else "shared experts"
+        self._reports.advance(rows.size * len(lanes) // len(self.lanes))

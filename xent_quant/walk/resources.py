@@ -233,22 +233,26 @@ def seconds(model: Architecture, exporters: Sequence[Exporter], tokens: int, hes
         return total
     product, factorisation = _speeds()
     followers = sum(hessian)
-    layer = [tensor for tensor in tensors if tensor.layer is not None]
-    share = model.experts_per_token / model.num_experts if model.num_experts else 1.0
+    for routed in (False, True):
+        flops, cubes = arithmetic(model, tokens, followers, routed=routed)
+        total += flops / product + cubes / factorisation / numba.get_num_threads()
+    return total
 
-    def rows(tensor: TensorSpec) -> float:
-        return tokens * (share if tensor.expert is not None else 1.0)
 
-    flops = sum(2 * rows(tensor) * tensor.n_weights for tensor in layer) * (1 + followers) * 1.15
-    if followers:
-        # Gate shares its rows with up, q with k and v: statistics are made once for them.
-        alone = [t for t in layer if t.role in (Role.ATTENTION_Q, Role.ATTENTION_OUTPUT, Role.GATE, Role.DOWN)]
-        # Half of a product, it being symmetric, and one for the drift, which routed experts' gate and up take from their layer.
-        sums = {t.name: 0.5 if t.expert is not None and t.role is Role.GATE else 1.5 for t in alone}
-        flops += followers * sum(2 * rows(t) * t.shape[-1] ** 2 * sums[t.name] for t in alone)
-        flops += followers * sum(2 * t.n_weights * t.shape[-1] * 1.5 for t in layer if t.role is not Role.ROUTER)
-        total += followers * sum(t.shape[-1] ** 3 for t in alone) / factorisation / numba.get_num_threads()
-    return total + flops / product
+def arithmetic(model: Architecture, tokens: int, followers: int, *, routed: bool) -> tuple[float, float]:
+    """Of a walk with so many quantised streams, for routed experts or for all other weights: floating-point operations of
+    products, and n³ of factorisations [n, n]. Rounding is apart."""
+    layer = [t for t in model.tensors().values() if t.layer is not None and len(t.shape) > 1]
+    some = [tensor for tensor in layer if (tensor.expert is not None) == routed]
+    rows = tokens * (model.experts_per_token / model.num_experts if routed else 1.0)
+    flops = sum(2 * rows * tensor.n_weights for tensor in some) * (1 + followers) * 1.15
+    # Gate shares its rows with up, q with k and v: statistics are made once for them.
+    alone = [t for t in some if t.role in (Role.ATTENTION_Q, Role.ATTENTION_OUTPUT, Role.GATE, Role.DOWN)]
+    # Half of a product, it being symmetric, and one for the drift, which routed experts' gate and up take from their layer.
+    sums = {t.name: 0.5 if routed and t.role is Role.GATE else 1.5 for t in alone}
+    flops += followers * sum(2 * rows * t.shape[-1] ** 2 * sums[t.name] for t in alone)
+    flops += followers * sum(2 * t.n_weights * t.shape[-1] * 1.5 for t in some if t.role is not Role.ROUTER)
+    return flops, followers * sum(t.shape[-1] ** 3 for t in alone)
 
 
 def _by_encoding(exporter: Exporter, tensors: Sequence[TensorSpec]) -> dict[Any, int]:
