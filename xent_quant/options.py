@@ -152,7 +152,7 @@ class TextOptions(_Choices):
     text_field: str = "text"
     """Field or column that holds the text; without it, the only one of messages and conversations."""
     tokens: int | str = "128k"
-    """Tokens to calibrate on, such as 500k; up to four times as many where the text has them and experts are too rare."""
+    """Tokens to calibrate on, such as 500k; for importance alone up to four times as many, where experts are too rare."""
     seqlen: int = 512
     """Tokens of a calibration window."""
     seed: int = 0

@@ -144,7 +144,6 @@ def test_without_ray(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_a_local_cluster_of_ray_whose_workers_die() -> None:
     """Its own process, since Ray leaves threads behind."""
-    pytest.importorskip("ray")
     script = Path(__file__).parents[2] / "scripts" / "check_ray.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout + done.stderr

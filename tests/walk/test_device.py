@@ -108,7 +108,7 @@ def test_a_run_that_goes_on_works_on_as_many_experts_as_before(
             notes.append(message)
 
     def watched(*arguments: Any) -> Any:
-        used.append(arguments[-1])
+        used.append(arguments[-2])
         return walk(*arguments)
 
     monkeypatch.setattr(job, "Walk", watched)

@@ -203,9 +203,10 @@ def _streams(
     from xent_quant.model.streams import Streams
 
     model = checkpoint.architecture
-    # Not for a Hessian of every rare expert, which the layer makes up: all others would pay for that with three times the time.
-    known = journal.windows
-    windows = text.windows(FEWEST_ROWS, progress, work.path / PROBE) if known is None else text.first(known)
+    # Not for the Hessian of a rare expert, which the layer makes up: all others would pay for that with three times the time.
+    measured = [needed for lane, needed in zip(lanes, hessian, strict=True) if lane.choices.method is not None]
+    known, fewest = journal.windows, 0 if all(measured) else FEWEST_ROWS
+    windows = text.windows(fewest, progress, work.path / PROBE) if known is None else text.first(known)
     count = 1
     listened: dict[int, bool] = {}
     for lane, needed in zip(lanes, hessian, strict=True):

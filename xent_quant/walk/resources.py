@@ -244,7 +244,7 @@ def arithmetic(model: Architecture, tokens: int, followers: int, *, routed: bool
     products, and n³ of factorisations [n, n]. Rounding is apart."""
     layer = [t for t in model.tensors().values() if t.layer is not None and len(t.shape) > 1]
     some = [tensor for tensor in layer if (tensor.expert is not None) == routed]
-    rows = tokens * (model.experts_per_token / model.num_experts if routed else 1.0)
+    rows = tokens * (model.experts_per_token / model.num_experts if routed and model.num_experts else 1.0)
     flops = sum(2 * rows * tensor.n_weights for tensor in some) * (1 + followers) * 1.15
     # Gate shares its rows with up, q with k and v: statistics are made once for them.
     alone = [t for t in some if t.role in (Role.ATTENTION_Q, Role.ATTENTION_OUTPUT, Role.GATE, Role.DOWN)]
