@@ -12,6 +12,7 @@ all tokens serves every expert's gate and up (`Regression`); their own rows need
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Generic, Protocol
 
 from xent_quant.linalg import Matrix, dot, product
@@ -90,8 +91,11 @@ class Regression(Generic[Matrix]):
 
 
 def _share(wish: Matrix, reach: Matrix) -> float:
-    """How much of a change should be made that reaches so far where so much is wished, 0 to 1."""
+    """How much of a change should be made that reaches so far where so much is wished, 0 to 1. Raises FloatingPointError where
+    that is more than float32 holds."""
     energy = dot(reach, reach)
+    if not isfinite(energy) or not isfinite(dot(wish, wish)):
+        raise FloatingPointError
     return min(max(dot(wish, reach) / energy, 0.0), 1.0) if energy else 0.0
 
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Has Ray clusters on this machine help an export, kills workers and the command itself, and compares bytes; prints a table.
 
-    scripts/check_ray.py [--model DIR] [--tokens 4k] [--type Q4_K_M] [--workers 3] [--scaling 1 2]
+    scripts/check_ray.py [--model DIR] [--tokens 4k] [--type Q4_K_M] [--workers 3]
+    scripts/check_ray.py --scaling 1 2 [--tokens 16k]
 
 Every cluster is `ray start --head` with so many CPUs, each of which is a worker of one thread. The command runs without a cluster
 on one thread; with one; with one of which a worker is killed (SIGKILL) in each layer, in the middle of its job; and is killed
-itself behind a layer and repeated. All must write the same bytes, without text too. --scaling: seconds of the walk with so many
-workers, a stranger's figure only on a quiet machine. Exit 1 where bytes differ.
+itself behind a layer and repeated. All must write the same bytes, without text too. --scaling: instead of that, seconds of walks
+with so many workers, which have their kernels loaded by then; on a quiet machine. Exit 1 where bytes differ.
 """
 
 import argparse
@@ -145,35 +146,38 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as room:
         command = Command(Path(room), options)
-        gptq = ["--type", options.type, "--tokens", options.tokens]
+        gptq, tokens = ["--type", options.type], ["--tokens", options.tokens]
         plain = ["--type", options.type, "--method", "rtn"]
-        alone, seconds = command.run(*gptq)
-        rounded, _ = command.run(*plain)
+        alone, seconds = command.run(*gptq, *tokens)
         print(f"{'one process, one thread':34} {'':12} {seconds:.1f} s", flush=True)
+        for workers in options.scaling:
+            with cluster(workers) as address:
+                command.run(*gptq, "--tokens", "1k", "--ray", address)
+                files, seconds = command.run(*gptq, *tokens, "--ray", address)
+                show(f"{workers} workers", files == alone, f"{seconds:.1f} s")
+        if options.scaling:
+            sys.exit(wrong)
+        rounded, _ = command.run(*plain)
         with cluster(options.workers) as address:
             ray = ["--ray", address]
-            files, seconds = command.run(*gptq, *ray)
+            files, seconds = command.run(*gptq, *tokens, *ray)
             show(f"{options.workers} workers", files == alone, f"{seconds:.1f} s")
             files, _ = command.run(*plain, *ray)
             show("without text", files == rounded, "")
             output = command.output()
-            process = command.start(output, *gptq, *ray)
+            process = command.start(output, *gptq, *tokens, *ray)
             killed = kill_workers(process, output, chance)
             files, _ = command.whole(process, output)
             show("workers killed", files == alone and killed > 0, f"{killed} of them")
             output = command.output()
-            process = command.start(output, *gptq, *ray)
+            process = command.start(output, *gptq, *tokens, *ray)
             while layers_done(output) < 1 and process.poll() is None:
                 time.sleep(0.05)
             process.kill()
             process.wait()
             done = layers_done(output)
-            files, _ = command.whole(command.start(output, *gptq, *ray), output)
+            files, _ = command.whole(command.start(output, *gptq, *tokens, *ray), output)
             show("the command killed and repeated", files == alone and done > 0, f"behind layer {done}")
-        for workers in options.scaling:
-            with cluster(workers) as address:
-                files, seconds = command.run(*gptq, "--ray", address)
-                show(f"{workers} workers", files == alone, f"{seconds:.1f} s")
     sys.exit(wrong)
 
 

@@ -9,7 +9,9 @@ import numpy as np
 
 from calibration.correction import Measured
 from exporters.interface import Choices, Slot, Writer
+from xent_quant.errors import CalibrationError
 from xent_quant.formats.base import F32, U8, Encoding
+from xent_quant.linalg import Matrix
 from xent_quant.methods.rtn import RoundToNearest
 from xent_quant.tensors import InputStatistics, Role, StatisticsSource, TensorSpec
 
@@ -138,7 +140,7 @@ class Lane:
         tensor, start, weights, known, there = given
         statistics = known.statistics if self.stream is not None else self._from_file(tensor)
         there = torch.from_numpy(weights).to(self.device.device) if there is None else there
-        there, pull = known.correction.moved(start, there) if known.correction else (there, None)
+        there, pull = _moved(given, there)
         for slot in slots:
             use = statistics if self._wanted(slot) else None
             if not start and tensor.measured:
@@ -157,7 +159,7 @@ class Lane:
         """By the CPU's kernels."""
         tensor, start, weights, known, _ = given
         statistics = known.statistics if self.stream is not None else self._from_file(tensor)
-        weights, pull = known.correction.moved(start, weights) if known.correction else (weights, None)
+        weights, pull = _moved(given, weights)
         read: F32 | None = None
         for slot in self.slots(tensor, head):
             use = statistics if self._wanted(slot) else None
@@ -207,3 +209,14 @@ class Lane:
                 self.unmeasured.append(slot.label)
             else:
                 self.measured += 1
+
+
+def _moved(given: Given, weights: Matrix) -> tuple[Matrix, Matrix | None]:
+    """See `Correction.moved`. Raises CalibrationError where float32 does not hold what the weights make of their inputs."""
+    if given.known.correction is None:
+        return weights, None
+    try:
+        moved, pull = given.known.correction.moved(given.start, weights)
+    except FloatingPointError:
+        raise CalibrationError(f"{given.tensor.name}: what it makes of its inputs is infinite; the weights are damaged") from None
+    return moved, pull
