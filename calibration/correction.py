@@ -91,8 +91,8 @@ class Regression(Generic[Matrix]):
 
 
 def _share(wish: Matrix, reach: Matrix) -> float:
-    """How much of a change should be made that reaches so far where so much is wished, 0 to 1. Raises FloatingPointError where
-    that is more than float32 holds."""
+    """How much of a change should be made that reaches so far where so much is wished, both [n, out] float32: 0 to 1. Raises
+    FloatingPointError where one of them holds NaN or infinities: the weights are too large for float32."""
     energy = dot(reach, reach)
     if not isfinite(energy) or not isfinite(dot(wish, wish)):
         raise FloatingPointError

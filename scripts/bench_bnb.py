@@ -49,10 +49,10 @@ def export(model: Path, kind: str, output: Path) -> None:
     print(f"{kind}: {size / 1e9:.3f} GB in {seconds:.1f} s, peak RSS {peak:.2f} GiB", flush=True)
 
 
-def divergence(model: Path, folder: Path, tokens: int) -> tuple[float, float]:
-    """Mean KL divergence over the bundled suites and its standard error, by the real command."""
-    command = [sys.executable, "-m", "xent_quant.cli.main", "validate", str(folder), "--reference", str(model)]
-    command += ["--runtime", "torch", "--max-tokens", str(tokens), "--json", "-"]
+def divergence(model: Path, exported: Path, tokens: int, runtime: str = "torch") -> tuple[float, float]:
+    """Mean KL divergence over the bundled suites, of so many tokens each, and its standard error, by the real command."""
+    command = [sys.executable, "-m", "xent_quant.cli.main", "validate", str(exported), "--reference", str(model)]
+    command += ["--runtime", runtime, "--max-tokens", str(tokens), "--json", "-"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode not in (0, 3):  # 3: out of tolerance, or undecided
         raise SystemExit(done.returncode)

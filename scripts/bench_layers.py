@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from xent_quant.journal import FILE
@@ -29,8 +30,9 @@ INTERRUPTED = 130
 def steps_done(folder: Path) -> int:
     """Steps in the journal of the run that works in a folder; 0 before there is one."""
     for file in folder.glob(f".*/{FILE}"):
-        facts = unsealed(file.read_bytes())
-        return json.loads(facts)["done"] if facts else 0
+        with suppress(FileNotFoundError):  # it is complete by now
+            facts = unsealed(file.read_bytes())
+            return json.loads(facts)["done"] if facts else 0
     return 0
 
 
@@ -49,14 +51,15 @@ def cpu_seconds(process: int) -> float:
 
 
 def main() -> None:
-    ours, _, theirs = " ".join(sys.argv[1:]).partition(" -- ")
+    words = [*sys.argv[1:], "--"]
+    ours, theirs = words[: words.index("--")], words[words.index("--") + 1 : -1]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
     parser.add_argument("--layers", type=int, help="after which the run is stopped")
-    options = parser.parse_args(ours.split())
+    options = parser.parse_args(ours)
     options.output.mkdir(parents=True)
-    command = [sys.executable, "-m", "xent_quant.cli.main", options.model, "--output", str(options.output), *theirs.split()]
+    command = [sys.executable, "-m", "xent_quant.cli.main", options.model, "--output", str(options.output), *theirs]
     print(" ".join(command), flush=True)
     began = since = time.monotonic()
     spent = peak = whole = 0.0

@@ -25,9 +25,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bench_layers import steps_done
+
 JOB = b"ray::_call"
 """What a worker's process is called while it does a job."""
-QUIET = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+QUIET = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
 PATIENCE = 120
 
 
@@ -100,25 +102,11 @@ def busy() -> list[int]:
     return found
 
 
-def layers_done(output: Path) -> int:
-    """By the journal of the run that writes there."""
-    from xent_quant.journal import FILE
-    from xent_quant.storage import unsealed
-
-    for file in output.glob(f".*/{FILE}"):
-        try:
-            facts = unsealed(file.read_bytes())
-        except OSError:
-            return 0
-        return json.loads(facts)["done"] - 1 if facts else 0
-    return 0
-
-
 def kill_workers(process: subprocess.Popen[bytes], output: Path, chance: random.Random) -> int:
     """Kill one in each layer, a while after its job began; how many."""
     killed, layer = 0, -1
     while process.poll() is None:
-        done, workers = layers_done(output), busy()
+        done, workers = steps_done(output), busy()
         if done != layer and workers:
             time.sleep(chance.uniform(0.0, 0.5))
             victims = [worker for worker in busy() if worker in workers]
@@ -171,13 +159,13 @@ def main() -> None:
             show("workers killed", files == alone and killed > 0, f"{killed} of them")
             output = command.output()
             process = command.start(output, *gptq, *tokens, *ray)
-            while layers_done(output) < 1 and process.poll() is None:
+            while steps_done(output) < 2 and process.poll() is None:
                 time.sleep(0.05)
             process.kill()
             process.wait()
-            done = layers_done(output)
+            done = steps_done(output)
             files, _ = command.whole(command.start(output, *gptq, *tokens, *ray), output)
-            show("the command killed and repeated", files == alone and done > 0, f"behind layer {done}")
+            show("the command killed and repeated", files == alone and done > 1, f"behind layer {done - 1}")
     sys.exit(wrong)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ FAST = {"effort": "fast", "threads": 1}
 CASES: dict[str, dict[str, Any]] = {
     "gguf and onnx by gptq": {"type": "Q4_0", "formats": ["gguf", "onnx"], **FAST},
     "two types": {"type": ["Q2_K", "Q8_0"], **FAST},
-    "nf4 by gptq beside imatrix": {"formats": ["bnb"], "method": "gptq", "split_size": "100K", "threads": 1},
+    "nf4 by gptq": {"formats": ["bnb"], "method": "gptq", "split_size": "100K", "threads": 1},
+    "gptq beside plain nf4": {"formats": ["gguf", "bnb"], "bits": 4, **FAST},
     "imatrix": {"type": "Q4_0", "method": "imatrix", **FAST},
     "fewer experts": {"type": "Q4_0", "drop_experts": 2, **FAST},
     "rtn": {"type": "Q4_0", "method": "rtn", "threads": 1},
@@ -101,9 +103,8 @@ def test_interrupted_and_gone_on_with_alone(model: Path, text: Any, tmp_path: Pa
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
-def test_other_software_and_a_checkpoint_that_is_not_there(model: Path, tmp_path: Path, pickled: Pickled, monkeypatch) -> None:
-    same = elsewhere.software
-    keep = pickled.keep
+def test_other_software(model: Path, tmp_path: Path, pickled: Pickled, monkeypatch: pytest.MonkeyPatch) -> None:
+    same, keep = elsewhere.software, pickled.keep
 
     def older(value: Any) -> Kept:
         monkeypatch.setattr(elsewhere, "software", lambda: same() | {"torch": "1.0"})
@@ -112,14 +113,20 @@ def test_other_software_and_a_checkpoint_that_is_not_there(model: Path, tmp_path
     monkeypatch.setattr(pickled, "keep", older)
     with pytest.raises(ConfigError, match=r"--ray: .+ has another torch; install the same on all machines"):
         export(model, tmp_path / "out", ray="somewhere", **CASES["rtn"])
-    monkeypatch.setattr(pickled, "keep", keep)
-    monkeypatch.setattr(elsewhere, "software", same)
 
-    def gone() -> None:
-        (tmp_path / "nowhere").read_bytes()
 
-    with pytest.raises(CheckpointError, match=r"nowhere: No such file or directory; it must lie under the same path on all"):
-        elsewhere._here(gone)
+@pytest.mark.parametrize("case", ["rtn", "two types"])
+def test_a_checkpoint_that_is_not_there(case: str, model: Path, text: Any, tmp_path: Path, pickled: Pickled, monkeypatch) -> None:
+    """On the worker's machine."""
+    folder, call = copytree(model, tmp_path / "Model"), cluster._call
+
+    def without(*job: Any) -> bytes:
+        folder.rename(tmp_path / "elsewhere")
+        return call(*job)
+
+    monkeypatch.setattr(cluster, "_call", without)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: No such file or directory; it must lie under the same path"):
+        export(folder, tmp_path / "out", ray="somewhere", **CASES[case], **({} if case in NO_TEXT else text))
 
 
 @pytest.mark.parametrize(

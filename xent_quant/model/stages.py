@@ -409,6 +409,8 @@ class _Router(_MlpStage):
 
 
 class ExpertIn(_MlpStage):
+    """Gate and up of a routed expert, `own`."""
+
     def __init__(self, expert: Expert, weights: Sequence[TensorSpec]) -> None:
         super().__init__(expert.mlp, weights)
         self.own = expert
@@ -422,6 +424,8 @@ class ExpertIn(_MlpStage):
 
 
 class ExpertDown(_MlpStage):
+    """Its down projection, whose output is added to its tokens' sums."""
+
     def __init__(self, expert: Expert, weights: Sequence[TensorSpec]) -> None:
         super().__init__(expert.mlp, weights)
         self.own = expert
