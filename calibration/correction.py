@@ -7,7 +7,8 @@ r that the exact stream holds more than this one. Noise that quantisation put wh
 by Wiener's filter. After QEP (Arai and Ichikawa, 2025), which has no R and no held-out share.
 
 The experts of a layer read rows of the same states, and what was done to those does not depend on who reads them: D (H + λ)⁻¹ of
-all tokens serves every expert's gate and up (`Regression`); their own rows need not be summed against the exact ones.
+all tokens serves every expert's gate and up, and the router (`Regression`); their own rows need not be summed against the exact
+ones.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, Generic, Protocol
 
 from xent_quant.linalg import Matrix, dot, product
+from xent_quant.parallel import one_thread
 from xent_quant.tensors import InputStatistics
 
 if TYPE_CHECKING:
@@ -84,8 +86,9 @@ class Regression(Generic[Matrix]):
     def moved(self, start: int, weights: Matrix) -> tuple[Matrix, Matrix | None]:
         """As `Correction.moved`, with None for P = 0. Goes as far as is best on the held-out rows. Holds another copy of the
         weights."""
-        change = product(weights, self.matrix)
-        change *= _share(product(self.drifts, weights.T), product(self.inputs, change.T))
+        with one_thread():  # products of a router's few rows are cut by threads in other ways than those of many
+            change = product(weights, self.matrix)
+            change *= _share(product(self.drifts, weights.T), product(self.inputs, change.T))
         change += weights
         return change, None
 

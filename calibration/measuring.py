@@ -36,7 +36,8 @@ class Measuring:
         mask = _held_out(count, length) if hessian else torch.zeros(count, dtype=torch.bool)
         self._held_out = mask.repeat_interleave(length).to(windows.device)  # by token
         self._layer: Moments | None = None  # of all tokens in front of the current layer's experts
-        self._drifted: Regression[Any] | None = None  # and what drifted there
+        self.drifted: Regression[Any] | None = None
+        """What drifted there: for the router, and for every expert's gate and up."""
 
     def of(self, tokens: Tensor) -> "Measuring":
         """The same for a pass over some of the tokens [n], ascending, in the same layer."""
@@ -57,13 +58,13 @@ class Measuring:
         if not torch.isfinite(moments.squares).all():
             raise CalibrationError(f"{first.name}: its inputs are NaN or infinite; the checkpoint is damaged")
         if first.expert is not None and first.role is not Role.DOWN:
-            return Measured(moments.statistics(self._layer), self._drifted)
+            return Measured(moments.statistics(self._layer), self.drifted)
         prior = self._others(stage, moments) if first.expert is not None else None
         statistics = moments.statistics(prior)
         correction = moments.correction(statistics, prior) if statistics else None
         if first.role is Role.ROUTER:
             moments.drift = None
-            self._layer, self._drifted = moments, Regression.of(correction) if correction else None
+            self._layer, self.drifted = moments, Regression.of(correction) if correction else None
         return Measured(statistics, correction)
 
     def _others(self, stage: Stage, moments: Moments) -> Moments | None:

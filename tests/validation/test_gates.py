@@ -84,4 +84,5 @@ def test_suspicious_tensors() -> None:
     assert gates.suspicious(moved, 4) is None
     assert gates.suspicious(moved, 6)
     assert gates.suspicious(replace(moved, name="model.embed_tokens.weight"), 4)
-    assert gates.suspicious(replace(moved, name="model.layers.0.mlp.router.weight", type="F32"), 4)
+    assert gates.suspicious(replace(moved, name="model.layers.0.input_layernorm.weight", type="F32"), 4)
+    assert gates.suspicious(replace(moved, name="model.layers.0.mlp.router.weight", type="F32"), 4) is None

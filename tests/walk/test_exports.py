@@ -14,14 +14,19 @@ from calibration.correction import NOTHING
 from calibration.imatrix import Imatrix
 from exporters.gguf.export import GGUFExporter
 from exporters.gguf.plan import plan
+from tests import walking
 from tests.conftest import random_weights, write_checkpoint
 from tests.walk.conftest import CONFIG, export, tree
 from xent_quant import formats
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError, ExportError
 from xent_quant.methods import METHODS
+from xent_quant.model.stages import Stage
+from xent_quant.model.streaming import StreamingModel
 from xent_quant.model.streams import Streams
 from xent_quant.recipes import recipe
+from xent_quant.tensors import Role
+from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
 from xent_quant.walk import loop
 from xent_quant.walk.lanes import Lane
 from xent_quant.walk.loop import Walk
@@ -162,6 +167,33 @@ def test_a_tied_embedding_is_followed_as_the_rows_that_are_looked_up(tmp_path: P
     export(folder, tmp_path / "out", type="Q8_0", tensor_types=types, **FAST, **text)
     np.testing.assert_array_equal(embedded[0], weights)
     np.testing.assert_array_equal(embedded[1], coarse)
+
+
+def test_a_router_makes_up_for_what_drifted(tmp_path: Path, model: Path) -> None:
+    """Behind coarse weights, on tokens that nobody saw, its logits are nearer to the model's than the model's own router's."""
+    source, random = Checkpoint.open(model), torch.Generator().manual_seed(0)
+    windows = torch.randint(4, 20, (60, 32), generator=random)
+    planned = plan(source.architecture, recipe(type="IQ4_NL", tensor_types=["attn=Q4_0"], imatrix=True))
+    exporter = GGUFExporter(source, planned, tmp_path, "Model", METHODS["gptq"]("fast"))
+    (done,) = walking.export(source, [exporter], tmp_path, windows=windows[:48])
+    made = GGUFSource(GGUFFile(done.files[0]), source.architecture)
+    rows: list[dict[str, torch.Tensor]] = []
+    for weights in (source, made):
+        seen: dict[str, torch.Tensor] = {}
+
+        def observe(stage: Stage, seen: dict[str, torch.Tensor] = seen) -> None:
+            if stage.weights and stage.weights[0].role is Role.ROUTER:
+                seen[stage.weights[0].name] = torch.cat([batch.inputs for batch in stage.batches(0)])
+
+        StreamingModel(weights).hidden_states(windows[48:], observe)
+        rows.append(seen)
+    shares = []
+    for name, exact in rows[0].items():
+        kept, moved = (torch.from_numpy(weights.read(name)) for weights in (source, made))
+        errors = [float((rows[1][name] @ router.T - exact @ kept.T).norm()) for router in (kept, moved)]
+        shares.append(errors[1] / errors[0])
+    assert max(shares) < 1
+    assert min(shares) < 0.9
 
 
 def test_rare_experts_have_one_rule(tmp_path: Path, text: Any, monkeypatch) -> None:

@@ -5,7 +5,7 @@ are about to be multiplied (`batches`), decides what the weights are, and lets t
 else happens between, so a quantiser stands exactly where a weight's inputs are known and its outputs are not.
 
 The same tokens may run through several streams: the first is the model itself, the *exact stream*; each other one has weights of
-its own, what an export made of the model's (a *quantised stream*). Norms and routers are the model's in all of them.
+its own, what an export made of the model's (a *quantised stream*). Norms are the model's in all of them.
 
     x ─ norm ─► q k v ─► attention ─► o ─► x ─ norm ─► router ─► experts, shared MLP ─► x
         stage 1                    stage 2      stage 3       two stages each
@@ -398,8 +398,8 @@ class _Router(_MlpStage):
         if not model.num_experts:
             return
         wide = torch.promote_types(run.dtype, torch.float32)
-        router = weights[0][self.weights[0].name].to(wide)
         for number, stream in enumerate(run.streams):
+            router = weights[number][self.weights[0].name].to(wide)
             stream.chosen = torch.empty(run.n_tokens, model.experts_per_token, dtype=torch.int32, device=run.device)
             stream.gates = torch.empty(stream.chosen.shape, dtype=wide, device=run.device)
             for start, stop in run.parts():

@@ -113,7 +113,7 @@ def coarsest(tensors: Sequence[TensorError]) -> int:
 
 
 def _bounds(tensor: TensorError, least: int) -> tuple[float, float]:
-    moved = not tensor.name.endswith(("norm.weight", "router.weight", "embed_tokens.weight"))
+    moved = not tensor.name.endswith(("norm.weight", "embed_tokens.weight"))
     return WEIGHTS[min(bits_of(tensor.type), least) if moved else bits_of(tensor.type)]
 
 

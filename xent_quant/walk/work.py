@@ -99,7 +99,7 @@ class Work:
         for number, lanes in self.by_stream.items():  # what one of them measured is let go before the next one measures
             known = [self.measure(number, stage) if stage.weights else NOTHING for stage in stages]
             given = [
-                Given(tensor, 0, exact[tensor.name][0], measured if tensor.measured else NOTHING, exact[tensor.name][1])
+                Given(tensor, 0, exact[tensor.name][0], self._told(number, tensor, measured), exact[tensor.name][1])
                 for stage, measured in zip(stages, known, strict=True)
                 for tensor in stage.weights
             ]
@@ -111,6 +111,12 @@ class Work:
         for stage in stages:
             stage.advance(weights)
         self.reports.advance(sum(tensor.n_weights for tensor in tensors))
+
+    def _told(self, stream: int | None, tensor: TensorSpec, measured: Measured) -> Measured:
+        """What lanes are told of one of a stage's weights. A router's numbers stay whole, but they move with what drifted."""
+        if tensor.role is Role.ROUTER and stream in self.measuring:
+            return Measured(None, self.measuring[stream].drifted)
+        return measured if tensor.measured else NOTHING
 
     def _put(self, lane: Lane, given: Sequence[Given]) -> "list[F32 | Tensor | None]":
         """Whole tensors; by the CPU in the same slices as if they were read in them: what they become depends on where they are
