@@ -27,7 +27,7 @@ from xent_quant.model.streams import Streams
 from xent_quant.recipes import recipe
 from xent_quant.tensors import Role
 from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
-from xent_quant.walk import loop
+from xent_quant.walk import loop, resources
 from xent_quant.walk.lanes import Lane
 from xent_quant.walk.loop import Walk
 
@@ -58,6 +58,17 @@ def test_pieces_side_by_side_change_no_byte(formats: list[str], model: Path, tmp
         rmtree(tmp_path / "out")
     whole, *others = made.values()
     assert all(other == whole for other in others)
+
+
+def test_how_many_inner_rows_are_kept_changes_no_byte(model: Path, text: Any, tmp_path: Path, monkeypatch) -> None:
+    """All of an expert's, those of its first tokens, none."""
+    made = []
+    for kept in (16384, 7, 0):
+        monkeypatch.setattr(resources, "KEPT_ROWS", kept)
+        export(model, tmp_path / "out", type="Q4_0", **FAST, **text)
+        made.append(tree(tmp_path / "out"))
+        rmtree(tmp_path / "out")
+    assert made[0] == made[1] == made[2]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -317,7 +317,7 @@ class Mlp:
 
 
 class Expert:
-    """What the stages of one expert share: its gate and up weights in every stream, and its inner rows where they are few."""
+    """What the stages of one expert share: its gate and up weights in every stream, and the inner rows of its first tokens."""
 
     def __init__(self, mlp: Mlp, number: int) -> None:
         self.mlp, self.number = mlp, number
@@ -344,8 +344,8 @@ class Expert:
         wanted = [self.chose(number) for number in range(len(pairs))]
         wanted[0] = torch.stack(wanted).any(0)  # the exact rows of every token that any stream sends there
         for number, mask in enumerate(wanted):
-            tokens = mask.nonzero()[:, 0]
-            if len(tokens) <= self.mlp.run.kept_rows:
+            tokens = mask.nonzero()[: self.mlp.run.kept_rows, 0]
+            if len(tokens):
                 parts = [self._compute(number, part) for part in torch.split(tokens, PART_TOKENS)]
                 self._inner[number] = tokens, torch.cat(parts)
 
@@ -358,11 +358,13 @@ class Expert:
         return swiglu(self.mlp.normed(stream, tokens), *self._pairs[stream])
 
     def inner(self, stream: int, tokens: Tensor) -> Tensor:
-        """Inner rows of some of the tokens that any stream sends there."""
+        """Inner rows of some of the tokens that any stream sends there, ascending."""
         if stream not in self._inner:
             return self._compute(stream, tokens)
         known, rows = self._inner[stream]
-        return rows if len(known) == len(tokens) else rows[torch.searchsorted(known, tokens)]
+        count = int(torch.searchsorted(tokens, known[-1], right=True))
+        kept = rows if len(known) == count else rows[torch.searchsorted(known, tokens[:count])]
+        return kept if count == len(tokens) else torch.cat([kept, self._compute(stream, tokens[count:])])
 
     def sample(self, stream: int, count: int) -> Tensor:
         return self._compute(stream, self.mlp.run.sampled(count))
