@@ -70,20 +70,20 @@ class Measuring:
     def _others(self, stage: Stage, moments: Moments) -> Moments | None:
         """A sample of the layer's tokens as a rare expert's down projection would see them; every 16th is held out."""
         fewest = self.fewest(moments.columns)
-        rows = sample(stage, self.stream, moments.rows + sum(len(rows) for rows in moments.held_out), fewest)
-        if rows is None:
+        others = sample(stage, self.stream, moments.rows + sum(len(rows) for rows in moments.held_out), fewest)
+        if others is None:
             return None
         made = Moments(moments.columns, self._hessian, self._device)
-        number = torch.arange(len(rows), device=rows.device)
-        made.add(Batch(rows, number), number % 16 == 15 if self._hessian else None)
+        number = torch.arange(len(others.tokens), device=others.tokens.device)
+        made.add(others, number % 16 == 15 if self._hessian else None)
         return made
 
 
-def sample(stage: Stage, stream: int, seen: int, fewest: int) -> Tensor | None:
+def sample(stage: Stage, stream: int, seen: int, fewest: int) -> Batch | None:
     """Rows of the layer's tokens with which an expert that has `seen` fewer than `fewest` is made up; None where it has enough,
     or the layer no more."""
     rows = stage.others(stream, fewest) if seen < fewest else None
-    return None if rows is None or seen >= len(rows) else rows
+    return None if rows is None or seen >= len(rows.tokens) else rows
 
 
 def _held_out(windows: int, length: int) -> Tensor:
@@ -104,7 +104,7 @@ def sums(stage: Stage) -> tuple[Tensor, ...]:
     if first.expert is None or first.role is not Role.DOWN:
         return found
     rows = sample(stage, 0, int(found[1]), FEWEST_ROWS)
-    made = _sums([Batch(rows, torch.arange(len(rows)))]) if rows is not None else tuple(map(torch.zeros_like, found[:2]))
+    made = _sums([rows]) if rows is not None else tuple(map(torch.zeros_like, found[:2]))
     return (*found, *made)
 
 

@@ -28,7 +28,8 @@ HELD_OUT_ROWS = 1024
 @dataclass
 class Moments:
     """Σ w x² per column (`squares` [in] float64) and, if `hessian`, Σ w x xᵀ (`products` [in, in] float32, on and above the
-    diagonal) over `rows` rows of weights w, which add up to `weight`.
+    diagonal) over `rows` rows of weights w, which add up to `weight`. A row weighs 1 / s² where its batch knows the size s of
+    what its output is added to: the next norm divides by that, so an error counts as much less there.
 
     Where the rows come with what they should have been, also Σ w (exact − x) xᵀ (`drift` [in, in]) and, where the output goes
     to the residual stream, Σ w r xᵀ of what that lacks (`residuals` [out, in]), both float32.
@@ -53,13 +54,15 @@ class Moments:
         self.squares = torch.zeros(self.columns, dtype=torch.float64)
 
     def add(self, batch: Batch, held_out: Tensor | None = None, gated: bool = False) -> None:
-        """The rows of a batch; those of the mask `held_out` [n] are kept as they are instead. A row's weight is 1 or, if
-        `gated`, the square of its gate."""
+        """The rows of a batch, whose weights are, if `gated`, multiplied by the square of their gates; those of the mask
+        `held_out` [n] are kept instead, times the root of their weight."""
         wide, exact, residual = batch.inputs.float(), batch.exact, batch.residual
         gates = batch.gates if gated else None
         weight = torch.ones(len(wide), device=wide.device) if gates is None else gates.float()
         drift = None if exact is None else exact.float() - wide
-        if gates is not None:
+        if batch.sizes is not None:
+            weight = weight / batch.sizes
+        if gates is not None or batch.sizes is not None:
             wide = wide * weight[:, None]
             drift, residual = (None if rows is None else rows * weight[:, None] for rows in (drift, residual))
         if held_out is not None and held_out.any():

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from calibration.coverage import Coverage
 from calibration.rare import COLUMN_FLOOR, fewest_rows
+from tests.conftest import TINY
 from tests.model.test_streaming import Rough
 from tests.reference.forward import forward
 from tests.walking import measured
@@ -18,7 +19,7 @@ from xent_quant.errors import CalibrationError
 from xent_quant.linalg import DAMPING, FEW_ROWS
 from xent_quant.model.stages import Stage
 from xent_quant.model.streaming import StreamingModel
-from xent_quant.tensors import InputStatistics
+from xent_quant.tensors import InputStatistics, Role
 
 RANDOM = np.random.default_rng(0)
 WINDOWS = RANDOM.integers(4, 300, (5, 12))
@@ -149,13 +150,19 @@ def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, 
     source = Checkpoint.open(checkpoint(**overrides))
     rough = Rough(source)
     sides: list[dict[str, dict[int, np.ndarray]]] = []
+    counted: dict[str, dict[int, float]] = {}  # by the last side, which is the follower
     for weights in (source, rough):
         seen: dict[str, dict[int, np.ndarray]] = {}
 
         def observe(stage: Stage, seen=seen) -> None:
             for batch in stage.batches(0):
+                states = stage.run.streams[0].x.take(batch.tokens).numpy()
                 for spec in stage.weights:
                     seen.setdefault(spec.name, {}).update(zip(batch.tokens.tolist(), batch.inputs.numpy().copy(), strict=True))
+                    if spec.role in (Role.ATTENTION_OUTPUT, Role.DOWN):  # what their outputs are added to
+                        counted.setdefault(spec.name, {}).update(
+                            zip(batch.tokens.tolist(), 1 / (np.square(states).mean(1) + TINY["rms_norm_eps"]), strict=True)
+                        )
 
         StreamingModel(weights, torch.float64).hidden_states(windows, observe)
         sides.append(seen)
@@ -170,7 +177,8 @@ def test_following_measures_the_quantised_model_and_makes_up_for_it(checkpoint, 
             rows = {token: row for token, row in own[name].items() if token < apart}
             inputs = np.array(list(rows.values()))
             assert found.rows == len(inputs)
-            product = inputs.T @ inputs / max(1, len(inputs))
+            weights_of_rows = np.array([counted[name][token] if name in counted else 1.0 for token in rows])
+            product = inputs.T * weights_of_rows @ inputs / max(1e-9, weights_of_rows.sum())
             off = ~np.eye(len(product), dtype=bool)
             assert found.hessian is not None
             np.testing.assert_allclose(found.hessian[off], product[off], atol=1e-4 * np.abs(product).max())

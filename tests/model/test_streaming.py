@@ -94,9 +94,9 @@ def test_a_rare_expert_shows_what_it_would_see_of_other_tokens(checkpoint) -> No
         if others is None:
             continue
         seen += 1
-        assert others.shape == (4, stage.weights[0].shape[1])
+        assert others.inputs.shape == (4, stage.weights[0].shape[1])
         same = {int(token): row for batch in stage.batches(0) for token, row in zip(batch.tokens, batch.inputs, strict=True)}
-        for token, row in zip(range(0, len(IDS), len(IDS) // 4), others, strict=False):
+        for token, row in zip(range(0, len(IDS), len(IDS) // 4), others.inputs, strict=False):
             assert token not in same or torch.allclose(same[token], row, atol=1e-6)
     assert seen == source.architecture.num_experts * source.architecture.num_layers
 

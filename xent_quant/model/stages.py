@@ -56,8 +56,8 @@ class Batch:
     `inputs` [n, in_features]; `tokens` [n] int64, which token of the flattened windows each row belongs to; `gates` [n], the
     factors with which an expert's output will be scaled, None outside experts. In a quantised stream also `exact`
     [n, in_features], the rows of the exact stream there (but of routed experts' gate and up, whose rows are some of the router's)
-    and, where the output goes straight to the residual stream, `residual` [n, out_features], how much more the exact stream holds
-    there than this one.
+    and, where the output goes to the residual stream, `sizes` [n] float32, the root mean square of that; where it goes there
+    straight, `residual` [n, out_features], how much more the exact stream holds there than this one.
     """
 
     inputs: Tensor
@@ -65,6 +65,7 @@ class Batch:
     gates: Tensor | None = None
     exact: Tensor | None = None
     residual: Tensor | None = None
+    sizes: Tensor | None = None
 
 
 @dataclass
@@ -116,9 +117,9 @@ class Stage(ABC):
     def advance(self, weights: Sequence[Weights]) -> None:
         """Go on with these weights of each stream, by name."""
 
-    def others(self, stream: int, count: int) -> Tensor | None:
-        """[m, in_features], at most `count` rows: what the weights would see of evenly spaced tokens of the layer, where that
-        takes running them through the weights before. None where those rows are the layer's own."""
+    def others(self, stream: int, count: int) -> Batch | None:
+        """At most `count` rows: what the weights would see of evenly spaced tokens of the layer, where that takes running them
+        through the weights before; no exact ones. None where those rows are the layer's own."""
         return None
 
 
@@ -208,6 +209,10 @@ class Pass:
         every = self.tokens(0, self.n_tokens)
         return every[:: max(1, len(every) // count)][:count]
 
+    def sizes(self, stream: int, tokens: Tensor) -> Tensor:
+        """[n] float32, what a norm would divide the states of `tokens` [n] by."""
+        return (self.streams[stream].x.take(tokens).float().square().mean(1) + self.architecture.rms_norm_eps).sqrt()
+
     def check_finite(self, rows: Tensor, where: str) -> None:
         """Raise CalibrationError naming the model and the place where its own activations are NaN or infinite."""
         if not torch.isfinite(rows).all():
@@ -256,7 +261,8 @@ class _AttentionOut(Stage):
                 yield Batch(rows, tokens)
                 continue
             residual = exact.x.read(start, stop) - own.x.read(start, stop)
-            yield Batch(rows, tokens, exact=exact.mixed.read(start, stop), residual=residual)
+            sizes = self.run.sizes(stream, tokens)
+            yield Batch(rows, tokens, exact=exact.mixed.read(start, stop), residual=residual, sizes=sizes)
 
     def advance(self, weights: Sequence[Weights]) -> None:
         (spec,) = self.weights
@@ -366,8 +372,9 @@ class Expert:
         kept = rows if len(known) == count else rows[torch.searchsorted(known, tokens[:count])]
         return kept if count == len(tokens) else torch.cat([kept, self._compute(stream, tokens[count:])])
 
-    def sample(self, stream: int, count: int) -> Tensor:
-        return self._compute(stream, self.mlp.run.sampled(count))
+    def sample(self, stream: int, count: int) -> Batch:
+        tokens = self.mlp.run.sampled(count)
+        return Batch(self._compute(stream, tokens), tokens, sizes=self.mlp.run.sizes(stream, tokens) if stream else None)
 
 
 class _MlpStage(Stage):
@@ -434,10 +441,10 @@ class ExpertDown(_MlpStage):
 
     def batches(self, stream: int) -> Iterator[Batch]:
         for tokens, gates in self.own.seen(stream):
-            exact = self.own.inner(0, tokens) if stream else None
-            yield Batch(self.own.inner(stream, tokens), tokens, gates, exact)
+            exact, sizes = (self.own.inner(0, tokens), self.run.sizes(stream, tokens)) if stream else (None, None)
+            yield Batch(self.own.inner(stream, tokens), tokens, gates, exact, sizes=sizes)
 
-    def others(self, stream: int, count: int) -> Tensor | None:
+    def others(self, stream: int, count: int) -> Batch | None:
         return self.own.sample(stream, count)
 
     def advance(self, weights: Sequence[Weights]) -> None:
@@ -469,7 +476,8 @@ class _SharedDown(_MlpStage):
                 continue
             ahead = exact.x.read(start, stop) + exact.y.read(start, stop)
             residual = ahead - (own.x.read(start, stop) + own.y.read(start, stop))
-            yield Batch(rows, tokens, exact=self.mlp.shared_inner(0, start, stop, last=False), residual=residual)
+            exact_rows, sizes = self.mlp.shared_inner(0, start, stop, last=False), self.run.sizes(stream, tokens)
+            yield Batch(rows, tokens, exact=exact_rows, residual=residual, sizes=sizes)
 
     def advance(self, weights: Sequence[Weights]) -> None:
         for number, stream in enumerate(self.run.streams):
