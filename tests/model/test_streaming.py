@@ -101,6 +101,19 @@ def test_a_rare_expert_shows_what_it_would_see_of_other_tokens(checkpoint) -> No
     assert seen == source.architecture.num_experts * source.architecture.num_layers
 
 
+def test_a_state_of_next_to_nothing_has_a_size(checkpoint) -> None:
+    source = Checkpoint.open(checkpoint())
+    stage = next(stages(source, torch.tensor([IDS]), torch.float32))
+    tokens, states = torch.arange(len(IDS)), stage.run.streams[0].x.read(0, len(IDS))
+    wanted = np.sqrt(np.square(states.numpy()).mean(1) + 1e-6)
+    np.testing.assert_allclose(stage.run.sizes(0, tokens), wanted, rtol=1e-5)
+    states[3] = 0
+    stage.run.streams[0].x.write(0, states)
+    wanted[3] = 0.25 * np.sort(np.append(np.delete(wanted, 3), 0))[(len(IDS) - 1) // 2]
+    np.testing.assert_allclose(stage.run.sizes(0, tokens), wanted, rtol=1e-5)
+    assert not len(stage.run.sizes(0, tokens[:0]))
+
+
 def test_overflowing_activations_are_refused(checkpoint) -> None:
     class Loud:
         def __init__(self, inner: Checkpoint) -> None:

@@ -31,6 +31,9 @@ from xent_quant.model.states import States
 from xent_quant.parallel import Turns, check
 from xent_quant.tensors import TensorSpec
 
+SMALLEST = 0.25
+"""Of the median size of states, the size of one that is smaller: what is added to it has a size too."""
+
 Weights = Mapping[str, Tensor]
 
 
@@ -56,8 +59,8 @@ class Batch:
     `inputs` [n, in_features]; `tokens` [n] int64, which token of the flattened windows each row belongs to; `gates` [n], the
     factors with which an expert's output will be scaled, None outside experts. In a quantised stream also `exact`
     [n, in_features], the rows of the exact stream there (but of routed experts' gate and up, whose rows are some of the router's)
-    and, where the output goes to the residual stream, `sizes` [n] float32, the root mean square of that; where it goes there
-    straight, `residual` [n, out_features], how much more the exact stream holds there than this one.
+    and, where the output goes to the residual stream, `sizes` [n] float32, see `Pass.sizes`; where it goes there straight,
+    `residual` [n, out_features], how much more the exact stream holds there than this one.
     """
 
     inputs: Tensor
@@ -210,8 +213,9 @@ class Pass:
         return every[:: max(1, len(every) // count)][:count]
 
     def sizes(self, stream: int, tokens: Tensor) -> Tensor:
-        """[n] float32, what a norm would divide the states of `tokens` [n] by."""
-        return (self.streams[stream].x.take(tokens).float().square().mean(1) + self.architecture.rms_norm_eps).sqrt()
+        """[n] float32, what a norm would divide the states of `tokens` [n] by; no less than SMALLEST of the median."""
+        squares = self.streams[stream].x.take(tokens).float().square().mean(1) + self.architecture.rms_norm_eps
+        return squares.clamp_min(float(squares.median()) * SMALLEST**2).sqrt() if len(tokens) else squares
 
     def check_finite(self, rows: Tensor, where: str) -> None:
         """Raise CalibrationError naming the model and the place where its own activations are NaN or infinite."""
