@@ -83,6 +83,11 @@ def test_suspicious_tensors() -> None:
     assert gates.coarsest([fine, moved]) == 4
     assert gates.suspicious(moved, 4) is None
     assert gates.suspicious(moved, 6)
+    assert gates.suspicious(replace(moved, error=0.44), 4) is None
+    assert gates.suspicious(replace(moved, error=0.46), 4)
+    for bits in (8, 6, 5, 4, 3, 2):
+        assert gates.suspicious(replace(moved, error=1.0, worst=0.0), bits)  # zeros
+    assert gates.suspicious(replace(moved, error=2.9, worst=0.0), 1) is None
     assert gates.suspicious(replace(moved, name="model.embed_tokens.weight"), 4)
     assert gates.suspicious(replace(moved, name="model.layers.0.input_layernorm.weight", type="F32"), 4)
     assert gates.suspicious(replace(moved, name="model.layers.0.mlp.router.weight", type="F32"), 4) is None
