@@ -181,6 +181,7 @@ BLOCK_TYPES = [name for name in formats.NAMES if formats.get(name).block_size > 
 def test_experts_without_tokens_quantise(checkpoint, tmp_path: Path, method: str, kinds: list[str]) -> None:
     """64 experts, few tokens: some see none, some one; nothing is NaN, and what was done is told."""
     folder = checkpoint(num_experts=64, moe_top_k=1, num_hidden_layers=1, intermediate_size=256)
+    model = Checkpoint.open(folder).architecture
     for index, kind in enumerate(kinds):
         done = xent_quant.quantize(
             folder,
@@ -188,11 +189,11 @@ def test_experts_without_tokens_quantise(checkpoint, tmp_path: Path, method: str
             tensor_types=[f"_(exps|shexp)={kind}", "token_embd=F32"],
             output=tmp_path / str(index),
             method=method,
-            **replace(SMALL, tokens=120).given,
+            **({} if method == "rtn" else replace(SMALL, tokens=120).given),
             effort="fast",
         )
-        for tensor in gguf.GGUFReader(done.files[0]).tensors:
-            assert np.isfinite(gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)).all()
+        made = GGUFSource(GGUFFile(done.files[0]), model)
+        assert all(np.isfinite(made.read(name)).all() for name in model.tensors())
         if method != "rtn":
             assert done.coverage is not None
             assert done.coverage.rows()[0].never > 0
