@@ -130,9 +130,9 @@ def ray_cluster(address: str) -> Iterator[RayCluster]:
                 f"--ray {address}: no Ray cluster answers there ({said}); `ray start --head` begins one on this machine, "
                 "`ray start --address=HOST:6379` on another joins it"
             ) from None
-    try:
-        with redirect_stdout(sys.stderr):  # Ray prints there that a worker died, and results are for standard output
+    with redirect_stdout(sys.stderr):  # Ray prints there that a worker died, at the end too, and results are for standard output
+        try:
             yield RayCluster(ray)
-    finally:
-        if not joined:
-            ray.shutdown()
+        finally:
+            if not joined:
+                ray.shutdown()
