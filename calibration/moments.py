@@ -12,12 +12,15 @@ from torch import Tensor
 from calibration.correction import Correction
 from calibration.rare import fewest_rows, floored, missing_rows
 from xent_quant.device.statistics import DeviceStatistics
-from xent_quant.linalg import believed
+from xent_quant.linalg import believed, linear
 from xent_quant.model.stages import Batch
 from xent_quant.tensors import InputStatistics
 
 STRIPE = 256
 """Rows of Σ x xᵀ that are computed at a time, from their first column on: its lower half is the upper one mirrored."""
+
+ADDED_ROWS = 2048
+"""That are added to the sums at a time; two copies of so many are held."""
 
 CPU = torch.device("cpu")
 
@@ -81,13 +84,15 @@ class Moments:
             return
         if self.products is None:
             self.products = torch.zeros(self.columns, self.columns, device=wide.device)
-        for start in range(0, self.columns, STRIPE):  # above the diagonal, and little below it
-            stripe = slice(start, start + STRIPE)
-            self.products[stripe, start:].addmm_(wide[:, stripe].T, wide[:, start:])
-        if drift is not None:
-            self.drift = _added(self.drift, drift.T @ wide)
-        if residual is not None:
-            self.residuals = _added(self.residuals, residual.float().T @ wide)
+        for first in range(0, len(wide), ADDED_ROWS):
+            here = slice(first, first + ADDED_ROWS)
+            turned = wide[here].T.contiguous()
+            for start in range(0, self.columns, STRIPE):  # above the diagonal, and little below it
+                self.products[start : start + STRIPE, start:] += linear(turned[start : start + STRIPE], turned[start:])
+            if drift is not None:
+                self.drift = _added(self.drift, linear(drift[here].T, turned))
+            if residual is not None:
+                self.residuals = _added(self.residuals, linear(residual[here].float().T, turned))
 
     def _shares(self, layer: "Moments | None") -> tuple[float, float]:
         """Factors of the own sums and of the layer's in means made up to `fewest_rows`; both 0 where there are no rows."""

@@ -39,8 +39,8 @@ from xent_quant.device.choice import ON_CPU, choose
 from xent_quant.device.method import Job, OnDevice
 from xent_quant.formats._codes import CodedFormat
 from xent_quant.formats.int_group import int_group
+from xent_quant.linalg import linear
 from xent_quant.methods import METHODS
-from xent_quant.model.layers import linear
 from xent_quant.model.sizes import PART_TOKENS
 from xent_quant.model.stages import Batch
 from xent_quant.options import CalibrationOptions

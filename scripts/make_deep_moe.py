@@ -25,7 +25,8 @@ from torch import Tensor
 
 from xent_quant.checkpoint.architecture import Layer
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.model.layers import attention, linear, rms_norm, rotary_tables, route, swiglu
+from xent_quant.linalg import linear
+from xent_quant.model.layers import attention, rms_norm, rotary_tables, route, swiglu
 from xent_quant.options import CalibrationOptions
 
 WIDTH, EXPERTS, SHARED, TOP_K = 128, 9, 3, 6

@@ -1,6 +1,8 @@
 """Matrix products and factorisations whose bits do not depend on the number of threads. Imports torch when called."""
 
-from functools import cached_property, partial
+import os
+from collections.abc import Callable
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -25,20 +27,68 @@ FEW_ROWS = 2.0
 CHUNK_ROWS = 512
 """Of a weight, that are solved or rounded as one job."""
 
+BLOCK_ROWS = 512
+"""Multiplied by a matrix at a time: oneDNN makes code and room for each number of rows that it meets."""
+
+FEWEST_ROWS = 16
+"""Multiplied at a time at least, and numbers of rows are made up to its multiples: with fewer, a product's last bits depend on
+their number and on the threads'."""
+
+FEWEST_COLUMNS = 32
+"""Of what oneDNN multiplies: for a codebook's vectors its preparations cost more than they save."""
+
 
 def row_chunks(rows: int) -> list[slice]:
     """Where a weight of so many rows is cut into jobs: whatever the number of threads."""
     return [slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS)]
 
 
+@cache
+def _on_cpu() -> "Callable[[Tensor, Tensor], Tensor]":
+    """x Wᵀ in float32, W of either order. By oneDNN, for which torch has no public name outside its compiler: its library for
+    this is MKL, which knows AVX-512 on Intel's processors alone, so that oneDNN takes half the time on AMD's."""
+    import torch
+    import torch.nn.functional as F
+
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # shapes; of 1,024, its default, half a GiB was seen
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear
+
+
+def linear(x: "Tensor", weight: "Tensor") -> "Tensor":
+    """x Wᵀ, [n, in] and [out, in] to [n, out]. A row's bits depend on that row alone, not on how many come with it, nor on
+    threads, for FEWEST_COLUMNS or more. Copies a weight that is a part of a larger one's columns, or of its rows transposed."""
+    import torch
+    import torch.nn.functional as F
+
+    def made_up(rows: "Tensor", multiply: "Callable[[Tensor, Tensor], Tensor]") -> "Tensor":
+        missing = -len(rows) % FEWEST_ROWS
+        return multiply(F.pad(rows, (0, 0, 0, missing)), weight)[: len(rows)] if missing else multiply(rows, weight)
+
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[1] < FEWEST_COLUMNS or not len(x) or not len(weight):
+        return made_up(x, F.linear) if len(x) < FEWEST_ROWS else F.linear(x, weight)
+    multiply = _on_cpu()
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):  # else oneDNN takes code that is a hundred times as slow
+        weight = weight.contiguous() if weight.stride(1) == 1 else weight.T.contiguous().T
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if len(x) <= BLOCK_ROWS:
+        return made_up(x, multiply)
+    found = x.new_empty(len(x), len(weight))
+    for rows, out in zip(torch.split(x, BLOCK_ROWS), torch.split(found, BLOCK_ROWS), strict=True):
+        out.copy_(made_up(rows, multiply))
+    return found
+
+
 def product(a: Matrix, b: Matrix) -> Matrix:
-    """a @ b, [n, k] and [k, m] to [n, m]; parts of larger arrays are not copied."""
+    """a @ b, [n, k] and [k, m] to [n, m], as `linear`."""
     import torch
 
     parallel.check()
     if isinstance(a, torch.Tensor):
-        return torch.mm(a, b)
-    result: F32 = torch.mm(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+        return linear(a, b.T)
+    result: F32 = linear(torch.from_numpy(a), torch.from_numpy(b).T).numpy()
     return result
 
 

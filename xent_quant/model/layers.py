@@ -10,17 +10,7 @@ from torch import Tensor
 
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.rope import frequencies
-
-FEWEST_ROWS = 16
-"""Rows that are multiplied together at least: with fewer, a product's last bits depend on their number and on the threads'."""
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ, [n, in] and [out, in] to [n, out]. A row's bits depend on that row alone, not on how many come with it."""
-    missing = FEWEST_ROWS - len(x)
-    if missing <= 0 or not len(x):
-        return F.linear(x, weight)
-    return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[: len(x)]
+from xent_quant.linalg import linear
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from xent_quant.checkpoint.architecture import Architecture, Layer
 from xent_quant.errors import CalibrationError
-from xent_quant.model.layers import attention, head_norm, linear, rms_norm, rotary_tables, route, swiglu
+from xent_quant.linalg import linear
+from xent_quant.model.layers import attention, head_norm, rms_norm, rotary_tables, route, swiglu
 from xent_quant.model.sizes import ATTENDED, INNER, KEPT_ROWS, PART_TOKENS, STATE_FILES
 from xent_quant.model.states import States
 from xent_quant.parallel import Turns, check

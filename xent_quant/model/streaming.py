@@ -9,11 +9,11 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xent_quant.errors import CalibrationError
 from xent_quant.journal import FILE, Journal, software
+from xent_quant.linalg import linear
 from xent_quant.model.stages import Pass, Stage, Stream, WeightSource
 from xent_quant.model.states import InMemory, States
 from xent_quant.model.streams import Streams
@@ -134,10 +134,10 @@ class StreamingModel:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] to [..., vocab]; for few rows, since the result is whole in memory, once."""
-        found = hidden.new_empty(*hidden.shape[:-1], self.architecture.vocab_size)
+        found = hidden.new_empty(hidden[..., 0].numel(), self.architecture.vocab_size)
         for start, rows in self.head_slices():
-            found[..., start : start + len(rows)] = F.linear(hidden, rows)
-        return found
+            found[:, start : start + len(rows)] = linear(hidden.flatten(0, -2), rows)
+        return found.view(*hidden.shape[:-1], -1)
 
     @torch.no_grad()
     def log_probabilities(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class StreamingModel:
         picked = torch.zeros_like(top)
         for start, rows in self.head_slices():
             for part in torch.split(torch.arange(len(hidden), device=self.device), 1024):
-                scores = F.linear(hidden[part], rows).double()
+                scores = linear(hidden[part], rows).double()
                 new_top = torch.maximum(top[part], scores.max(-1).values)
                 total[part] = total[part] * (top[part] - new_top).exp() + (scores - new_top[:, None]).exp().sum(-1)
                 top[part] = new_top

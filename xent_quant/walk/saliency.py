@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from xent_quant.checkpoint.dropping import KeptExperts
-from xent_quant.model.layers import linear
+from xent_quant.linalg import linear
 from xent_quant.model.sizes import SALIENCY_TOKENS
 from xent_quant.model.stages import Stage, WeightSource
 from xent_quant.model.streaming import StreamingModel

@@ -1,0 +1,64 @@
+"""Products and what their bits depend on: the values alone, not on how many rows come together, their layout, or threads."""
+
+import numpy as np
+import pytest
+import torch
+
+from xent_quant.linalg import BLOCK_ROWS, FEWEST_COLUMNS, linear, product
+
+SHAPES = [(64, 40), (480, 256), (1728, 96), (FEWEST_COLUMNS, 33)]
+"""in, out."""
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def operands(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor]:
+    columns, out = request.param
+    random = torch.Generator().manual_seed(columns)
+    return torch.randn(2 * BLOCK_ROWS + 37, columns, generator=random), torch.randn(out, columns, generator=random)
+
+
+def test_products_are_exact_within_float32(operands: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight = operands
+    exact = x.double() @ weight.double().T
+    assert (linear(x, weight) - exact).abs().max() <= 1e-6 * len(weight.T) ** 0.5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_row_has_the_same_bits_however_many_come_with_it(operands: tuple[torch.Tensor, torch.Tensor], threads: int) -> None:
+    x, weight = operands
+    whole, before = linear(x, weight), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for start, count in ((0, 1), (3, 7), (5, 16), (0, 17), (40, 100), (11, BLOCK_ROWS), (1, BLOCK_ROWS + 1), (0, len(x))):
+            assert torch.equal(linear(x[start : start + count], weight), whole[start : start + count]), (start, count)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_layouts_have_the_same_bits(operands: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Parts of larger arrays, their columns, and what is transposed."""
+    x, weight = operands
+    whole, columns = linear(x, weight), x.shape[1]
+    wide, wide_weight = (torch.cat([part, part + 1, part], 1) for part in (x, weight))
+    turned, turned_weight = (torch.cat([part.T, part.T + 1]).contiguous().T for part in (x, weight))
+    for rows in (x, wide[:, :columns], wide[:, 2 * columns :], x.T.contiguous().T, turned[:, :columns]):
+        for by in (weight, wide_weight[:, :columns], weight.T.contiguous().T, turned_weight[:, :columns]):
+            assert torch.equal(linear(rows, by), whole), (rows.stride(), by.stride())
+    assert np.array_equal(product(x.numpy(), weight.T.numpy()), whole.numpy())
+    assert np.array_equal(product(x.numpy(), np.ascontiguousarray(weight.T.numpy())), whole.numpy())
+
+
+@pytest.mark.parametrize(("rows", "columns", "out"), [(0, 64, 5), (3, 0, 5), (3, 64, 0)])
+def test_nothing_at_all(rows: int, columns: int, out: int) -> None:
+    assert torch.equal(linear(torch.ones(rows, columns), torch.ones(out, columns)), torch.zeros(rows, out))
+
+
+def test_few_columns() -> None:
+    x, weight = torch.randn(600, FEWEST_COLUMNS - 1), torch.randn(33, FEWEST_COLUMNS - 1)
+    assert torch.allclose(linear(x, weight).double(), x.double() @ weight.double().T, atol=1e-5)
+
+
+def test_float64_stays_float64() -> None:
+    x, weight = torch.randn(5, 48, dtype=torch.float64), torch.randn(3, 48, dtype=torch.float64)
+    assert linear(x, weight).dtype == torch.float64
+    assert torch.allclose(linear(x, weight), x @ weight.T, rtol=1e-12)
