@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from calibration.correction import Measured, Regression
-from calibration.moments import HELD_OUT_ROWS, Moments
+from calibration.moments import Moments
 from calibration.rare import FEWEST_ROWS, fewest_rows
 from xent_quant.errors import CalibrationError
+from xent_quant.model.sizes import HELD_OUT_ROWS
 from xent_quant.model.stages import Batch, Stage
 from xent_quant.tensors import Role
 

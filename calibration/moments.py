@@ -13,6 +13,7 @@ from calibration.correction import Correction
 from calibration.rare import fewest_rows, floored, missing_rows
 from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.linalg import believed, linear
+from xent_quant.model.sizes import HELD_OUT_ROWS
 from xent_quant.model.stages import Batch
 from xent_quant.tensors import InputStatistics
 
@@ -23,9 +24,6 @@ ADDED_ROWS = 2048
 """That are added to the sums at a time; two copies of so many are held."""
 
 CPU = torch.device("cpu")
-
-HELD_OUT_ROWS = 1024
-"""Rows kept for judging, at most."""
 
 
 @dataclass

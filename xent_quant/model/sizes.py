@@ -10,6 +10,8 @@ PIECE = 1 << 20
 """Weights that a thread reads, quantises and writes at a time where no text is run: most of the way they are in its cache."""
 KEPT_ROWS = 16384
 """Rows of an expert's inner activations that are kept between the looks at them, at most; above, they are computed again."""
+HELD_OUT_ROWS = 1024
+"""Rows in front of a weight that are kept to judge by, at most."""
 
 
 @dataclass(frozen=True)

@@ -357,8 +357,11 @@ class Expert:
         for number, mask in enumerate(wanted):
             tokens = mask.nonzero()[: self.mlp.run.kept_rows, 0]
             if len(tokens):
-                parts = [self._compute(number, part) for part in torch.split(tokens, PART_TOKENS)]
-                self._inner[number] = tokens, torch.cat(parts)
+                rows = pairs[number][0].new_empty(len(tokens), len(pairs[number][0]))
+                for start in range(0, len(tokens), PART_TOKENS):
+                    here = slice(start, start + PART_TOKENS)
+                    rows[here] = self._compute(number, tokens[here])
+                self._inner[number] = tokens, rows
 
     def end(self) -> None:
         """Let go of everything."""

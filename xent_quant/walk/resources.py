@@ -19,7 +19,7 @@ from xent_quant.errors import ConfigError
 from xent_quant.formats._lanes import WIDTH
 from xent_quant.formats.base import F32, QuantFormat
 from xent_quant.formats.prescaled import Prescaled
-from xent_quant.model.sizes import KEPT_ROWS, PART_TOKENS, PIECE, Room, state_files
+from xent_quant.model.sizes import HELD_OUT_ROWS, KEPT_ROWS, PART_TOKENS, PIECE, Room, state_files
 from xent_quant.tensors import ATTENTION_ROLES, InputStatistics, Role, TensorSpec
 from xent_quant.units import human_bytes
 
@@ -78,7 +78,8 @@ def memory(model: Architecture, followers: int, text: bool, room: Room) -> int:
     if routed:
         inner = 4 * room.kept_rows * model.intermediate_size * streams
         shared = 2 * 4 * model.shared_size * model.hidden_size * streams
-        layer = followers * 8 * model.hidden_size**2  # Σxxᵀ and the drift of all tokens
+        # Σxxᵀ, drift and regression of all tokens, and those of them that are held out.
+        layer = followers * 4 * (3 * model.hidden_size**2 + 2 * HELD_OUT_ROWS * model.hidden_size)
         experts = shared + layer + side_by_side * (inner + _stage(routed, model, streams))
     return int(MARGIN * (rows_of_vocabulary + TORCH + max(for_all, experts)))
 
@@ -87,11 +88,12 @@ def _stage(tensors: Sequence[TensorSpec], model: Architecture, streams: int) -> 
     """Bytes that the largest stage of these tensors holds: rows on their way, weights, and what is made of the rows."""
     columns, largest = max(tensor.shape[-1] for tensor in tensors), max(tensor.n_weights for tensor in tensors)
     rows = 4 * PART_TOKENS * (4 * model.hidden_size + 3 * columns)
-    found = rows + 4 * largest * (streams + 2)
+    found = rows + 4 * largest * (3 * streams + 1)  # the most weights that read the same, or gate, up and down; one as stored
     if streams > 1:
         # Sums: Σxxᵀ, drift, residuals. Ready: Hessian, drift, damped, root, factor, and two on the way. Weight, pull, errors,
         # what is solved of the pull, and the bytes.
         found += 4 * (2 * columns**2 + columns * model.hidden_size) + 4 * 7 * columns**2 + 4 * 5 * largest
+        found += 4 * HELD_OUT_ROWS * (2 * columns + model.hidden_size)
     return found
 
 
@@ -134,7 +136,6 @@ def _slice(model: Architecture) -> int:
 def vram(model: Architecture, followers: int, length: int, room: Room) -> int:
     """Peak of a device's bytes of a walk with so many quantised streams over windows of `length` tokens, when methods compute
     there on `room.experts` experts together."""
-    from calibration.moments import HELD_OUT_ROWS
     from xent_quant.device.rounding import COPIES, HESSIANS
     from xent_quant.device.search import HELD, MAX_LANES
 
