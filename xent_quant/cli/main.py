@@ -84,8 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _one_arena() -> None:
-    """All threads share one heap of glibc: in one of 64 MiB for each, rows and Hessians of 20 MiB leave holes that nothing fits. Two
-    threads on an A4.2B layer held half a GiB more."""
+    """All threads share one heap of glibc: in one of 64 MiB for each, rows and Hessians of 20 MiB leave holes that nothing fits.
+    Two threads on an A4.2B layer held half a GiB more."""
     import ctypes
 
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # other C libraries have none
