@@ -23,8 +23,9 @@ from xent_quant.plain import plain
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
-M_ARENA_MAX = -8
-"""Of glibc's malloc.h."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+HEAP = {M_ARENA_MAX: 1, M_MMAP_THRESHOLD: 12 << 20, M_TRIM_THRESHOLD: 128 << 20}
+"""For mallopt, of glibc's malloc.h, in bytes."""
 
 app = App(
     name="xent-quant",
@@ -78,18 +79,19 @@ def main(arguments: list[str] | None = None) -> None:
     # Threads of torch and llama.cpp wait for one another by spinning unless libgomp reads this when it is loaded. Beside other
     # work on the same cores two spinning threads are slower than one.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    _one_arena()
+    _heap()
     with terminal.streams():
         _run(sys.argv[1:] if arguments is None else arguments)
 
 
-def _one_arena() -> None:
-    """All threads share one heap of glibc: in one of 64 MiB for each, rows and Hessians of 20 MiB leave holes that nothing fits.
-    Two threads on an A4.2B layer held half a GiB more."""
+def _heap() -> None:
+    """Has glibc give matrices back that are freed: between what stays they leave holes in a heap, or in the heaps of threads, that
+    nothing fits. What comes and goes, rows of PART_TOKENS, stays in one heap, since each page of new memory costs time."""
     import ctypes
 
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # other C libraries have none
-        mallopt(M_ARENA_MAX, 1)
+        for parameter, value in HEAP.items():
+            mallopt(parameter, value)
 
 
 def _run(arguments: list[str]) -> None:

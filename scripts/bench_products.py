@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Prints how fast one thread multiplies in float32: torch's own product beside that of xent_quant.linalg, which runs of text use.
+
+    scripts/bench_products.py [--seconds 1]
+
+Shapes are those of XVERSE-Ent-A4.2B: gate (2,560 to 1,728 columns), down (the other way) and attention, for the rows that a rare
+expert, an expert and a dense weight get at a time; the last line is a Hessian's sum over 2,048 rows. The figure is the best of as
+many repetitions as fit into so many seconds, GFLOP/s. ONEDNN_MAX_CPU_ISA=AVX2 shows a processor without AVX-512.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from calibration.moments import Moments
+from xent_quant.linalg import linear
+from xent_quant.model.stages import Batch
+
+
+def rate(work: Callable[[], object], operations: int, seconds: float) -> float:
+    """GFLOP/s at best."""
+    work()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while (begun := time.perf_counter()) < end:
+        work()
+        best = min(best, time.perf_counter() - begun)
+    return operations / best / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    seconds = parser.parse_args().seconds
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, one thread, GFLOP/s")
+    print(f"{'rows':>6} {'in':>6} {'out':>6} {'torch':>7} {'ours':>7} {'ratio':>6}")
+    for rows in (16, 384, 2048):
+        for columns, out in ((2560, 1728), (1728, 2560), (2560, 2560)):
+            x, weight = torch.randn(rows, columns), torch.randn(out, columns)
+            operations = 2 * rows * columns * out
+            theirs = rate(lambda x=x, weight=weight: F.linear(x, weight), operations, seconds)  # type: ignore[misc]
+            ours = rate(lambda x=x, weight=weight: linear(x, weight), operations, seconds)  # type: ignore[misc]
+            print(f"{rows:>6} {columns:>6} {out:>6} {theirs:>7.0f} {ours:>7.0f} {ours / theirs:>6.2f}", flush=True)
+    rows = torch.randn(2048, 2560)
+    batch, operations = Batch(rows, torch.arange(2048)), 2048 * 2560**2  # half of it: the rest is mirrored
+    theirs = rate(lambda: rows.T @ rows, 2 * operations, seconds) / 2
+    ours = rate(lambda: Moments(2560, True).add(batch), operations, seconds)
+    print(f"sum of x xᵀ over 2,048 rows of 2,560: {theirs:.0f} of what is needed, ours {ours:.0f}, {ours / theirs:.2f}")
+
+
+if __name__ == "__main__":
+    main()
