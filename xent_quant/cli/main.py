@@ -23,9 +23,9 @@ from xent_quant.plain import plain
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-HEAP = {M_ARENA_MAX: 1, M_MMAP_THRESHOLD: 12 << 20, M_TRIM_THRESHOLD: 128 << 20}
-"""For mallopt, of glibc's malloc.h, in bytes."""
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+HEAP = {M_ARENA_MAX: 1, M_MMAP_THRESHOLD: 12 << 20}
+"""For mallopt, of glibc's malloc.h."""
 
 app = App(
     name="xent-quant",
@@ -85,8 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _heap() -> None:
-    """Has glibc give matrices back that are freed: between what stays they leave holes in a heap, or in the heaps of threads, that
-    nothing fits. What comes and goes, rows of PART_TOKENS, stays in one heap, since each page of new memory costs time."""
+    """Has glibc give matrices back that are freed: between what stays they leave holes in a heap, or in the heaps of threads,
+    that nothing fits. What comes and goes, rows of PART_TOKENS, stays in one heap, since each page of new memory costs time."""
     import ctypes
 
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # other C libraries have none

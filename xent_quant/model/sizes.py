@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from xent_quant.checkpoint.architecture import Architecture
 
 PART_TOKENS = 1024
-"""Tokens that go through a weight together (one window at least through attention); bounds what is held besides the states. So few
-that their rows are small to the allocator (`cli/main.py`)."""
+"""Tokens that go through a weight together (one window at least through attention); bounds what is held besides the states. Few
+enough for the heap (`cli/main.py`)."""
 PIECE = 1 << 20
 """Weights that a thread reads, quantises and writes at a time where no text is run: most of the way they are in its cache."""
 KEPT_ROWS = 16384
