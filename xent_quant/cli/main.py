@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError, UnusedCliTokensError
 
-from xent_quant import __version__
+from xent_quant import __version__, memory
 from xent_quant.cli import terminal
 from xent_quant.cli.calibrate import calibrate
 from xent_quant.cli.inspect import inspect
@@ -22,10 +22,6 @@ from xent_quant.errors import XentQuantError
 from xent_quant.plain import plain
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
-HEAP = {M_ARENA_MAX: 1, M_MMAP_THRESHOLD: 12 << 20}
-"""For mallopt, of glibc's malloc.h."""
 
 app = App(
     name="xent-quant",
@@ -79,19 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     # Threads of torch and llama.cpp wait for one another by spinning unless libgomp reads this when it is loaded. Beside other
     # work on the same cores two spinning threads are slower than one.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    _heap()
+    memory.one_heap()
     with terminal.streams():
         _run(sys.argv[1:] if arguments is None else arguments)
-
-
-def _heap() -> None:
-    """Has glibc give matrices back that are freed: between what stays they leave holes in a heap, or in the heaps of threads,
-    that nothing fits. What comes and goes, rows of PART_TOKENS, stays in one heap, since each page of new memory costs time."""
-    import ctypes
-
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # other C libraries have none
-        for parameter, value in HEAP.items():
-            mallopt(parameter, value)
 
 
 def _run(arguments: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.correction import NOTHING, Measured
+from xent_quant import memory
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32
 from xent_quant.progress import Progress
@@ -73,6 +74,7 @@ class Work:
             if together[0].weights:
                 self.reports.phase(said(together[0].weights[0], self.checkpoint.architecture.num_layers))
             self._stage(together, weights)
+            memory.give_back()
 
     def measure(self, stream: int | None, stage: "Stage") -> Measured:
         """What lanes that listen to a stream are told of a stage's rows."""
