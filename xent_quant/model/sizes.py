@@ -6,7 +6,7 @@ from xent_quant.checkpoint.architecture import Architecture
 
 PART_TOKENS = 2048
 """Tokens that go through a weight together (one window at least through attention); bounds what is held besides the states. Few
-enough that memory for their rows is used again: glibc asks the system for each piece of more than 32 MiB anew, which takes time."""
+enough that memory for their rows is used again: glibc asks the system for a piece of more than 32 MiB anew, which takes time."""
 PIECE = 1 << 20
 """Weights that a thread reads, quantises and writes at a time where no text is run: most of the way they are in its cache."""
 KEPT_ROWS = 16384
