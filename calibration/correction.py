@@ -11,17 +11,32 @@ all tokens serves every expert's gate and up, and the router (`Regression`); the
 ones.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Generic, Protocol
 
+import numpy as np
+
+from xent_quant.formats.base import Encoding
 from xent_quant.linalg import Matrix, dot, product
+from xent_quant.methods.rtn import rounding_error
 from xent_quant.parallel import one_thread
 from xent_quant.tensors import InputStatistics
 
 if TYPE_CHECKING:
     from xent_quant.device.statistics import DeviceStatistics
+
+
+FURTHEST = 2.25
+"""Times as far as rounding to the coarsest type of an export would move a row, a correction moves it at most: `validate` so knows
+moved weights from damaged ones (docs/validation.md)."""
+
+
+def furthest(encodings: Iterable[Encoding]) -> float:
+    """Of its norm, that a row of an export in these encodings is moved at most; see FURTHEST."""
+    return FURTHEST * max((rounding_error(kind) for kind in set(encodings)), default=0.0)
 
 
 class Solver(Protocol[Matrix]):
@@ -42,6 +57,8 @@ class Correction(Generic[Matrix]):
     inputs: Matrix
     drifts: Matrix
     residual: Matrix | None
+    furthest: float = inf
+    """Of its norm, that a row is moved at most."""
 
     @cached_property
     def _reaching(self) -> Matrix:
@@ -50,7 +67,8 @@ class Correction(Generic[Matrix]):
 
     def moved(self, start: int, weights: Matrix) -> tuple[Matrix, Matrix | None]:
         """For rows `start`… [rows, in] float32 of a weight: W and P of that shape; W + P (H + λ)⁻¹ is to be quantised."""
-        return weights, self.pull(start, weights)
+        pull = self.pull(start, weights)
+        return weights, pull if self.furthest == inf else _within(self.furthest, weights, self.curvature.solve(pull), pull)
 
     def pull(self, start: int, weights: Matrix) -> Matrix:
         """For rows `start`… [rows, in] float32 of the weight, P of the same shape: W + P (H + λ)⁻¹ should be quantised.
@@ -71,17 +89,18 @@ class Correction(Generic[Matrix]):
 
 @dataclass(frozen=True)
 class Regression(Generic[Matrix]):
-    """`matrix` D (H + λ)⁻¹ [in, in] of a layer's tokens, for weights that read some of them; `inputs` and `drifts` as of
-    `Correction`."""
+    """`matrix` D (H + λ)⁻¹ [in, in] of a layer's tokens, for weights that read some of them; `inputs`, `drifts` and
+    `furthest` as of `Correction`."""
 
     matrix: Matrix
     inputs: Matrix
     drifts: Matrix
+    furthest: float = inf
 
     @classmethod
     def of(cls, known: Correction[Matrix]) -> "Regression[Matrix]":
         """Of a correction of all of the layer's tokens."""
-        return cls(known.curvature.solve(known.drift), known.inputs, known.drifts)
+        return cls(known.curvature.solve(known.drift), known.inputs, known.drifts, known.furthest)
 
     def moved(self, start: int, weights: Matrix) -> tuple[Matrix, Matrix | None]:
         """As `Correction.moved`, with None for P = 0. Goes as far as is best on the held-out rows. Holds another copy of the
@@ -89,8 +108,20 @@ class Regression(Generic[Matrix]):
         with one_thread():  # products of a router's few rows are cut by threads in other ways than those of many
             change = product(weights, self.matrix)
             change *= _share(product(self.drifts, weights.T), product(self.inputs, change.T))
+        if self.furthest < inf:
+            change = _within(self.furthest, weights, change, change)
         change += weights
         return change, None
+
+
+def _within(furthest: float, weights: Matrix, moved: Matrix, pull: Matrix) -> Matrix:
+    """`pull` [rows, in], made smaller in rows that it moves, by `moved`, further than so many times the norm of theirs."""
+    with np.errstate(over="ignore", invalid="ignore"):  # of weights that are too large, which is said elsewhere
+        reach, far = ((each * each).sum(1) ** 0.5 for each in (weights, moved))
+        share = furthest * reach / (far + 1e-30)
+    share[~(share < 1)] = 1
+    found: Matrix = pull * share[:, None]
+    return found
 
 
 def _share(wish: Matrix, reach: Matrix) -> float:

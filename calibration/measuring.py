@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from copy import copy
+from math import inf
 from typing import Any
 
 import torch
@@ -28,10 +29,17 @@ class Measuring:
     """
 
     def __init__(
-        self, stream: int, windows: Tensor, *, hessian: bool, gated: bool = False, device: torch.device | None = None
+        self,
+        stream: int,
+        windows: Tensor,
+        *,
+        hessian: bool,
+        gated: bool = False,
+        device: torch.device | None = None,
+        furthest: float = inf,
     ) -> None:
-        """`device`: see `Moments`."""
-        self._device = device
+        """`device`: see `Moments`; `furthest`: see `Correction`."""
+        self._device, self._furthest = device, furthest
         self.stream, self._hessian, self._gated = stream, hessian, gated
         count, length = windows.shape
         mask = _held_out(count, length) if hessian else torch.zeros(count, dtype=torch.bool)
@@ -62,7 +70,7 @@ class Measuring:
             return Measured(moments.statistics(self._layer), self.drifted)
         prior = self._others(stage, moments) if first.expert is not None else None
         statistics = moments.statistics(prior)
-        correction = moments.correction(statistics, prior) if statistics else None
+        correction = moments.correction(statistics, prior, self._furthest) if statistics else None
         if first.role is Role.ROUTER:
             moments.drift = None
             self._layer, self.drifted = moments, Regression.of(correction) if correction else None

@@ -4,6 +4,7 @@ Rows of `HELD_OUT` windows are kept apart: methods that fit the rows closely are
 """
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class Moments:
         return InputStatistics(importance, hessian.numpy(), self.rows, None if held_out is None else held_out.numpy())
 
     def correction(
-        self, statistics: InputStatistics | DeviceStatistics, layer: "Moments | None" = None
+        self, statistics: InputStatistics | DeviceStatistics, layer: "Moments | None" = None, furthest: float = inf
     ) -> Correction[Any] | None:
         """For weights whose inputs have these `statistics`, drift and residuals made up alike, with rows that have none. Of the
         drift, too, what lies beside the diagonal is taken as far as so few rows are believed. None where nothing drifted, is
@@ -143,8 +144,9 @@ class Moments:
         drift = (drift * believed(self.rows, statistics.importance)).diagonal_scatter(diagonal)
         parts = (drift, residuals, torch.cat(self.held_out), torch.cat(self.held_out_drift), residual)
         if isinstance(statistics, DeviceStatistics):
-            return Correction(statistics.curvature, *parts)
-        return Correction(statistics.curvature, *(None if part is None else part.numpy() for part in parts))
+            return Correction(statistics.curvature, *parts, furthest=furthest)
+        given: list[Any] = [statistics.curvature, *(None if part is None else part.numpy() for part in parts), furthest]
+        return Correction(*given)
 
 
 def _added(total: Tensor | None, more: Tensor) -> Tensor:

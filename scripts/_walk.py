@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.correction import NOTHING, Measured
+from calibration.correction import NOTHING, Measured, furthest
 from calibration.coverage import Coverage
 from calibration.imatrix import Imatrix
 from calibration.measuring import Measuring
@@ -140,7 +141,11 @@ def walk_together(
                 lane.stream = number if own else 0
             listened = sorted({cast(int, lane.stream) for lane in lanes})
             streams = Streams(checkpoint, windows, folder, torch.float32, max(listened) + 1, fresh=True)
-            measuring = [_Measuring(number, windows, hessian=method.needs_hessian, gated=gated) for number in listened]
+            most = [furthest(slot.encoding for slots in each.values() for slot in slots) for each in every] if own else [inf]
+            measuring = [
+                _Measuring(number, windows, hessian=method.needs_hessian, gated=gated, furthest=far)
+                for number, far in zip(listened, most, strict=True)
+            ]
             for each in measuring:
                 each.names = (
                     None if measure_all else {name: [slot for slots in every for slot in slots[name]] for name in tensors}

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.correction import Correction, Regression
+from calibration.correction import FURTHEST, Correction, Regression, furthest
 from calibration.moments import Moments
+from xent_quant import formats
 from xent_quant.linalg import DAMPING, FEW_ROWS
+from xent_quant.methods.rtn import rounding_error
 from xent_quant.model.stages import Batch
+from xent_quant.validation import gates
 
 RANDOM = np.random.default_rng(5)
 COLUMNS, ROWS = 24, 10
@@ -121,3 +124,30 @@ def test_a_regression_that_misleads_is_not_followed() -> None:
     assert np.array_equal(target(against, weights), weights)
     nowhere = replace(correction, inputs=np.zeros_like(correction.inputs))
     assert np.array_equal(target(nowhere, weights), weights)
+
+
+def test_no_row_moves_further_than_allowed() -> None:
+    """By its own norm; rows that ask for less move as before."""
+    correction, _, _ = corrected(400, 0.3, True)
+    weights = RANDOM.normal(size=(ROWS, COLUMNS)).astype(np.float32) * np.geomspace(0.1, 10, ROWS, dtype=np.float32)[:, None]
+
+    def shares(known: Correction | Regression) -> np.ndarray:
+        moved, pull = known.moved(0, weights)
+        change = moved - weights if pull is None else correction.curvature.solve(pull)
+        return np.linalg.norm(change, axis=1) / np.linalg.norm(weights, axis=1)
+
+    for known in (correction, Regression.of(correction)):
+        asked = shares(known)
+        for most in (np.sort(asked)[ROWS // 2] * 1.001, 0.01):
+            np.testing.assert_allclose(shares(replace(known, furthest=most)), np.minimum(asked, most), rtol=1e-3)
+
+
+def test_an_export_moves_weights_as_its_coarsest_type_asks() -> None:
+    kinds = [formats.get(name) for name in ("F32", "Q8_0", "Q4_K")]
+    assert furthest(kinds) == furthest([*kinds, formats.get("Q6_K")]) == FURTHEST * rounding_error(formats.get("Q4_K"))
+    assert rounding_error(formats.get("F32")) == 0
+    assert rounding_error(formats.get("Q8_0")) == pytest.approx(0.006, abs=0.002)
+    for name in formats.NAMES:  # with the rounding of what was moved beside it, still within what validate allows
+        error = rounding_error(formats.get(name))
+        if gates.bits_of(name) in (8, 6, 5, 4, 3, 2):
+            assert np.hypot(FURTHEST * error, 1.25 * error) < gates.WEIGHTS[gates.bits_of(name)][0], name

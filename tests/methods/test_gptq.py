@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from tests.reference import gptq as reference
-from xent_quant import device, formats
-from xent_quant.device.method import OnDevice
+from xent_quant import formats
 from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.formats._eights import ShiftedFormat
-from xent_quant.formats.base import F32, QuantFormat
+from xent_quant.formats.base import QuantFormat
 from xent_quant.formats.int_group import IntGroup
 from xent_quant.methods import METHODS, gptq
 from xent_quant.methods.gptq import GPTQ, Curvature, Rows
@@ -229,27 +228,3 @@ def test_poor_statistics_do_no_harm(kind: QuantFormat, method: str) -> None:
         values = kind.dequantize(packed)
         assert np.isfinite(values).all()
         assert np.square(values - WEIGHTS).sum() < 0.8 * np.square(WEIGHTS).sum()
-
-
-@pytest.mark.parametrize("method", [GPTQ(), OnDevice(GPTQ(), torch.device("cpu"))], ids=["kernels", "device"])
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q2_K"])
-def test_a_pull_moves_a_row_only_so_far(monkeypatch: pytest.MonkeyPatch, name: str, method: GPTQ | OnDevice) -> None:
-    """Towards what it asks for, by FURTHEST times the error of rounding, which differs between rows; less is left alone."""
-    kind, known = kind_of(name), statistics()
-    assert known.curvature is not None
-    weights = WEIGHTS * np.geomspace(0.1, 1, len(WEIGHTS), dtype=np.float32)[:, None]
-    pull = 100 * WEIGHTS[::-1] @ known.curvature.hessian  # asks for W + 100 W', W' upside down
-
-    def made(pull: F32 | None) -> F32:
-        return kind.dequantize(method.quantize(weights, kind, known, name="w", pull=pull)) - weights
-
-    plain = kind.dequantize(METHODS["imatrix"]("normal").quantize(weights, kind, known, name="w")) - weights
-    reach, asked = gptq.FURTHEST * np.linalg.norm(plain, axis=1), np.linalg.norm(WEIGHTS[::-1], axis=1)
-    along = ((made(pull) - made(None)) * WEIGHTS[::-1]).sum(1) / asked
-    assert (np.abs(along / reach - 1) < 0.25).all()
-    little = pull * (reach.min() / asked.max() / 200)
-    limited = made(little)
-    for module in (gptq, device.method):
-        monkeypatch.setattr(module, "FURTHEST", 1e9)
-    assert np.array_equal(limited, made(little))
-    assert not np.array_equal(limited, made(None))

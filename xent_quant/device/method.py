@@ -18,7 +18,7 @@ from xent_quant.formats._chunks import LIMIT, NOT_FINITE, TOO_LARGE
 from xent_quant.formats._codes import Found, SearchedFormat
 from xent_quant.formats.base import F32, U8, Effort, Encoding, weighting
 from xent_quant.linalg import row_chunks
-from xent_quant.methods.gptq import EFFORTS, FURTHEST, GPTQ
+from xent_quant.methods.gptq import EFFORTS, GPTQ
 from xent_quant.methods.interface import Method
 from xent_quant.methods.rtn import RoundToNearest
 from xent_quant.methods.search import Search
@@ -162,10 +162,6 @@ class OnDevice:
         curvature = Curvature.stacked([each.curvature for each in known if isinstance(each, DeviceStatistics) and each.curvature])
         columns = weights.shape[1]
         codes, plain = self._search(weights, kind, self._weighting(group, columns))
-        rounding = weights - values(kind, codes, plain)
-        if pull is not None:
-            moved, reach = curvature.solve_columns(pull).norm(dim=1), FURTHEST * rounding.norm(dim=1)
-            pull *= torch.where(moved > reach, reach / moved, 1.0)[:, None]
         rows = Rows(weights, kind, curvature, self._weighting(group, kind.block_size), self._effort, pull)
         rows.feed()
         sweeps, rounds, _ = EFFORTS[self._effort]
@@ -173,7 +169,9 @@ class OnDevice:
             rows.sweep(rounds)
         inputs = _inputs([each.held_out for each in known if isinstance(each, DeviceStatistics) and each.held_out is not None])
         reaching = None if pull is None else curvature.solve_columns(inputs)
-        ours, theirs = (_held_out_error(errors, inputs, pull, reaching) for errors in (rows.errors, rounding))
+        ours, theirs = (
+            _held_out_error(errors, inputs, pull, reaching) for errors in (rows.errors, weights - values(kind, codes, plain))
+        )
         worse = ours > theirs
         codes = torch.where(worse[:, None], codes, rows.codes)
         return self._made(group, kind, codes, plain.where(worse, rows.scales))

@@ -56,10 +56,6 @@ TOGETHER = 64
 LAZY = 256
 """Columns between two updates of all later columns by one matrix product; those that coordinate descent turns to together."""
 
-FURTHEST = 2.5
-"""Times as far as rounding alone moves a row, a pull moves it at most, so that `validate` knows moved weights from damaged ones.
-Of the miniature's weights only the first output projection is asked to go further; it loses nothing by this."""
-
 EFFORTS: dict[Effort, tuple[int, int, int]] = {"fast": (0, 0, 0), "normal": (1, 3, 1), "high": (3, 3, 3)}
 """Sweeps, and rounds of coordinate descent in each: of codes, and of vectors, which take longer."""
 
@@ -250,16 +246,13 @@ class GPTQ:
         name: str,
     ) -> U8:
         searched = self._search.quantize(weights, kind, statistics, name=name) if scaled is None else scaled
-        plain = weights - kind.dequantize(searched)
-        if pull is not None:
-            moved, reach = np.linalg.norm(curvature.solve(pull), axis=1), FURTHEST * np.linalg.norm(plain, axis=1)
-            pull = pull * np.divide(reach, moved, out=np.ones_like(moved), where=moved > reach)[:, None]
         rows = Rows(weights, kind, curvature, statistics.importance, self.effort, name, pull, scaled)
         rows.feed()
         sweeps, *rounds = EFFORTS[self.effort]
         for _ in range(sweeps):
             rows.sweep(rounds[not isinstance(kind, CodedFormat)])
-        ours, theirs = (held_out_error(each, statistics, pull) for each in (rows.errors, plain))
+        errors = rows.errors, weights - kind.dequantize(searched)
+        ours, theirs = (held_out_error(each, statistics, pull) for each in errors)
         rows.packed[ours > theirs] = searched[ours > theirs]
         return rows.packed
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from xent_quant.formats.base import F32, U8, Encoding
 from xent_quant.methods.search import searched
 from xent_quant.tensors import InputStatistics
@@ -19,3 +21,10 @@ class RoundToNearest:
     ) -> U8:
         """See `Method.quantize`."""
         return searched(weights, kind, None, "fast", name)
+
+
+def rounding_error(kind: Encoding) -> float:
+    """How far Gaussian weights that are rounded to nearest lie from what they were, relative to their norm."""
+    weights = np.random.default_rng(0).standard_normal((16, 2048), np.float32)
+    read = kind.read(RoundToNearest().quantize(weights, kind, None, name=kind.name), (16, 2048))
+    return float(np.linalg.norm(read - weights) / np.linalg.norm(weights))

@@ -199,6 +199,7 @@ def _streams(
 ) -> "tuple[Streams, list[Measuring]]":
     """The exact stream, and one for each lane whose method goes on with what it made of the weights. `results` will have so many
     bytes."""
+    from calibration.correction import furthest
     from calibration.measuring import Measuring
     from xent_quant.model.streams import Streams
 
@@ -208,13 +209,13 @@ def _streams(
     known, fewest = journal.windows, 0 if all(measured) else FEWEST_ROWS
     windows = text.windows(fewest, progress, work.path / PROBE) if known is None else text.first(known)
     count = 1
-    listened: dict[int, bool] = {}
+    listened: dict[int, tuple[bool, float]] = {}
     for lane, needed in zip(lanes, hessian, strict=True):
         if lane.choices.method is None:
             continue
         lane.stream = count if needed else 0
         count += needed
-        listened[lane.stream] = needed
+        listened[lane.stream] = needed, furthest(slot.encoding for slots in lane.choices.slots.values() for slot in slots)
     if journal.windows is None:
         nbytes = resources.disk(model, windows.numel(), count - 1, device)
         unwritten = results - work.nbytes()  # the files are holes yet
@@ -226,7 +227,9 @@ def _streams(
             lane.writer.sync()
         journal.save()
     streams = Streams(checkpoint, windows, work.path, text.dtype, count, kept_rows, fresh=not journal.done)
-    return streams, [Measuring(stream, windows, hessian=needed, device=device) for stream, needed in listened.items()]
+    return streams, [
+        Measuring(stream, windows, hessian=needed, device=device, furthest=most) for stream, (needed, most) in listened.items()
+    ]
 
 
 def _identity(
