@@ -37,7 +37,7 @@ from xent_quant.checkpoint.hub import miniature
 from xent_quant.device import method as methods
 from xent_quant.device.choice import ON_CPU, choose
 from xent_quant.device.method import Job, OnDevice
-from xent_quant.formats._codes import CodedFormat
+from xent_quant.formats.base import QuantFormat
 from xent_quant.formats.int_group import int_group
 from xent_quant.linalg import linear
 from xent_quant.methods import METHODS
@@ -100,7 +100,7 @@ def parity(device: torch.device, small: bool) -> dict[str, dict[str, float]]:
     many = torch.randn(rows * (1 if small else 32), columns, device=device) * 0.02
     found = {}
     for kind in kinds:
-        assert isinstance(kind, CodedFormat)
+        assert isinstance(kind, QuantFormat)
         said: dict[str, float] = {}
         for name in ("imatrix", "gptq"):
             method = METHODS[name]("normal")
@@ -130,7 +130,7 @@ def stage(
     shapes: list[tuple[int, int]],
     rows: int,
     experts: int,
-    kind: CodedFormat,
+    kind: QuantFormat,
     factor: float,
     drifted: Regression[torch.Tensor] | None = None,
 ) -> Correction[torch.Tensor] | None:
@@ -184,7 +184,7 @@ def layer(device: torch.device, options: argparse.Namespace, small: bool) -> dic
     hidden, inner, shared = model.hidden_size, model.intermediate_size, model.shared_size
     experts = min(options.experts, model.num_experts or 1)
     kind, clock = formats.get(options.type), Clock(device)
-    assert isinstance(kind, CodedFormat)
+    assert isinstance(kind, QuantFormat)
     wide = inner + -inner % kind.block_size, shared + -shared % kind.block_size  # padded, as in a file
     each = max(1, tokens * model.experts_per_token // (model.num_experts or 1))
     work = [

@@ -137,9 +137,9 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
         room = resources.room(architecture, followers, session is not None, wanted.memory_bytes)
         memory = resources.memory(architecture, followers, session is not None, room)
     else:
-        left, length, limits = bool(resources.left_to_cpu(exporters)), session.length, (wanted.vram_bytes, wanted.memory_bytes)
-        room = resources.device_room(architecture, followers, length, device, limits[0], memory=limits[1], left=left)
-        memory = resources.beside_device(architecture, followers, length, room, device, left)
+        length = session.length
+        room = resources.device_room(architecture, followers, length, device, wanted.vram_bytes, memory=wanted.memory_bytes)
+        memory = resources.beside_device(architecture, followers, length, room, device)
         vram = resources.vram(architecture, followers, length, room)
     taken = resources.Resources(
         memory=memory,

@@ -16,16 +16,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from exporters.bitsandbytes.kinds import FourBit, Int8, Whole
 from tests.device.card import DEVICE, card
 from xent_quant import formats, linalg, parallel
+from xent_quant.device import codebooks, rounding
 from xent_quant.device import curvature as curvatures
-from xent_quant.device import rounding
 from xent_quant.device.curvature import Curvature
 from xent_quant.device.method import Job, OnDevice
-from xent_quant.device.rounding import Rows
+from xent_quant.device.rounding import CodedRows, VectorRows
 from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.formats._codes import CodedFormat
-from xent_quant.formats.base import Effort, weighting
+from xent_quant.formats._vectors import VectorFormat
+from xent_quant.formats.base import Effort, QuantFormat, weighting
 from xent_quant.formats.int_group import IntGroup
 from xent_quant.methods import METHODS, gptq
 from xent_quant.methods.gptq import GPTQ
@@ -45,6 +47,10 @@ KINDS = [
 ]
 
 
+CODEBOOKS = [formats.get(name) for name in formats.NAMES if isinstance(formats.get(name), VectorFormat)]
+ALL = [*KINDS, *CODEBOOKS]
+
+
 def known(seed: int = 0, columns: int = COLUMNS) -> InputStatistics:
     rows = INPUTS[np.random.default_rng(seed).permutation(len(INPUTS)), :columns]
     seen, apart = rows[:1600], rows[1600 : 1900 + 10 * seed]
@@ -56,12 +62,12 @@ def turned(rows: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(rows.T))[None]
 
 
-def blockwise(importance: np.ndarray, kind: CodedFormat) -> Tensor:
+def blockwise(importance: np.ndarray, kind: QuantFormat) -> Tensor:
     parts = [weighting(importance[start : start + kind.block_size]) for start in range(0, len(importance), kind.block_size)]
     return torch.from_numpy(np.concatenate([part for part in parts if part is not None]))[None]
 
 
-def both(kind: CodedFormat, columns: int) -> tuple[gptq.Rows, Rows]:
+def both(kind: Any, columns: int) -> tuple[gptq.Rows, Any]:
     """The kernels' rows and these, with the same numbers of the same Hessian."""
     statistics = known(columns=columns)
     assert statistics.hessian is not None
@@ -72,7 +78,8 @@ def both(kind: CodedFormat, columns: int) -> tuple[gptq.Rows, Rows]:
     np.testing.assert_allclose(ours.factor[0].numpy(), reference.factor, atol=1e-5)
     ours.factor.copy_(torch.from_numpy(reference.factor)[None])
     theirs = gptq.Rows(weights, kind, reference, statistics.importance, "normal", "w")
-    return theirs, Rows(turned(weights), kind, ours, blockwise(statistics.importance, kind), "normal")
+    made = VectorRows if isinstance(kind, VectorFormat) else CodedRows
+    return theirs, made(turned(weights), kind, ours, blockwise(statistics.importance, kind), "normal")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -81,7 +88,7 @@ def test_rounding_of_the_same_numbers_gives_the_same_bits(kind: CodedFormat) -> 
     theirs, ours = both(kind, max(kind.block_size, 64))
     theirs.feed()
     ours.feed()
-    codes, errors = ours.codes[0].T.numpy(), ours.errors[0].T.numpy()
+    codes, errors = ours.chosen.codes[0].T.numpy(), ours.errors[0].T.numpy()
     assert np.array_equal(codes[:, :64], kind.codes(theirs.packed)[:, :64])
     assert np.array_equal(errors[:, :64], theirs.errors[:, :64])
 
@@ -93,19 +100,44 @@ def test_descent_of_the_same_numbers_gives_the_same_bits(monkeypatch, kind: Code
     theirs, ours = both(kind, columns)
     theirs.feed()
     ours.feed()
-    ours.codes[:], ours.errors[:] = turned(kind.codes(theirs.packed)), turned(theirs.errors)
+    ours.chosen.codes[:], ours.errors[:] = turned(kind.codes(theirs.packed)), turned(theirs.errors)
     before = kind.codes(theirs.packed)
     gradient = linalg.product(theirs.errors, theirs.curvature.hessian)
-    ours._descend(0, columns, turned(gradient), 2)
+    ours.descend(0, columns, turned(gradient), 2)
     theirs._descend(0, columns, gradient, 2)
     after = kind.codes(theirs.packed)
     assert (after != before).any()
-    assert np.array_equal(ours.codes[0].T.numpy(), after)
+    assert np.array_equal(ours.chosen.codes[0].T.numpy(), after)
     assert np.array_equal(ours.errors[0].T.numpy(), theirs.errors)
 
 
+@pytest.mark.parametrize("kind", CODEBOOKS, ids=lambda kind: kind.name)
+def test_points_for_the_same_numbers_are_the_same(kind: VectorFormat) -> None:
+    """Vector by vector, with weights that a Hessian's pivots might give; what is kept is packed as the kernels pack it."""
+    packed = METHODS["imatrix"]("normal").quantize(np.ascontiguousarray(WEIGHTS[:, :256]), kind, None, name="w")
+    chosen = codebooks.search(kind, turned(WEIGHTS[:, :256]), torch.ones(1, 256), "normal")
+    theirs, ours = kind.vectors(packed), codebooks.Vectors(chosen)
+    assert ours.size == theirs.size
+    for vector in range(256 // ours.size):
+        wanted = (RANDOM.standard_normal((64, ours.size)) * 0.02).astype(np.float32)
+        wanted[:5] *= np.float32(1e-3)
+        weights = RANDOM.exponential(size=ours.size).astype(np.float32)
+        better = RANDOM.random(64) < 0.7
+        found, expected = (
+            ours.choose(vector, turned(wanted), torch.from_numpy(weights)[None]),
+            theirs.choose(vector, wanted, weights),
+        )
+        assert np.array_equal(found.values[0].T.numpy(), expected.values)
+        ours.keep(vector, found, torch.from_numpy(better)[None])
+        theirs.keep(vector, expected, better)
+    out = np.empty_like(packed)
+    chosen.pack(kind, [each[0].movedim(-1, 0).contiguous().numpy() for each in chosen.stored()], out)
+    assert np.array_equal(out, theirs.packed())
+    assert not np.array_equal(out, packed)
+
+
 def losses(
-    kind: CodedFormat, found: Sequence[np.ndarray], statistics: InputStatistics, weights: np.ndarray, pull: np.ndarray
+    kind: QuantFormat, found: Sequence[np.ndarray], statistics: InputStatistics, weights: np.ndarray, pull: np.ndarray
 ) -> list[np.ndarray]:
     """Errors of the wanted weights, by row, of each of the packed rows."""
     assert statistics.curvature is not None
@@ -133,8 +165,8 @@ class RoundedOnce(TorchFunctionMode):
         return tree_map(lambda each: each.float() if each.is_floating_point() else each, function(*args, **kwargs))
 
 
-def slow_but(*names: str) -> list[Any]:
-    return [pytest.param(kind, marks=() if kind.name in names else pytest.mark.slow) for kind in KINDS]
+def slow_but(*names: str, kinds: Sequence[QuantFormat] = KINDS) -> list[Any]:
+    return [pytest.param(kind, marks=() if kind.name in names else pytest.mark.slow) for kind in kinds]
 
 
 EFFORTS = ["normal", pytest.param("high", marks=pytest.mark.slow)]
@@ -157,8 +189,8 @@ def test_whole_weights_are_the_kernels_where_sums_are(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
-@pytest.mark.parametrize("kind", slow_but("Q6_K", "Q4_K", "Q4_0"), ids=lambda kind: kind.name)
-def test_whole_weights_are_as_good_as_the_kernels(kind: CodedFormat, effort: Effort) -> None:
+@pytest.mark.parametrize("kind", slow_but("Q6_K", "Q4_K", "Q4_0", "IQ3_XXS", "IQ1_M", kinds=ALL), ids=lambda kind: kind.name)
+def test_whole_weights_are_as_good_as_the_kernels(kind: QuantFormat, effort: Effort) -> None:
     method, statistics = GPTQ(effort), known()
     theirs = method.quantize(WEIGHTS, kind, statistics, name="w", pull=PULL)
     ours = OnDevice(method, CPU).quantize(WEIGHTS, kind, statistics, name="w", pull=PULL)
@@ -168,7 +200,7 @@ def test_whole_weights_are_as_good_as_the_kernels(kind: CodedFormat, effort: Eff
 
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [2560, 1792])
-@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q4_0", "IQ4_XS", "Q3_K"])
+@pytest.mark.parametrize("name", [name for name in formats.NAMES if OnDevice.here(formats.get(name))])
 def test_the_real_widths_differ_from_the_kernels_as_these_from_themselves(name: str, columns: int) -> None:
     """Columns of A4.2B's gate and up, and of its down projections with their padding. In so many, a candidate that is nearly as
     good as another is met in most rows of the types with minima: what the kernels make of a pull that is 10⁻⁶ larger says how
@@ -188,6 +220,28 @@ def test_the_real_widths_differ_from_the_kernels_as_these_from_themselves(name: 
     scatter = (yardstick / exact).std()
     assert (found / exact).std() < 3 * max(scatter, 0.01)
     assert abs((found / exact).mean() - 1) < 0.02
+
+
+PRESCALED = [FourBit("nf4"), FourBit("fp4"), Int8()]
+
+
+@pytest.mark.parametrize("kind", PRESCALED, ids=lambda kind: kind.name)
+def test_codes_within_scales_of_the_whole_weight_are_the_kernels(monkeypatch: pytest.MonkeyPatch, kind: Whole) -> None:
+    """bitsandbytes' types; see `test_whole_weights_are_the_kernels_where_sums_are`. A weight without feedback is its own."""
+    for module in (gptq, rounding):
+        monkeypatch.setattr(module, "TOGETHER", gptq.LAZY)
+    monkeypatch.setattr(parallel, "run", lambda jobs: [job() for job in jobs])
+    monkeypatch.setattr(linalg, "linear", lambda x, weight: torch.mm(x, weight.T))
+    statistics = known()
+    with RoundedOnce():
+        theirs = GPTQ().quantize(WEIGHTS, kind, statistics, name="w", pull=PULL)
+        weights, there = torch.from_numpy(WEIGHTS), DeviceStatistics.of(statistics, CPU)
+        jobs = [Job("w", weights, there, torch.from_numpy(PULL)), Job("plain", weights)]
+        made, plain = OnDevice(GPTQ(), CPU).quantize_together(jobs, kind)
+    assert np.array_equal(made.packed, theirs)
+    assert np.array_equal(plain.packed, kind.quantize(WEIGHTS))
+    assert not np.array_equal(made.packed, plain.packed)
+    assert np.array_equal(made.values.numpy(), kind.read(theirs, (len(WEIGHTS), COLUMNS)))
 
 
 def test_a_stack_is_as_good_as_its_weights_alone() -> None:
@@ -241,7 +295,7 @@ def test_a_hessian_that_float32_cannot_factorise_is_factorised_in_float64(monkey
 def test_no_tensor_is_on_another_device(name: str) -> None:
     """With tensors that say where they are, any operation that mixes devices fails; all kinds of types and of statistics."""
     statistics = known(columns=256)
-    names = ("NVFP4", "IQ3_XXS") if name == "gptq" else ("Q4_K", "Q4_0", "NVFP4", "IQ4_XS", "F16")
+    names = ("NVFP4", "IQ3_XXS", "IQ1_M") if name == "gptq" else ("Q4_K", "Q4_0", "NVFP4", "IQ4_XS", "IQ2_S", "F16")
     for kind in (*map(formats.get, names), KINDS[-2]):
         method, results = METHODS[name]("fast"), []
         for context in (card(), nullcontext(CPU)):

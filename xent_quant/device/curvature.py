@@ -34,7 +34,7 @@ class Curvature:
         diagonal = hessians.diagonal(dim1=1, dim2=2)
         damping = (DAMPING * diagonal.cpu().double().mean(1, keepdim=True)).float().to(hessians.device)
         self.hessian.diagonal(dim1=1, dim2=2).copy_(diagonal + damping)
-        self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
+        self._blocks: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @cached_property
     def _root(self) -> Tensor:
@@ -44,6 +44,11 @@ class Curvature:
     def factor(self) -> Tensor:
         """U [stack, n, n], unit upper triangular, with H + λ = U diag(D) Uᵀ."""
         return self._root / self._root.diagonal(dim1=1, dim2=2)[:, None]
+
+    @property
+    def pivots(self) -> Tensor:
+        """D of `factor`, [stack, n]."""
+        return self._root.diagonal(dim1=1, dim2=2).square()
 
     @classmethod
     def stacked(cls, parts: "list[Curvature]") -> "Curvature":
@@ -71,13 +76,15 @@ class Curvature:
         scaled: Tensor = half / self._root.diagonal(dim1=1, dim2=2)[:, :, None]
         return scaled
 
-    def blocks(self, size: int) -> tuple[Tensor, Tensor]:
-        """The inverses of the Hessian of every `size` columns alone, and their factors, both [stack, n / size, size, size]."""
+    def blocks(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The inverses of the Hessian of every `size` columns alone, their factors, both [stack, n / size, size, size], and their
+        pivots [stack, n / size, size]."""
         if size not in self._blocks:
             apart = self.hessian.reshape(len(self.hessian), -1, size, self.hessian.shape[2] // size, size)
             upper = root(apart.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous())
             one = torch.eye(size, device=upper.device).expand_as(upper)
             half = torch.linalg.solve_triangular(upper, one, upper=True)
             inverses = torch.linalg.solve_triangular(upper.mT, half, upper=False)
-            self._blocks[size] = inverses, upper / upper.diagonal(dim1=-2, dim2=-1)[..., None, :]
+            diagonal = upper.diagonal(dim1=-2, dim2=-1)
+            self._blocks[size] = inverses, upper / diagonal[..., None, :], diagonal.square()
         return self._blocks[size]

@@ -4,15 +4,25 @@ Everything lies column after column, [stack, columns, rows], so that a column of
 column is done for all rows of all weights of the stack together.
 """
 
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from xent_quant.device import codebooks
+from xent_quant.device.codebooks import Points, Vectors
 from xent_quant.device.curvature import Curvature
-from xent_quant.device.search import Scales, joined, search, table, unshrunk
-from xent_quant.formats._codes import CodedFormat
+from xent_quant.device.found import joined
+from xent_quant.device.search import Coded, Scales, search, table, unshrunk
+from xent_quant.formats._codes import CodedFormat, SearchedFormat
+from xent_quant.formats._vectors import VectorFormat
 from xent_quant.formats.base import F32, Effort
+from xent_quant.formats.prescaled import InMemory
 from xent_quant.methods.gptq import LAZY, TOGETHER
+
+C = TypeVar("C", Coded, Points)
 
 COPIES = 13
 """Of the weights that are under way, about: they, those read ahead, pulls, targets, errors, codes, and what comes out."""
@@ -41,53 +51,52 @@ class Levels:
         return codes, codes + self._lowest
 
 
-class Rows:
-    """Weights under way, [stack, columns, rows] float32: `weights`, their `errors` (less what the codes stand for), `codes`
-    (uint8) and `scales`; see `methods.gptq.Rows`. `weighting` [stack, columns] is of each block of the type alone."""
+class Rows(ABC, Generic[C]):
+    """Weights under way, [stack, columns, rows] float32: `weights`, their `errors` (less what was chosen stands for), and what is
+    `chosen`; see `methods.gptq.Rows`. `weighting` [stack, columns] is of each block of the type alone."""
+
+    chosen: C
 
     def __init__(
         self,
         weights: Tensor,
-        kind: CodedFormat,
+        kind: CodedFormat | VectorFormat,
         curvature: Curvature,
         weighting: Tensor,
         effort: Effort,
         pull: Tensor | None = None,
     ) -> None:
-        self.weights, self.kind, self.curvature, self.pull = weights, kind, curvature, pull
-        self._weighting, self._effort = weighting, effort
-        self._levels = Levels(kind, weights.device)
+        self.weights, self.curvature, self.pull, self.effort = weights, curvature, pull, effort
         self.errors = torch.zeros_like(weights)
-        self.codes = torch.zeros(weights.shape, dtype=torch.uint8, device=weights.device)
-        self.scales: Scales
+        self.weighting, self._step = weighting, kind.block_size
 
     def _lumps(self) -> list[tuple[int, int]]:
-        columns, block = self.weights.shape[1], self.kind.block_size
+        columns, block = self.weights.shape[1], self._step
         size = max(block, LAZY // block * block)
         return [(start, min(start + size, columns)) for start in range(0, columns, size)]
 
     def feed(self) -> None:
-        """The first pass: fills `codes`, `scales` and `errors`."""
-        step, factor = self.kind.block_size, self.curvature.factor
+        """The first pass: fills `chosen` and `errors`."""
+        step, factor, pivots = self._step, self.curvature.factor, self.curvature.pivots
         pulled = self.weights if self.pull is None else self.weights + self.curvature.solve_half(self.pull)
         found = []
         for start, stop in self._lumps():
             targets = pulled[:, start:stop] + factor[:, :start, start:stop].mT @ self.errors[:, :start]
             for first in range(start, stop, step):
-                last = first + step
+                last, here = first + step, slice(first, first + step)
                 block = targets[:, first - start : last - start]
-                scales = self._search(block, first, last)
-                codes, errors = self._round(self.weights[:, first:last], block, factor[:, first:last, first:last], scales)
-                found.append(scales)
-                self.codes[:, first:last], self.errors[:, first:last] = codes, errors
+                scales = self.search(block, first, last)
+                made, errors = self.round(self.weights[:, here], block, factor[:, here, here], pivots[:, here], scales)
+                found.append(made)
+                self.errors[:, here] = errors
                 if last < stop:
-                    targets[:, last - start :] += factor[:, first:last, last:stop].mT @ errors
-        self.scales = joined(found)
+                    targets[:, last - start :] += factor[:, here, last:stop].mT @ errors
+        self.chosen = joined(found)
 
     def sweep(self, rounds: int) -> None:
         """The second pass, over what `feed` made, with so many rounds of coordinate descent; changes it where that lowers the
         loss."""
-        step, hessian = self.kind.block_size, self.curvature.hessian
+        step, hessian = self._step, self.curvature.hessian
         for start, stop in self._lumps():
             gradient = hessian[:, start:stop] @ self.errors  # H e at these columns
             if self.pull is not None:
@@ -96,15 +105,63 @@ class Rows:
                 last = first + step
                 change = self._again(first, last, gradient[:, first - start : last - start])
                 gradient += hessian[:, start:stop, first:last] @ change
-            self._descend(start, stop, gradient, rounds)
+            self.descend(start, stop, gradient, rounds)
 
-    def _search(self, targets: Tensor, first: int, last: int) -> Scales:
-        weighting = self._weighting[:, first:last]
-        scales = search(self.kind, targets, weighting, self._effort)
+    @abstractmethod
+    def search(self, targets: Tensor, first: int, last: int) -> Any:
+        """Scales for columns first…last."""
+
+    @abstractmethod
+    def round(self, weights: Tensor, targets: Tensor, factor: Tensor, pivots: Tensor, scales: Any) -> tuple[C, Tensor]:
+        """What is chosen with error feedback for scales that were searched for, and the errors. Changes `targets`."""
+
+    @abstractmethod
+    def descend(self, start: int, stop: int, gradient: Tensor, rounds: int) -> None:
+        """Coordinate descent in columns start…stop. Changes `gradient`."""
+
+    def _again(self, first: int, last: int, gradient: Tensor) -> Tensor:
+        """Quantise columns first…last for the errors of all others; `gradient` is H e there. The change of the errors."""
+        inverses, factors, pivots = self.curvature.blocks(last - first)
+        number = first // (last - first)
+        here = slice(first, last)
+        # The least of e H eᵀ over these columns alone lies where their gradient vanishes.
+        targets = self.weights[:, here] - self.errors[:, here] + inverses[:, number] @ gradient
+        scales = self.search(targets, first, last)
+        made, errors = self.round(targets, targets.clone(), factors[:, number], pivots[:, number], scales)
+        errors += self.weights[:, here] - targets
+        change = errors - self.errors[:, here]
+        better = _rise(change, gradient, self.curvature.hessian[:, here, here]) < 0
+        change = change.masked_fill_(~better[:, None], 0)
+        self.chosen.replace(number, better, made)
+        self.errors[:, here] += change
+        return change
+
+
+def _rise(change: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
+    """Of the loss [stack, rows], were errors changed by so much."""
+    return ((2 * gradient + hessian @ change) * change).sum(1)
+
+
+class CodedRows(Rows[Coded]):
+    """Of a type with one code for each weight."""
+
+    def __init__(self, weights: Tensor, kind: SearchedFormat | InMemory, *others: Any, scales: Scales | None = None) -> None:
+        """Within `scales` where they are given."""
+        super().__init__(weights, kind, *others)
+        self.kind, self._scales = kind, scales
+        self._levels = Levels(kind, weights.device)
+
+    def search(self, targets: Tensor, first: int, last: int) -> Scales:
+        """See `Rows`."""
+        if self._scales is not None:
+            return self._scales.of([part[:, first // self._step : last // self._step] for part in self._scales.parts()])
+        weighting = self.weighting[:, first:last]
+        assert isinstance(self.kind, SearchedFormat)
+        scales = search(self.kind, targets, weighting, self.effort)
         return unshrunk(self.kind, targets, weighting, scales)
 
-    def _round(self, weights: Tensor, targets: Tensor, factor: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
-        """Codes with error feedback for these scales: (codes uint8, errors). Changes `targets`."""
+    def round(self, weights: Tensor, targets: Tensor, factor: Tensor, pivots: Tensor, scales: Scales) -> tuple[Coded, Tensor]:
+        """See `Rows`."""
         codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
         columns, group = weights.shape[1], self.kind.group_size
         for start in range(0, columns, TOGETHER):
@@ -118,31 +175,12 @@ class Rows:
                     targets[:, j + 1 : stop] += factor[:, j, j + 1 : stop, None] * error[:, None]
             if stop < columns:
                 targets[:, stop:] += factor[:, start:stop, stop:].mT @ errors[:, start:stop]
-        return codes, errors
+        return Coded(self.kind, codes, scales), errors
 
-    def _again(self, first: int, last: int, gradient: Tensor) -> Tensor:
-        """Quantise columns first…last for the errors of all others; `gradient` is H e there. The change of the errors."""
-        inverses, factors = self.curvature.blocks(last - first)
-        number = first // (last - first)
-        here = slice(first, last)
-        # The least of e H eᵀ over these columns alone lies where their gradient vanishes.
-        targets = self.weights[:, here] - self.errors[:, here] + inverses[:, number] @ gradient
-        scales = self._search(targets, first, last)
-        codes, errors = self._round(targets, targets.clone(), factors[:, number], scales)
-        errors += self.weights[:, here] - targets
-        change = errors - self.errors[:, here]
-        rise = ((2 * gradient + self.curvature.hessian[:, here, here] @ change) * change).sum(1)
-        better = rise < 0
-        change = change.masked_fill_(~better[:, None], 0)
-        self.codes[:, here] = torch.where(better[:, None], codes, self.codes[:, here])
-        self.scales.replace(number, better, scales)
-        self.errors[:, here] += change
-        return change
-
-    def _descend(self, start: int, stop: int, gradient: Tensor, rounds: int) -> None:
+    def descend(self, start: int, stop: int, gradient: Tensor, rounds: int) -> None:
         """See `methods.gptq.descend`. The gradient follows one by one within TOGETHER columns, at once beyond."""
-        group = self.kind.group_size
-        weights, errors, codes = (each[:, start:stop] for each in (self.weights, self.errors, self.codes))
+        group, scales = self.kind.group_size, self.chosen.scales
+        weights, errors, codes = (each[:, start:stop] for each in (self.weights, self.errors, self.chosen.codes))
         hessian = self.curvature.hessian[:, start:stop, start:stop]
         diagonal = hessian.diagonal(dim1=1, dim2=2)[..., None]  # [stack, columns, 1]
         for _ in range(rounds):
@@ -151,7 +189,7 @@ class Rows:
                 near, changes = gradient[:, first:last].clone(), torch.zeros_like(gradient[:, first:last])
                 for j in range(first, last):
                     index = (start + j) // group
-                    scale, offset = self.scales.scale[:, index], self.scales.offset[:, index]
+                    scale, offset = scales.scale[:, index], scales.offset[:, index]
                     slope, steep = near[:, j - first], diagonal[:, j]
                     x = (weights[:, j] - errors[:, j] + slope / steep - offset) / scale
                     code, level = self._levels.nearest(x, scale)
@@ -162,3 +200,67 @@ class Rows:
                     errors[:, j], changes[:, j - first] = error, change
                     near += hessian[:, first:last, j, None] * change[:, None]
                 gradient += hessian[:, :, first:last] @ changes
+
+
+class VectorRows(Rows[Points]):
+    """Of a type that shares codes among weights: vector by vector, see `methods.gptq.round_vectors` and `descend_vectors`."""
+
+    def __init__(self, weights: Tensor, kind: VectorFormat, *others: Any) -> None:
+        super().__init__(weights, kind, *others)
+        self.kind = kind
+
+    def search(self, targets: Tensor, first: int, last: int) -> Points:
+        """See `Rows`."""
+        return codebooks.search(self.kind, targets, self.weighting[:, first:last], self.effort)
+
+    def round(self, weights: Tensor, targets: Tensor, factor: Tensor, pivots: Tensor, scales: Points) -> tuple[Points, Tensor]:
+        """See `Rows`."""
+        vectors, errors = Vectors(scales), torch.empty_like(weights)
+        size = vectors.size
+        own = _diagonal(factor, size)
+        weighting = (own.square() @ torch.unflatten(pivots, 1, (-1, size))[..., None])[..., 0]  # [stack, vectors, size]
+        one = torch.eye(size, device=own.device).expand_as(own)
+        inverse = torch.linalg.solve_triangular(own, one, upper=True, unitriangular=True).mT
+        for vector in range(own.shape[1]):
+            here, later = slice(vector * size, (vector + 1) * size), slice((vector + 1) * size, None)
+            moved = weights[:, here] + inverse[:, vector] @ (targets[:, here] - weights[:, here])
+            choice = vectors.choose(vector, moved, weighting[:, vector])
+            vectors.keep(vector, choice)
+            errors[:, here] = weights[:, here] - choice.values
+            targets[:, later] += factor[:, here, later].mT @ errors[:, here]
+        return scales, errors
+
+    def descend(self, start: int, stop: int, gradient: Tensor, rounds: int) -> None:
+        """See `Rows`. The gradient follows vector by vector within TOGETHER columns, at once beyond."""
+        vectors, hessian = Vectors(self.chosen), self.curvature.hessian
+        size = vectors.size
+        inverses = self.curvature.blocks(size)[0]
+        for _ in range(rounds):
+            for first in range(start, stop, TOGETHER):
+                last = min(first + TOGETHER, stop)
+                near = gradient[:, first - start : last - start].clone()
+                changes = torch.zeros_like(near)
+                for column in range(first, last, size):
+                    here, inside, vector = (
+                        slice(column, column + size),
+                        slice(column - first, column - first + size),
+                        column // size,
+                    )
+                    errors, slope, block = self.errors[:, here], near[:, inside], hessian[:, here, here]
+                    wanted = self.weights[:, here] - errors + inverses[:, vector] @ slope
+                    choice = vectors.choose(vector, wanted, block.diagonal(dim1=1, dim2=2))
+                    change = self.weights[:, here] - choice.values - errors
+                    better = _rise(change, slope, block) < 0
+                    vectors.keep(vector, choice, better)
+                    change.masked_fill_(~better[:, None], 0)
+                    errors += change
+                    changes[:, inside] = change
+                    near += hessian[:, first:last, here] @ change
+                gradient += hessian[:, start:stop, first:last] @ changes
+
+
+def _diagonal(matrices: Tensor, size: int) -> Tensor:
+    """The blocks along the diagonals of [stack, n, n], [stack, n / size, size, size]."""
+    apart = torch.unflatten(torch.unflatten(matrices, 2, (-1, size)), 1, (-1, size))
+    found: Tensor = apart.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    return found

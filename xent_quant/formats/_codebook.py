@@ -138,8 +138,6 @@ class Points(NamedTuple):
 class CodebookFormat(VectorFormat):
     """Subclasses set what follows, and write `store` and `load` of `Points`."""
 
-    points: F32
-    """[points, 4 or 8] float32, ggml's grid."""
     unit: np.float32
     even_signs = False
     efforts: Efforts

@@ -353,8 +353,6 @@ class ShiftedFormat(VectorFormat):
     delta = np.float32(0.125)
     run: int
     """Vectors of eight that share a sign of delta."""
-    points: F32
-    """[2048, 8] float32, ggml's grid."""
     families: Families
     ladder = np.geomspace(1, 5, 12, dtype=np.float32)
     efforts = Efforts(

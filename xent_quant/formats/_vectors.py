@@ -122,6 +122,8 @@ class VectorFormat(QuantFormat):
     block_size = 256
     has_zero = False
     group_size: int
+    points: F32
+    """[points, 4 or 8] float32, ggml's grid."""
 
     @abstractmethod
     def store(self, blocks: U8, points: Any) -> None:

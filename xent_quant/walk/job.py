@@ -88,11 +88,8 @@ def run(
     if text is None or device is None:
         room = resources.room(model, followers, text is not None or dropping is not None, memory)
     else:
-        left = resources.left_to_cpu(exporters)
-        fitting = partial(resources.device_room, model, followers, text.length, device, vram, memory=memory, left=bool(left))
+        fitting = partial(resources.device_room, model, followers, text.length, device, vram, memory=memory)
         room = fitting()
-        if left:
-            report.note(f"{', '.join(left)}: chosen by the CPU's kernels; {device} has no search for them.")
     for exporter in exporters:
         exporter.check(force)
     before = fingerprint(checkpoint)

@@ -17,8 +17,7 @@ from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ConfigError
 from xent_quant.formats._lanes import WIDTH
-from xent_quant.formats.base import F32, QuantFormat
-from xent_quant.formats.prescaled import Prescaled
+from xent_quant.formats.base import F32
 from xent_quant.model.sizes import HELD_OUT_ROWS, KEPT_ROWS, PART_TOKENS, PIECE, Room, state_files
 from xent_quant.tensors import ATTENTION_ROLES, InputStatistics, Role, TensorSpec
 from xent_quant.units import human_bytes
@@ -157,16 +156,15 @@ def vram(model: Architecture, followers: int, length: int, room: Room) -> int:
     return int(MARGIN * (4 * HELD * MAX_LANES + max(for_all + scores, experts, stage(_slice(model), hidden))))
 
 
-def beside_device(model: Architecture, followers: int, length: int, room: Room, device: "torch.device", left: bool) -> int:
-    """Peak of resident bytes of such a walk, what the driver takes apart; `left`: the CPU's kernels choose codes of some types.
-    Where the device is the CPU, that of the device is among them."""
+def beside_device(model: Architecture, followers: int, length: int, room: Room, device: "torch.device") -> int:
+    """Peak of resident bytes of such a walk, without what the driver takes. Where the device is the CPU, that of the device is
+    among them."""
     columns, number = max(model.hidden_size, model.intermediate_size, model.shared_size), room.experts or 1
     # float32 of two stages, one of them being read, and in pinned memory; codes and bytes.
     weights = 14 * max(_slice(model), *(each * (number if routed else 1) for each, _, routed in _stages(model)))
     rows = 2 * 4 * PART_TOKENS * columns
-    kernels = 4 * (7 * columns**2 + 5 * max(each for each, *_ in _stages(model))) if left else 0
     there = vram(model, followers, length, room) if device.type == "cpu" else 0
-    return there + int(MARGIN * (PROGRAM + VOCABULARY * model.vocab_size + TORCH + weights + rows + kernels))
+    return there + int(MARGIN * (PROGRAM + VOCABULARY * model.vocab_size + TORCH + weights + rows))
 
 
 def device_room(
@@ -177,7 +175,6 @@ def device_room(
     limit: int | None,
     *,
     memory: int | None = None,
-    left: bool = False,
     before: Room | None = None,
 ) -> Room:
     """What to hold on a device so that `limit` bytes of its memory are not passed, or what is free there, nor `memory` bytes
@@ -192,28 +189,13 @@ def device_room(
     for chosen in (*([before] if before else []), *_rooms(EXPERTS_TOGETHER)):
         if most is not None and vram(model, followers, length, chosen) > most:
             continue
-        if memory is None or beside_device(model, followers, length, chosen, device, left) <= memory:
+        if memory is None or beside_device(model, followers, length, chosen, device) <= memory:
             return chosen
     least = vram(model, followers, length, Room(0, 1))
     if memory is not None and (most is None or least <= most):
-        raise _too_little(memory, beside_device(model, followers, length, Room(0, 1), device, left), followers, True)
+        raise _too_little(memory, beside_device(model, followers, length, Room(0, 1), device), followers, True)
     said = f"--vram {human_bytes(limit)}" if limit is not None else f"--device {device}: {human_bytes(free or 0)} are free"
     raise ConfigError(f"{said}: about {human_bytes(least)} are needed; use --device cpu, or one format at a time")
-
-
-def left_to_cpu(exporters: Sequence[Exporter]) -> list[str]:
-    """Types whose codes no device chooses."""
-    from xent_quant.device.method import OnDevice
-
-    encodings = {
-        slot.encoding
-        for exporter in exporters
-        if exporter.method
-        for slots in exporter.slots.values()
-        for slot in slots
-        if (isinstance(slot.encoding, QuantFormat) and slot.encoding.block_size > 1) or isinstance(slot.encoding, Prescaled)
-    }
-    return sorted(encoding.name for encoding in encodings if not OnDevice.here(encoding))
 
 
 def disk(model: Architecture, tokens: int, followers: int, device: "torch.device | None", *, measured: bool = True) -> int:
