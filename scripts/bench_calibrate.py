@@ -27,6 +27,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -121,8 +123,8 @@ def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
 MEASURES = {"pass": run_pass, "layer": run_layer}
 
 
-def beside_stock(options: argparse.Namespace) -> None:
-    """Prints what whole commands without text take, and what llama-quantize does."""
+def beside_stock(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Prints what whole commands without text take, and what llama-quantize does; yields it."""
     from stock_llama import program
 
     ours = [sys.executable, "-m", "xent_quant.cli.main", options.model, "--format", "gguf", "--name", "model"]
@@ -143,6 +145,7 @@ def beside_stock(options: argparse.Namespace) -> None:
             for side, values in (("ours", facts), ("llama-quantize", stock), ("ratio", ratios)):
                 shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
                 print(f"{name:8} {side:14} {shown}", flush=True)
+                yield {"command": name, "of": side, **values}
 
 
 def child(command: list[str], stderr: int | None = None) -> tuple[str, dict[str, float]]:
@@ -173,15 +176,17 @@ def main() -> None:
     parser.add_argument("--bits", default="4", help="of the command")
     parser.add_argument("--imatrix", help="of stock: a file of statistics")
     parser.add_argument("--threads", default="2", help="of stock")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--child", choices=MEASURES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(MEASURES[options.child](options, options.method[0])))
         return
+    found: list[dict[str, Any]] = []
     # Nothing heavy is imported here: a child's ru_maxrss begins with its parent's size.
     for measure in options.measure:
         if measure == "stock":
-            beside_stock(options)
+            found += beside_stock(options)
             continue
         for method in options.method:
             if measure == "command":
@@ -195,6 +200,9 @@ def main() -> None:
                 facts = json.loads(output) | whole
             shown = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
             print(f"{measure:8} {method:8} {shown}", flush=True)
+            found.append({"measure": measure, "method": method, **facts})
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1), "utf-8")
 
 
 if __name__ == "__main__":

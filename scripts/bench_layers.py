@@ -19,6 +19,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from xent_quant.journal import FILE
 from xent_quant.storage import unsealed
@@ -57,7 +58,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
     parser.add_argument("--layers", type=int, help="after which the run is stopped")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(ours)
+    found: list[dict[str, Any]] = []
     options.output.mkdir(parents=True)
     command = [sys.executable, "-m", "xent_quant.cli.main", options.model, "--output", str(options.output), *theirs]
     print(" ".join(command), flush=True)
@@ -76,6 +79,7 @@ def main() -> None:
                 if now > done:
                     cpu, clock = cpu_seconds(process.pid), time.monotonic()
                     what = f"layer {now - 1}" if now > 1 else "before"
+                    found.append({"step": what, "clock s": clock - since, "CPU s": cpu - spent, "peak GiB": peak})
                     print(f"{what:9} clock {clock - since:8.1f} s, CPU {cpu - spent:8.1f} s, peak {peak:.3f} GiB", flush=True)
                     done, since, spent, peak = now, clock, cpu, 0.0
                 if options.layers and done > options.layers:
@@ -84,8 +88,11 @@ def main() -> None:
             code = process.wait()
         finally:
             process.kill()
+    found.append({"step": "whole", "clock s": time.monotonic() - began, "peak GiB": whole})
     print(f"whole     clock {time.monotonic() - began:8.1f} s, peak {whole:.3f} GiB, exit {code}", flush=True)
     shutil.rmtree(options.output)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1), "utf-8")
     stopped = bool(options.layers) and code == INTERRUPTED
     sys.exit(0 if stopped or code == 0 else Path(log.name).read_text())
 

@@ -9,8 +9,10 @@ many repetitions as fit into so many seconds, GFLOP/s. ONEDNN_MAX_CPU_ISA=AVX2 s
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,9 @@ def rate(work: Callable[[], object], operations: int, seconds: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1.0)
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    seconds, found = options.seconds, []
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, one thread, GFLOP/s")
     print(f"{'rows':>6} {'in':>6} {'out':>6} {'torch':>7} {'ours':>7} {'ratio':>6}")
@@ -43,12 +47,16 @@ def main() -> None:
             operations = 2 * rows * columns * out
             theirs = rate(lambda x=x, weight=weight: F.linear(x, weight), operations, seconds)  # type: ignore[misc]
             ours = rate(lambda x=x, weight=weight: linear(x, weight), operations, seconds)  # type: ignore[misc]
+            found.append({"rows": rows, "in": columns, "out": out, "torch GFLOP/s": theirs, "GFLOP/s": ours})
             print(f"{rows:>6} {columns:>6} {out:>6} {theirs:>7.0f} {ours:>7.0f} {ours / theirs:>6.2f}", flush=True)
     rows = torch.randn(2048, 2560)
     batch, operations = Batch(rows, torch.arange(2048)), 2048 * 2560**2  # half of it: the rest is mirrored
     theirs = rate(lambda: rows.T @ rows, 2 * operations, seconds) / 2
     ours = rate(lambda: Moments(2560, True).add(batch), operations, seconds)
+    found.append({"rows": 2048, "in": 2560, "out": "sum of x xᵀ", "torch GFLOP/s": theirs, "GFLOP/s": ours})
     print(f"sum of x xᵀ over 2,048 rows of 2,560: {theirs:.0f} of what is needed, ours {ours:.0f}, {ours / theirs:.2f}")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1), "utf-8")
 
 
 if __name__ == "__main__":

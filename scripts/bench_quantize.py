@@ -13,9 +13,11 @@ the miniature's expert weights, Gaussian, and heavy-tailed with outlier columns;
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -127,7 +129,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--effort", default="normal", choices=["fast", "normal", "high"], help="for the speeds")
     parser.add_argument("--efforts", nargs="+", default=["fast", "normal", "high"], help="for the errors")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
+    speeds, errors = [], []
     random = np.random.default_rng(0)
     trained = Checkpoint.open(miniature()).read("model.layers.1.mlp.experts.3.gate_proj.weight")
     heavy = (random.standard_t(4, (256, 2560)) * 0.02).astype(np.float32)
@@ -155,6 +159,9 @@ def main() -> None:
                 arithmetic, memory = limits[threads]
                 compute = ours * operations(kind, options.effort) / arithmetic
                 transfer = ours * (4 + kind.bits_per_weight / 8) / memory
+                speeds.append(
+                    {"type": name, "columns": columns, "threads": threads, "M weights/s": ours / 1e6, "stock": theirs / 1e6}
+                )
                 share = f"{max(compute, transfer):5.0%} {'a' if compute > transfer else 'm'}"
                 print(
                     f"{name:7} {columns:7} {threads:7} {ours / 1e6:9.1f} {theirs / 1e6:9.2f} {ours / theirs:6.2f} {share:>8}",
@@ -171,11 +178,14 @@ def main() -> None:
             packed = quantize_chunk(kind.ggml_type, kind.row_bytes(weights.shape[1]), weights, scales[key])
             theirs[key] = error(kind, weights, packed, scales[key])
         for effort in options.efforts:
-            cells = []
+            ratios = {}
             for key, weights in parts.items():
                 packed = kind.quantize(weights, scales[key], effort=effort)
-                cells.append(f" {error(kind, weights, packed, scales[key]) / theirs[key]:10.4f}")
-            print(f"{name:7} {effort:7}" + "".join(cells), flush=True)
+                ratios[key] = error(kind, weights, packed, scales[key]) / theirs[key]
+            errors.append({"type": name, "effort": effort, **ratios})
+            print(f"{name:7} {effort:7}" + "".join(f" {ratio:10.4f}" for ratio in ratios.values()), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"speeds": speeds, "errors, ours / stock": errors}, indent=1), "utf-8")
 
 
 if __name__ == "__main__":

@@ -306,20 +306,25 @@ def calibrate(
     output: str | Path,
     force: bool = False,
     restart: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> CalibrateResult:
-    """Run text through a checkpoint and write an importance matrix to the file `output`.
+    """Run text through a checkpoint, on so many CPU threads (None: all), and write an importance matrix to the file `output`.
 
     `options` are the fields of `xent_quant.options.CalibrationOptions`. Holds the hidden states of the text and one expert.
     Raises the errors of `xent_quant.errors`.
     """
     started = time.perf_counter()
-    wanted = CalibrationOptions(**options)
+    wanted, used = CalibrationOptions(**options), _set_threads(threads)
     checkpoint = _open(model)
     file = _file_to_write(output, checkpoint, such_as="imatrix.gguf")
+    import torch
+
     from calibration.session import Session
     from xent_quant.walk.collecting import collect
+
+    torch.set_num_threads(used)
 
     session = Session(checkpoint, wanted)
     for note in session.notes:
@@ -344,21 +349,27 @@ def sensitivity(
     *,
     output: str | Path | None = None,
     force: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> SensitivityResult:
     """Measure what a checkpoint loses by each quant type in each of its places, for plans (`size`, `max_kl`, `fit` of
-    `quantize`), and keep it in the file `output`; by default where they look for it, under ~/.cache/xent-quant.
+    `quantize`), on so many CPU threads (None: all), and keep it in the file `output`; by default where they look for it, under
+    ~/.cache/xent-quant.
 
     `options` are the fields of `xent_quant.options.SensitivityOptions`. Holds one expert, or one layer's attention, at a time;
     hidden states lie beside the file until it is done. Raises the errors of `xent_quant.errors`.
     """
     started = time.perf_counter()
-    wanted = SensitivityOptions(**options)
+    wanted, used = SensitivityOptions(**options), _set_threads(threads)
     checkpoint = _open(model)
+    import torch
+
     from calibration.session import Session
     from xent_quant import sensitivities
     from xent_quant.walk.sensing import measure
+
+    torch.set_num_threads(used)
 
     if output is None:
         file = sensitivities.kept(checkpoint)

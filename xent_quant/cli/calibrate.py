@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from xent_quant.cli.options import Json, Verbose, group
+from xent_quant.cli.options import Json, Threads, Verbose, group
 from xent_quant.options import CalibrationOptions
 
 
@@ -17,6 +17,7 @@ def calibrate(
     calibration: Annotated[CalibrationOptions, group("Calibration", 2)] = CalibrationOptions(),
     force: Annotated[bool, Parameter(help="Replace an existing file.")] = False,
     restart: Annotated[bool, Parameter(help="Begin anew instead of going on with what an interrupted run left.")] = False,
+    threads: Threads = None,
     json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -25,5 +26,7 @@ def calibrate(
     from xent_quant.cli import show
 
     with show.progress() as progress:
-        result = pipeline.calibrate(model, output=output, force=force, restart=restart, progress=progress, **calibration.given)
+        result = pipeline.calibrate(
+            model, output=output, force=force, restart=restart, threads=threads, progress=progress, **calibration.given
+        )
     show.as_json(result.to_json()) if json else show.calibrated(result)

@@ -12,6 +12,7 @@ from xent_quant.options import LETTERS, choices, chosen, option_name
 EXIT_OUT_OF_TOLERANCE = 3
 
 Verbose = Annotated[int, Parameter(name=["-v", "--verbose"], count=True, help="Log what is done; -vv: tracebacks too.")]
+Threads = Annotated[int | None, Parameter(help="CPU threads. Default: all.")]
 Json = Annotated[bool, Parameter(help="Print the result to stdout as JSON.")]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from xent_quant.cli.options import Json, Verbose, group
+from xent_quant.cli.options import Json, Threads, Verbose, group
 from xent_quant.options import SensitivityOptions
 
 
@@ -16,6 +16,7 @@ def sensitivity(
     output: Annotated[Path | None, Parameter(help="The file to write. Default: where plans look for it.")] = None,
     text: Annotated[SensitivityOptions, group("Text", 2)] = SensitivityOptions(),
     force: Annotated[bool, Parameter(help="Replace an existing file.")] = False,
+    threads: Threads = None,
     json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -24,5 +25,5 @@ def sensitivity(
     from xent_quant.cli import show
 
     with show.progress() as progress:
-        result = pipeline.sensitivity(model, output=output, force=force, progress=progress, **text.given)
+        result = pipeline.sensitivity(model, output=output, force=force, threads=threads, progress=progress, **text.given)
     show.as_json(result.to_json()) if json else show.sensed(result)
