@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol
 import numpy as np
 
 from xent_quant.formats.base import Encoding
-from xent_quant.linalg import Matrix, dot, product
+from xent_quant.linalg import Matrix, dot, gaussian, product
 from xent_quant.methods.rtn import rounding_error
 from xent_quant.parallel import one_thread
 from xent_quant.tensors import InputStatistics
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 FURTHEST = 2.25
 """Times as far as rounding to the coarsest type of an export would move a row, a correction moves it at most: `validate` so knows
 moved weights from damaged ones (docs/validation.md)."""
+
+
+PROBES, CLEAR = 128, 0.7
+"""Products that estimate how far a row is moved, within some ten per cent, and what share of the furthest this may be without a
+closer look."""
 
 
 def furthest(encodings: Iterable[Encoding]) -> float:
@@ -68,7 +73,17 @@ class Correction(Generic[Matrix]):
     def moved(self, start: int, weights: Matrix) -> tuple[Matrix, Matrix | None]:
         """For rows `start`… [rows, in] float32 of a weight: W and P of that shape; W + P (H + λ)⁻¹ is to be quantised."""
         pull = self.pull(start, weights)
-        return weights, pull if self.furthest == inf else _within(self.furthest, weights, self.curvature.solve(pull), pull)
+        if self.furthest < inf:
+            far = _squares(product(pull, self._probes.T))
+            some = ~(far < (CLEAR * self.furthest) ** 2 * _squares(weights))
+            if some.any():
+                pull[some] = _within(self.furthest, weights[some], self.curvature.solve(pull[some]), pull[some])
+        return weights, pull
+
+    @cached_property
+    def _probes(self) -> Matrix:
+        """Gaussian rows g (H + λ)⁻¹ [PROBES, in]: the squares of their products with p add up to ‖p (H + λ)⁻¹‖², about."""
+        return self.curvature.solve(gaussian(PROBES, self.inputs) * PROBES**-0.5)
 
     def pull(self, start: int, weights: Matrix) -> Matrix:
         """For rows `start`… [rows, in] float32 of the weight, P of the same shape: W + P (H + λ)⁻¹ should be quantised.
@@ -116,11 +131,18 @@ class Regression(Generic[Matrix]):
 
 def _within(furthest: float, weights: Matrix, moved: Matrix, pull: Matrix) -> Matrix:
     """`pull` [rows, in], made smaller in rows that it moves, by `moved`, further than so many times the norm of theirs."""
-    with np.errstate(over="ignore", invalid="ignore"):  # of weights that are too large, which is said elsewhere
-        reach, far = ((each * each).sum(1) ** 0.5 for each in (weights, moved))
+    with np.errstate(over="ignore", invalid="ignore"):
+        reach, far = (_squares(each) ** 0.5 for each in (weights, moved))
         share = furthest * reach / (far + 1e-30)
     share[~(share < 1)] = 1
     found: Matrix = pull * share[:, None]
+    return found
+
+
+def _squares(rows: Matrix) -> Matrix:
+    """The sum of each row's."""
+    with np.errstate(over="ignore", invalid="ignore"):  # of weights that are too large, which is said elsewhere
+        found: Matrix = (rows * rows).sum(1)
     return found
 
 

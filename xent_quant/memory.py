@@ -2,11 +2,16 @@
 nothing is done."""
 
 import ctypes
+import os
 import sys
 from functools import cache
 
-M_ARENA_MAX = -8
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 """Of malloc.h."""
+
+MATRIX = 8 << 20
+"""Bytes from which an array is a mapping of its own, given back where it is let go; glibc itself would raise its limit to 32 MiB,
+above an expert's matrices."""
 
 
 @cache
@@ -15,10 +20,13 @@ def _libc() -> ctypes.CDLL | None:
     return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None  # other C libraries have neither
 
 
-def one_heap() -> None:
-    """Threads that begin later share it; those of their own have 64 MiB each, room for two matrices. For a program to say."""
+def settle() -> None:
+    """For a program to say before it loads torch. Threads that begin later share a heap: those of their own have 64 MiB each, too
+    little for three matrices. These are mappings of their own, torch's of pages of 2 MiB: asking for smaller ones takes long."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if libc := _libc():
         libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(M_MMAP_THRESHOLD, MATRIX)
 
 
 def give_back() -> None:

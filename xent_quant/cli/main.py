@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Threads of torch and llama.cpp wait for one another by spinning unless libgomp reads this when it is loaded. Beside other
     # work on the same cores two spinning threads are slower than one.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    memory.one_heap()
+    memory.settle()
     with terminal.streams():
         _run(sys.argv[1:] if arguments is None else arguments)
 
