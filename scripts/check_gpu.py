@@ -67,8 +67,10 @@ class Clock:
         self.device, self.spent = device, dict[str, float]()
 
     def wait(self) -> None:
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+        if self.device.type == "mps":
+            torch.mps.synchronize()
+        elif self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize(self.device)
 
     @contextmanager
     def phase(self, name: str, factor: float = 1.0) -> Iterator[None]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from xent_quant.linalg import BLOCK_ROWS, FEWEST_COLUMNS, linear, product
+from xent_quant.linalg import BLOCK_ROWS, CHUNK_ROWS, FEWEST_COLUMNS, SOLVED, Curvature, linear, product
 
 SHAPES = [(64, 40), (480, 256), (1728, 96), (FEWEST_COLUMNS, 33)]
 """in, out."""
@@ -62,3 +62,20 @@ def test_float64_stays_float64() -> None:
     x, weight = torch.randn(5, 48, dtype=torch.float64), torch.randn(3, 48, dtype=torch.float64)
     assert linear(x, weight).dtype == torch.float64
     assert torch.allclose(linear(x, weight), x @ weight.T, rtol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [SOLVED - 3, SOLVED + 64, 2 * SOLVED + 100])
+def test_solutions_of_a_damped_hessian(columns: int) -> None:
+    """By substitution or in parts: as near as float32 comes, and of each row alone."""
+    random = np.random.default_rng(columns)
+    seen = (random.standard_normal((2 * columns, columns)) * np.geomspace(1, 0.01, columns)).astype(np.float32)
+    rows = random.standard_normal((CHUNK_ROWS + 40, columns)).astype(np.float32)
+    known = Curvature(seen.T @ seen / np.float32(len(seen)))
+    exact = rows @ np.linalg.inv(known.hessian.astype(np.float64))
+    found = known.solve(rows)
+    assert np.abs(found - exact).max() <= 2e-4 * np.abs(exact).max()
+    half = rows @ np.linalg.inv(known.hessian.astype(np.float64)) @ known.factor
+    assert np.abs(known.solve_half(rows) - half).max() <= 2e-4 * np.abs(half).max()
+    if columns > SOLVED:
+        for start, count in ((0, 1), (3, 7), (CHUNK_ROWS - 5, 20), (0, CHUNK_ROWS + 40)):
+            assert np.array_equal(known.solve(rows[start : start + count]), found[start : start + count]), (start, count)

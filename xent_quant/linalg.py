@@ -125,28 +125,47 @@ def root(hessian: F32) -> F32:
 
 
 def _solved(rows: F32, triangle: F32, *, upper: bool) -> F32:
-    """rows triangle⁻¹, [m, n] and [n, n] to [m, n]: SOLVED columns after SOLVED, by products, which are faster. Holds half of the
-    triangle again."""
+    """rows triangle⁻¹, [m, n] and [n, n] to [m, n]: SOLVED columns after SOLVED, by products, which are faster, where there are
+    more. Holds half of the triangle again."""
     import torch
 
-    by, steps = torch.from_numpy(triangle), []
+    given, by = torch.from_numpy(rows), torch.from_numpy(triangle)
+    solve: Callable[[Tensor], Tensor] = partial(_once, by, upper)
+    if len(by) > SOLVED:
+        solve = partial(_by_parts, _parts(by, upper))
+    found: F32 = torch.cat(parallel.run([partial(solve, given[part]) for part in row_chunks(len(rows))])).numpy()
+    return found
+
+
+def _once(by: "Tensor", upper: bool, given: "Tensor") -> "Tensor":
+    import torch
+
+    found: Tensor = torch.linalg.solve_triangular(by, given, upper=upper, left=False)
+    return found
+
+
+def _parts(by: "Tensor", upper: bool) -> "list[tuple[slice, slice, Tensor, Tensor]]":
+    """For SOLVED columns after SOLVED of what solves a triangle, in the order in which they are solved: which they are, which are
+    solved before them, the triangle's part for those [SOLVED, before], and the inverse of their own, transposed."""
+    import torch
+
+    found = []
     for start in range(0, len(by), SOLVED):
         here = slice(start, min(start + SOLVED, len(by)))
         before = slice(0, start) if upper else slice(here.stop, len(by))
-        one = torch.eye(here.stop - start)
-        inverse = torch.linalg.solve_triangular(by[here, here], one, upper=upper)
-        steps.append((here, before, by[before, here].T.contiguous(), inverse.T.contiguous()))
+        inverse = torch.linalg.solve_triangular(by[here, here], torch.eye(here.stop - start), upper=upper)
+        found.append((here, before, by[before, here].T.contiguous(), inverse.T.contiguous()))
+    return found if upper else found[::-1]
 
-    def solve(given: "Tensor") -> "Tensor":
-        found = torch.empty_like(given)
-        for here, before, others, inverse in steps if upper else reversed(steps):
-            left = given[:, here] - linear(found[:, before], others) if len(others.T) else given[:, here]
-            found[:, here] = linear(left, inverse)
-        return found
 
-    given = torch.from_numpy(rows)
-    solved: F32 = torch.cat(parallel.run([partial(solve, given[part]) for part in row_chunks(len(rows))])).numpy()
-    return solved
+def _by_parts(parts: "list[tuple[slice, slice, Tensor, Tensor]]", given: "Tensor") -> "Tensor":
+    import torch
+
+    found = torch.empty_like(given)
+    for here, before, others, inverse in parts:
+        left = given[:, here] - linear(found[:, before], others) if before.stop > before.start else given[:, here]
+        found[:, here] = linear(left, inverse)
+    return found
 
 
 def believed(rows: int, importance: F32) -> float:

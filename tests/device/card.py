@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("cuda", 0)
 FETCHING = {"numpy", "__array__"}
+DIVISIONS = {"div", "true_divide", "__truediv__"}
 
 
 class Card(Tensor):
@@ -55,7 +57,10 @@ def _call(function: Any, args: Any, kwargs: Any) -> Any:
         apart = [each for each in tensors if not isinstance(each, Card) and each.dim()]
         if cards and apart and name != "copy_":
             raise AssertionError(f"{name}: tensors of shapes {[tuple(each.shape) for each in apart]} are not on {DEVICE}")
-        made = function(*args, **kwargs)
+        if name in DIVISIONS and cards and isinstance(args[1], float | int):
+            made = args[0] * float(np.float32(1) / np.float32(args[1]))  # as CUDA's kernels do
+        else:
+            made = function(*args, **kwargs)
         return tree_map(_card, made) if cards else made
 
 

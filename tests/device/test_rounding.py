@@ -22,6 +22,7 @@ from xent_quant import formats, linalg, parallel
 from xent_quant.device import codebooks, rounding
 from xent_quant.device import curvature as curvatures
 from xent_quant.device.curvature import Curvature
+from xent_quant.device.found import over
 from xent_quant.device.method import Job, OnDevice
 from xent_quant.device.rounding import CodedRows, VectorRows
 from xent_quant.device.statistics import DeviceStatistics
@@ -308,6 +309,15 @@ def test_no_tensor_is_on_another_device(name: str) -> None:
             assert made.values.device == DEVICE
             assert np.array_equal(made.packed, wanted.packed)
             assert np.array_equal(made.values.cpu().numpy(), kind.dequantize(made.packed))
+
+
+def test_a_division_by_a_number_is_rounded_once() -> None:
+    """A GPU multiplies with the number's inverse where it is the CPU's."""
+    values = torch.from_numpy(WEIGHTS)
+    with card() as device:
+        there = values.to(device)
+        assert not torch.equal((there / 15.0).cpu(), values / 15.0)
+        assert torch.equal(over(there, 15.0).cpu(), values / 15.0)
 
 
 def test_the_gpu_that_is_none_fails_as_one_does() -> None:

@@ -80,6 +80,18 @@ def test_what_the_kernels_refuse_is_refused(name: str, value: float) -> None:
     assert str(found.value) == str(wanted.value)
 
 
+@pytest.mark.parametrize("name", [kind.name for kind in KINDS if kind.name in formats.NAMES])
+def test_scales_beyond_float16_are_refused_as_by_the_kernels(name: str) -> None:
+    for bad in (WEIGHTS * np.float32(1e10), np.where(WEIGHTS > 0.01, WEIGHTS, 0) * np.float32(1e10)):
+        found = []
+        for method in (Search(), OnDevice(Search(), CPU)):
+            try:
+                found.append(method.quantize(bad.astype(np.float32), formats.get(name), None, name="w").tobytes())
+            except QuantizationError as error:
+                found.append(str(error).encode())
+        assert found[0] == found[1]
+
+
 def test_of_rows_that_are_worked_on_together_the_right_tensor_is_named() -> None:
     """q, k and v of the same statistics are rows of one weight, of which k's scales leave float16."""
     known, bad = InputStatistics(IMPORTANCE, None, 100), WEIGHTS.copy()

@@ -68,7 +68,9 @@ def memory_of(device: torch.device, limit: int | None = None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated(device) + limit) / total), device)
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # OutOfMemoryError is one; MPS raises a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            raise
         remedy = "close what else uses it, or give --vram less than it took, so that less is worked on together"
         raise ExportError(f"--device {device}: its memory ran out; {remedy}, and the same command goes on") from error
     finally:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xent_quant.device.found import Chosen, either, folded, gains, half, inverted, joined, spread
+from xent_quant.device.found import Chosen, folded, gains, half, inverted, inverted_signed, joined, over, spread, stretched
 from xent_quant.device.search import MAX_LANES, MOVES
 from xent_quant.formats import _codebook, _eights
 from xent_quant.formats._codebook import CodebookFormat
@@ -71,14 +71,20 @@ class Points(Chosen[VectorFormat]):
             kind.store(blocks, _codebook.Points(numbers, np.packbits(flags > 0, axis=1, bitorder="little"), s, d))
 
 
+@lru_cache(maxsize=32)
+def _points(kind: VectorFormat, device: torch.device) -> Tensor:
+    """A type's points [n, dim], there once: each copy is waited for."""
+    return torch.from_numpy(kind.points).to(device)
+
+
 def _values(kind: VectorFormat, numbers: Tensor, flags: Tensor, scale: Tensor) -> Tensor:
     """What numbers and flags of some vectors stand for, [stack, columns, rows]; `scale` of every column, or of all."""
-    points = torch.from_numpy(kind.points).to(numbers.device)[numbers.int()]  # [stack, vectors, rows, dim]
-    levels: Tensor = points.movedim(-1, 2).flatten(1, 2)
+    levels = _points(kind, numbers.device)[numbers.int()].movedim(-1, 2).flatten(1, 2)
     if isinstance(kind, ShiftedFormat):
         delta = float(kind.delta)
-        return (levels + spread(torch.where(flags, -delta, delta), 8 * kind.run)[:, : levels.shape[1]]) * scale
-    levels = levels * scale
+        levels += spread(torch.where(flags, -delta, delta), 8 * kind.run)[:, : levels.shape[1]]
+        return levels.mul_(scale)
+    levels *= scale
     return torch.where(flags, -levels, levels)
 
 
@@ -96,7 +102,7 @@ def search(kind: VectorFormat, weights: Tensor, weighting: Tensor, effort: Effor
         x, w = weights[:, start : start + step], weighting[:, start : start + step]
         made = _searched(kind, x, w, effort)
         gain = gains(x, w, made.values(), kind.block_size, kind.group_size)
-        found.append(replace(made, d=half((made.d * gain).clamp(-float(LARGEST), float(LARGEST)))))
+        found.append(replace(made, d=stretched(made.d, gain)))
     return joined(found)
 
 
@@ -144,11 +150,13 @@ def _costs(w: Tensor, points: Tensor) -> Tensor:
 def _closest(x: Tensor, w: Tensor, points: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of the points [n, dim] of least Σw(g² − 2xg), and that; x [dim, …, rows], w [dim, …, 1], costs [n, …, 1]."""
     apart = (-1, *(1,) * (w.dim() - 1))
+    levels, twice = [level.view(apart) for level in points.T], 2 * w
 
     def work(part: slice) -> tuple[Tensor, ...]:
-        score = costs
-        for value, weight, level in zip(x, w, points.T, strict=True):
-            score = score - value[..., part] * (2 * weight) * level.view(apart)
+        a = x[..., part] * twice
+        score = costs - a[0] * levels[0]
+        for each, level in zip(a[1:], levels[1:], strict=True):
+            score -= each * level
         least, number = score.min(0)
         return number, least
 
@@ -171,7 +179,7 @@ def _four(kind: CodebookFormat, x: Tensor, w: Tensor, effort: Effort) -> tuple[T
     """See `formats._codebook.codebook`: numbers, s and d."""
     ladder, rounds = getattr(kind.efforts, effort)
     size, unit, groups = kind.group_size, float(kind.unit), kind.block_size // kind.group_size
-    points = torch.from_numpy(kind.points).to(x.device)
+    points = _points(kind, x.device)
     dim = points.shape[1]
     vectors, w = _apart(x, dim), w[..., None]
     by_vector = _apart(w, dim)
@@ -191,7 +199,7 @@ def _four(kind: CodebookFormat, x: Tensor, w: Tensor, effort: Effort) -> tuple[T
         sxx = sxx + value * weight * value
     scale, gain = torch.zeros_like(peak), torch.zeros_like(peak)
     for rung in ladder.tolist():
-        sll, sxl = sums(torch.where(peak > float(TINY), peak / rung, 0.0))
+        sll, sxl = sums(torch.where(peak > float(TINY), over(peak, rung), 0.0))
         tried = sxl / sll
         better = gain < tried * sxl
         scale, gain = torch.where(better, tried, scale), torch.where(better, tried * sxl, gain)
@@ -219,7 +227,7 @@ def _four(kind: CodebookFormat, x: Tensor, w: Tensor, effort: Effort) -> tuple[T
 def _start(scale: Tensor, unit: float, top: int, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d of the largest scale, the best so far, its error, and s."""
     largest = torch.unflatten(scale, 1, (-1, groups)).amax(2).clamp(min=0)
-    d = half(largest / float(np.float32(unit) * np.float32(2 * top + 1)))
+    d = half(over(largest, float(np.float32(unit) * np.float32(2 * top + 1))))
     return d, d, torch.full_like(d, float(HUGE)), torch.zeros_like(scale)
 
 
@@ -240,14 +248,16 @@ def _better(better: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> lis
 
 @dataclass(frozen=True)
 class _Families:
-    """See `formats._eights.Families`: `begin` and `starts` [82], `firsts` [points]; `members` [81, most] are the firsts of each
-    family, 81 where it has no more, and `filled` those that have any."""
+    """See `formats._eights.Families`: `begin` [82], `firsts` [points]. `members` [81, most] are the firsts of each family, 81
+    where it has no more, and `filled` are those that have any. `layers[m]` are the firsts of each one's m-th member, of the
+    largest families first; `natural` says where each is there."""
 
-    begin: list[int]
-    starts: Tensor
+    begin: Tensor
     firsts: Tensor
     members: Tensor
     filled: Tensor
+    natural: Tensor
+    layers: tuple[Tensor, ...]
 
     @classmethod
     @lru_cache(maxsize=32)
@@ -257,18 +267,18 @@ class _Families:
         members = np.full((HALVES, sizes.max()), HALVES)
         for family, size in enumerate(sizes):
             members[family, :size] = firsts[begin[family] : begin[family] + size]
-        there = (torch.from_numpy(each).to(device) for each in (begin, firsts, members, np.flatnonzero(sizes)))
-        return cls(begin.tolist(), *there)
+        filled, order = np.flatnonzero(sizes), np.argsort(-sizes, kind="stable")
+        layers = [members[order[sizes[order] > number], number] for number in range(sizes.max())]
+        place = np.argsort(order)[filled]
+        one = [torch.from_numpy(each).to(device) for each in (begin, firsts, members, filled, place)]
+        return cls(one[0], one[1], one[2], one[3], one[4], tuple(torch.from_numpy(each).to(device) for each in layers))
 
 
-def _half_sums(x: Tensor, w: Tensor, twice: Tensor, levels: Sequence[Tensor]) -> Tensor:
-    """See `_eights.half_sums`, of x and w [4, …]: [81, …]."""
-    singles = []
-    for value, weight in zip(x, w, strict=True):
-        t = value * twice
-        singles.append(torch.stack([weight * level * (level - t) for level in levels]))
-    pairs = [(a[None] + b[:, None]).flatten(0, 1) for a, b in (singles[:2], singles[2:])]
-    return (pairs[0][None] + pairs[1][:, None]).flatten(0, 1)
+def _half_sums(x: Tensor, w: Tensor, twice: Tensor, levels: Tensor) -> Tensor:
+    """See `_eights.half_sums`, of x and w [8, …] and levels [3, …]: of both halves, [2, 81, …]."""
+    singles = (w[:, None] * levels) * (levels - (x * twice)[:, None])  # [8, 3, …]
+    pairs = (singles[0::2, None] + singles[1::2, :, None]).flatten(1, 2)  # [4, 9, …]
+    return (pairs[0::2, None] + pairs[1::2, :, None]).flatten(1, 2)
 
 
 class _Eights:
@@ -311,10 +321,10 @@ class _Eights:
 
         def rounded(shift: Tensor) -> Tensor:
             low, middle, high = (shift + level for level in self._levels)
-            total = torch.zeros_like(shift)
-            for value, weight in zip(self._runs, self._by_run, strict=True):
-                t = value * twice
-                total += torch.minimum(torch.minimum(low * (low - t), middle * (middle - t)), high * (high - t)) * weight
+            total, t = torch.zeros_like(shift), self._runs * twice
+            nearest = torch.minimum(torch.minimum(low * (low - t), middle * (middle - t)), high * (high - t))
+            for each in nearest.mul_(self._by_run):
+                total += each
             return total
 
         return self._chosen(rounded, shifts)
@@ -336,29 +346,23 @@ class _Eights:
 
         def work(part: slice) -> tuple[Tensor, ...]:
             shift = shifts[..., part]
-            levels = [shift + level for level in self._levels]
-            first, last = (
-                _half_sums(x[..., part], w, twice[..., part], levels)
-                for x, w in zip(torch.split(self._vectors, 4), torch.split(self._by_vector, 4), strict=True)
-            )
-            scores = torch.stack(
-                [
-                    last[family] + first[known.firsts[known.begin[family] : known.begin[family + 1]]].amin(0)
-                    for family in range(HALVES)
-                    if known.begin[family] < known.begin[family + 1]
-                ]
-            )
+            levels = torch.stack([shift + level for level in self._levels])
+            first, last = _half_sums(self._vectors[..., part], self._by_vector, twice[..., part], levels)
+            best = first.index_select(0, known.layers[0])
+            for layer in known.layers[1:]:
+                here = best[: len(layer)]
+                torch.minimum(here, first.index_select(0, layer), out=here)
+            scores = last.index_select(0, known.filled) + best.index_select(0, known.natural)
             least, family = scores.min(0)
             if not points:
                 return (least,)
             family = known.filled[family]
             first = torch.cat([first, torch.full_like(first[:1], float(HUGE))])
-            place = first.gather(0, known.members[family].movedim(-1, 0)).argmin(0)
-            number = known.starts[family] + place
+            number = known.begin[family] + first.gather(0, known.members[family].movedim(-1, 0)).argmin(0)
             energy = [_at(low, known.firsts[number]) + _at(high, family) for low, high in energies]
             return least, number, energy[0] if len(energy) == 1 else torch.where(shift < 0, energy[1], energy[0])
 
-        return _few_rows(work, shifts.shape[-1], 3 * HALVES * shifts[..., 0].numel())
+        return _few_rows(work, shifts.shape[-1], HALVES * shifts[..., 0].numel())
 
     def _energies(self, shift: float) -> tuple[Tensor, Tensor]:
         """See `_eights.energies_of`: of both halves, [81, stack, vectors, 1]."""
@@ -393,7 +397,7 @@ def _eight(kind: "EightsFormat | ShiftedFormat", x: Tensor, w: Tensor, effort: E
         scale, least = torch.where(better, tried, scale), torch.where(better, error, least)
 
     for rung in kind.ladder.tolist():
-        attempt(torch.where(peak > float(TINY), peak / rung, 0.0), sums.rough)
+        attempt(torch.where(peak > float(TINY), over(peak, rung), 0.0), sums.rough)
     rough, least = scale, torch.zeros_like(least)
     for multiple in fine.tolist():
         attempt(rough * multiple, sums.least)
@@ -437,7 +441,7 @@ class Vectors:
     def __init__(self, found: Points) -> None:
         self.found = found
         kind = found.kind
-        self._points = torch.from_numpy(kind.points).to(found.d.device)
+        self._points = _points(kind, found.d.device)
         self._scale = found.scale()
         even = isinstance(kind, CodebookFormat) and kind.even_signs
         self.size = 8 if even else kind.points.shape[1]
@@ -447,11 +451,11 @@ class Vectors:
         kind = self.found.kind
         group = vector * self.size // kind.group_size
         scale = self._scale[:, group : group + 1]
-        levels = targets * either(scale)
+        levels = targets * inverted_signed(scale)
         if isinstance(kind, ShiftedFormat):
             return self._shifted(kind, vector, levels, weights, scale)
         assert isinstance(kind, CodebookFormat)
-        negative, magnitudes = targets < 0, targets.abs() * either(scale)
+        negative, magnitudes = targets < 0, targets.abs() * inverted_signed(scale)
         if kind.even_signs:
             _make_even(negative, magnitudes, weights)
         numbers, _ = self._nearest(magnitudes, weights)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xent_quant.formats._gain import MOST
+from xent_quant.formats._search import LARGEST
 from xent_quant.formats.base import U8, QuantFormat
 
 K = TypeVar("K", bound=QuantFormat)
@@ -25,7 +26,7 @@ class Stacked(ABC):
     def of(self, parts: Sequence[Tensor]) -> Self:
         """The same of others."""
 
-    def replace(self, block: int, rows: Tensor, found: Self) -> None:
+    def put(self, block: int, rows: Tensor, found: Self) -> None:
         """The block of this number becomes `found` in the rows of the mask [stack, rows]."""
         for own, new in zip(self.parts(), found.parts(), strict=True):
             here = own[:, block * new.shape[1] : (block + 1) * new.shape[1]]
@@ -115,11 +116,23 @@ def half(value: Tensor) -> Tensor:
     return rounded
 
 
+def stretched(scale: Tensor, gain: Tensor) -> Tensor:
+    """scale · gain as float16 holds it; a scale that float16 does not hold as it is stays, to be refused."""
+    most = float(LARGEST)
+    return torch.where(scale.abs() <= most, half((scale * gain).clamp(-most, most)), scale)
+
+
+def over(value: Tensor, by: float) -> Tensor:
+    """value / by, rounded once: by a number of the CPU's, devices multiply with its inverse."""
+    found: Tensor = value / torch.full((), by, dtype=value.dtype, device=value.device)
+    return found
+
+
 def inverted(scale: Tensor) -> Tensor:
     """1 / scale; 0 where that is not above 0."""
     return torch.where(scale > 0, 1 / scale, 0.0)
 
 
-def either(scale: Tensor) -> Tensor:
-    """1 / scale; 0 where that is 0."""
+def inverted_signed(scale: Tensor) -> Tensor:
+    """1 / scale of either sign; 0 where that is 0."""
     return torch.where(scale.abs() > 0, 1 / scale, 0.0)

@@ -201,7 +201,9 @@ class OnDevice:
         inputs = _inputs([each.held_out for each in known if isinstance(each, DeviceStatistics) and each.held_out is not None])
         reaching = None if pull is None else curvature.solve_columns(inputs)
         ours, theirs = (_held_out_error(errors, inputs, pull, reaching) for errors in (rows.errors, weights - plain.values()))
-        return self._made(group, kind, plain.where(ours > theirs, rows.chosen))
+        chosen = plain.where(ours > theirs, rows.chosen)
+        del rows, plain, weights, pull, reaching, inputs, curvature
+        return self._made(group, kind, chosen)
 
     def _begun(
         self,

@@ -132,7 +132,7 @@ class Rows(ABC, Generic[C]):
         change = errors - self.errors[:, here]
         better = _rise(change, gradient, self.curvature.hessian[:, here, here]) < 0
         change = change.masked_fill_(~better[:, None], 0)
-        self.chosen.replace(number, better, made)
+        self.chosen.put(number, better, made)
         self.errors[:, here] += change
         return change
 

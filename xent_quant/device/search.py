@@ -17,7 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xent_quant.device.found import Chosen, Stacked, blocks, either, flat, folded, gains, half, inverted, joined, spread
+from xent_quant.device.found import (
+    Chosen,
+    Stacked,
+    blocks,
+    flat,
+    folded,
+    gains,
+    half,
+    inverted,
+    inverted_signed,
+    joined,
+    over,
+    spread,
+    stretched,
+)
 from xent_quant.formats._codes import AffineFormat, CodedFormat, Found, SearchedFormat, SymmetricFormat, rises
 from xent_quant.formats._search import HUGE, LARGEST, TINY
 from xent_quant.formats.base import F32, U8, Effort
@@ -144,7 +158,7 @@ def encode(kind: CodedFormat, weights: Tensor, scales: Scales) -> Tensor:
         assert isinstance(kind, SymmetricFormat)
         if isinstance(kind, MXFP4Format):
             scale = flat(scales.outer)[:, :, None]
-        wanted, known, levels = x * either(scale), table(kind.searched, weights.device), kind.searched
+        wanted, known, levels = x * inverted_signed(scale), table(kind.searched, weights.device), kind.searched
         if known:
             codes = torch.bucketize(wanted, known[1])
         else:
@@ -161,7 +175,7 @@ def unshrunk(kind: CodedFormat, weights: Tensor, weighting: Tensor, scales: Scal
 
     found = values(kind, encode(kind, weights, scales) if codes is None else codes, scales)
     gain = gains(weights, weighting, found, kind.block_size, kind.group_size)
-    outer = half((scales.outer * gain[:, :, None]).clamp(-float(LARGEST), float(LARGEST)))
+    outer = stretched(scales.outer, gain[:, :, None])
     d = [spread(each, groups) for each in outer.unbind(2)]
     if scales.inner.shape[2]:
         integers = torch.unflatten(scales.inner, 2, (-1, groups)).unbind(2)
@@ -269,7 +283,7 @@ def _affine(kind: AffineFormat, x: Tensor, w: Tensor, effort: Effort) -> Scales:
         dmin = blocks(-offset, groups).amax(-2).clamp(min=0)
     else:
         d, dmin = scale, -offset
-    d, dmin = half(d / scale_top), half(dmin / scale_top)
+    d, dmin = half(over(d, scale_top)), half(over(dmin, scale_top))
     best_d, best_dmin, least = d, dmin, torch.full_like(d, float(HUGE))
     best_s, best_m = torch.zeros_like(scale), torch.zeros_like(scale)
     for _ in range(rounds):
@@ -338,17 +352,17 @@ def _symmetric(kind: SymmetricFormat, x: Tensor, w: Tensor, effort: Effort) -> S
         better = gain < one * other
         scale, gain = torch.where(better, one, scale), torch.where(better, one * other, gain)
     d = _first_largest(scale, groups)
-    d = half(d / low) if nested else half(d)
+    d = half(over(d, low)) if nested else half(d)
     best_d, least, best_s = d, torch.full_like(d, float(HUGE)), torch.zeros_like(scale)
     for _ in range(rounds):
         wide_d = spread(d, groups)
         if nested:
             moves = torch.tensor(MOVES, device=x.device)[:, None, None, None]
-            s = ((scale * spread(either(d), groups)).round() + moves).clamp(max=-low - 1).clamp(min=low)
+            s = ((scale * spread(inverted_signed(d), groups)).round() + moves).clamp(max=-low - 1).clamp(min=low)
         else:
             s = torch.ones_like(scale)[None]
         a = wide_d * s
-        sll, sxl = sums(either(a))
+        sll, sxl = sums(inverted_signed(a))
         error = sxx + a * a * sll - 2 * a * sxl
         found = [torch.zeros_like(sxx), sxx if nested else torch.full_like(sxx, float(HUGE)), *(torch.zeros_like(sxx),) * 2]
         for tried in zip(s, error, sll, sxl, strict=True):
@@ -415,7 +429,7 @@ def _powers(kind: MXFP4Format, x: Tensor, w: Tensor, effort: Effort) -> Scales:
     known = table(kind.searched, x.device)
     assert known is not None
     _, _, sxx, _, _, peak = _moments(x, w)
-    step = torch.where(peak.abs() > float(TINY), _binade(peak / -float(kind.levels[0])), 0.0)
+    step = torch.where(peak.abs() > float(TINY), _binade(over(peak, -float(kind.levels[0]))), 0.0)
     a = step * torch.from_numpy(getattr(kind.efforts, effort)[0]).to(x.device)[:, None, None, None]
     sll, sxl = _table_sums(x, w, inverted(a), *known)
     error = sxx + a * a * sll - 2 * a * sxl
