@@ -426,6 +426,12 @@ def _eight(kind: "EightsFormat | ShiftedFormat", x: Tensor, w: Tensor, effort: E
     return numbers, shifts < 0, best_s, best_d
 
 
+def size(kind: VectorFormat) -> int:
+    """Weights of a vector."""
+    even = isinstance(kind, CodebookFormat) and kind.even_signs
+    return 8 if even else kind.points.shape[1]
+
+
 @dataclass(frozen=True)
 class Choice:
     """For one vector of all rows: the weights [stack, size, rows] that it gives, and `numbers` and `flags` of it."""
@@ -438,47 +444,50 @@ class Choice:
 class Vectors:
     """See `formats._vectors.Vectors`: `found` is changed in place, its scales stay."""
 
-    def __init__(self, found: Points) -> None:
+    def __init__(self, found: Points, weighting: Tensor) -> None:
+        """`weighting` [stack, columns] is of what vectors are chosen by."""
         self.found = found
         kind = found.kind
         self._points = _points(kind, found.d.device)
         self._scale = found.scale()
-        even = isinstance(kind, CodebookFormat) and kind.even_signs
-        self.size = 8 if even else kind.points.shape[1]
+        self.size = size(kind)
+        self._weighting = weighting
+        self._by_point = _apart(weighting[..., None], self._points.shape[1])
+        self._costs = _costs(self._by_point, self._points)
 
-    def choose(self, vector: int, targets: Tensor, weights: Tensor) -> Choice:
-        """The points nearest to targets [stack, size, rows] by `weights` [stack, size]."""
+    def choose(self, vector: int, targets: Tensor) -> Choice:
+        """The points nearest to targets [stack, size, rows]; nothing is changed."""
         kind = self.found.kind
         group = vector * self.size // kind.group_size
         scale = self._scale[:, group : group + 1]
         levels = targets * inverted_signed(scale)
         if isinstance(kind, ShiftedFormat):
-            return self._shifted(kind, vector, levels, weights, scale)
+            return self._shifted(kind, vector, levels, scale)
         assert isinstance(kind, CodebookFormat)
         negative, magnitudes = targets < 0, targets.abs() * inverted_signed(scale)
         if kind.even_signs:
-            _make_even(negative, magnitudes, weights)
-        numbers, _ = self._nearest(magnitudes, weights)
+            _make_even(negative, magnitudes, self._weighting[:, self._own(vector, self.size)])
+        numbers, _ = self._nearest(vector, magnitudes)
         return Choice(_values(kind, numbers, negative, scale), numbers, negative)
 
-    def _shifted(self, kind: ShiftedFormat, vector: int, levels: Tensor, weights: Tensor, scale: Tensor) -> Choice:
+    def _shifted(self, kind: ShiftedFormat, vector: int, levels: Tensor, scale: Tensor) -> Choice:
         delta = float(kind.delta)
         if kind.run == 1:
-            tries = [(self._nearest(levels - shift, weights), levels - shift) for shift in (delta, -delta)]
-            losses = [loss + (x.square() * weights[..., None]).sum(1, keepdim=True) for (_, loss), x in tries]
+            weights = self._weighting[:, self._own(vector, self.size), None]
+            tries = [(self._nearest(vector, levels - shift), levels - shift) for shift in (delta, -delta)]
+            losses = [loss + (x.square() * weights).sum(1, keepdim=True) for (_, loss), x in tries]
             minus = losses[1] < losses[0]
             numbers = torch.where(minus, tries[1][0][0], tries[0][0][0])
         else:
             run = vector // kind.run
             minus = self.found.flags[:, run : run + 1]
-            numbers, _ = self._nearest(levels - torch.where(minus, -delta, delta), weights)
+            numbers, _ = self._nearest(vector, levels - torch.where(minus, -delta, delta))
         return Choice(_values(kind, numbers, minus, scale), numbers, minus)
 
-    def _nearest(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """See `formats._vectors.chosen`: [stack, vectors, rows] both."""
-        dim = self._points.shape[1]
-        w = _apart(weights[..., None], dim)
-        return _closest(_apart(values, dim), w, self._points, _costs(w, self._points))
+    def _nearest(self, vector: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `formats._vectors.chosen`: [stack, points of a vector, rows] both."""
+        dim, points = self._points.shape[1], self._own(vector, self.size // self._points.shape[1])
+        return _closest(_apart(values, dim), self._by_point[:, :, points], self._points, self._costs[:, :, points])
 
     def keep(self, vector: int, choice: Choice, rows: Tensor | None = None) -> None:
         """Take over a choice, in the rows of a mask [stack, rows] if there is one."""

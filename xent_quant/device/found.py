@@ -26,6 +26,10 @@ class Stacked(ABC):
     def of(self, parts: Sequence[Tensor]) -> Self:
         """The same of others."""
 
+    def columns(self, first: int, last: int, of: int) -> Self:
+        """Views of columns first…last, whole blocks, of so many."""
+        return self.of([part[:, first * part.shape[1] // of : last * part.shape[1] // of] for part in self.parts()])
+
     def put(self, block: int, rows: Tensor, found: Self) -> None:
         """The block of this number becomes `found` in the rows of the mask [stack, rows]."""
         for own, new in zip(self.parts(), found.parts(), strict=True):

@@ -154,7 +154,7 @@ class CodedRows(Rows[Coded]):
     def search(self, targets: Tensor, first: int, last: int) -> Scales:
         """See `Rows`."""
         if self._scales is not None:
-            return self._scales.of([part[:, first // self._step : last // self._step] for part in self._scales.parts()])
+            return self._scales.columns(first, last, self.weights.shape[1])
         weighting = self.weighting[:, first:last]
         assert isinstance(self.kind, SearchedFormat)
         scales = search(self.kind, targets, weighting, self.effort)
@@ -215,16 +215,16 @@ class VectorRows(Rows[Points]):
 
     def round(self, weights: Tensor, targets: Tensor, factor: Tensor, pivots: Tensor, scales: Points) -> tuple[Points, Tensor]:
         """See `Rows`."""
-        vectors, errors = Vectors(scales), torch.empty_like(weights)
-        size = vectors.size
+        size, errors = codebooks.size(self.kind), torch.empty_like(weights)
         own = _diagonal(factor, size)
-        weighting = (own.square() @ torch.unflatten(pivots, 1, (-1, size))[..., None])[..., 0]  # [stack, vectors, size]
+        weighting = own.square() @ torch.unflatten(pivots, 1, (-1, size))[..., None]  # [stack, vectors, size, 1]
+        vectors = Vectors(scales, weighting.flatten(1))
         one = torch.eye(size, device=own.device).expand_as(own)
         inverse = torch.linalg.solve_triangular(own, one, upper=True, unitriangular=True).mT
         for vector in range(own.shape[1]):
             here, later = slice(vector * size, (vector + 1) * size), slice((vector + 1) * size, None)
             moved = weights[:, here] + inverse[:, vector] @ (targets[:, here] - weights[:, here])
-            choice = vectors.choose(vector, moved, weighting[:, vector])
+            choice = vectors.choose(vector, moved)
             vectors.keep(vector, choice)
             errors[:, here] = weights[:, here] - choice.values
             targets[:, later] += factor[:, here, later].mT @ errors[:, here]
@@ -232,8 +232,10 @@ class VectorRows(Rows[Points]):
 
     def descend(self, start: int, stop: int, gradient: Tensor, rounds: int) -> None:
         """See `Rows`. The gradient follows vector by vector within TOGETHER columns, at once beyond."""
-        vectors, hessian = Vectors(self.chosen), self.curvature.hessian
-        size = vectors.size
+        hessian = self.curvature.hessian
+        here = self.chosen.columns(start, stop, self.weights.shape[1])
+        vectors = Vectors(here, hessian.diagonal(dim1=1, dim2=2)[:, start:stop])
+        size = codebooks.size(self.kind)
         inverses = self.curvature.blocks(size)[0]
         for _ in range(rounds):
             for first in range(start, stop, TOGETHER):
@@ -241,21 +243,17 @@ class VectorRows(Rows[Points]):
                 near = gradient[:, first - start : last - start].clone()
                 changes = torch.zeros_like(near)
                 for column in range(first, last, size):
-                    here, inside, vector = (
-                        slice(column, column + size),
-                        slice(column - first, column - first + size),
-                        column // size,
-                    )
-                    errors, slope, block = self.errors[:, here], near[:, inside], hessian[:, here, here]
-                    wanted = self.weights[:, here] - errors + inverses[:, vector] @ slope
-                    choice = vectors.choose(vector, wanted, block.diagonal(dim1=1, dim2=2))
-                    change = self.weights[:, here] - choice.values - errors
+                    own, inside = slice(column, column + size), slice(column - first, column - first + size)
+                    errors, slope, block = self.errors[:, own], near[:, inside], hessian[:, own, own]
+                    wanted = self.weights[:, own] - errors + inverses[:, column // size] @ slope
+                    choice = vectors.choose((column - start) // size, wanted)
+                    change = self.weights[:, own] - choice.values - errors
                     better = _rise(change, slope, block) < 0
-                    vectors.keep(vector, choice, better)
+                    vectors.keep((column - start) // size, choice, better)
                     change.masked_fill_(~better[:, None], 0)
                     errors += change
                     changes[:, inside] = change
-                    near += hessian[:, first:last, here] @ change
+                    near += hessian[:, first:last, own] @ change
                 gradient += hessian[:, start:stop, first:last] @ changes
 
 
