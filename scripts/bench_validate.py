@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="a .gguf file or folder made from it")
     parser.add_argument("--type", default="Q4_K_M", help="of the export that is made without --export")
     parser.add_argument("--runtimes", nargs="+", default=["torch", "llama.cpp"])
-    parser.add_argument("--max-tokens", type=int, help=f"of each of the {SUITES} suites; default: all")
+    parser.add_argument("--max-tokens", type=int, help=f"of each of the {SUITES} suites; default: the command's")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--threads", type=int, help="default: all")
     options = parser.parse_args()

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Prints how many tokens of calibration text each expert sees: of what GPTQ draws by default, or of --calib.
+"""Prints how many tokens of calibration text each expert sees: of the bundled text, or of --calib.
 
     scripts/expert_rows.py MODEL [--layers 2] [--calib TEXT]… [--calib-mix MIX] [--tokens 128k]
 
-The text is drawn as `xent-quant MODEL` draws it, spare windows for rare experts among it, and runs through the first layers as
+The text is drawn as `xent-quant MODEL` draws it, and runs through the first layers as
 they are. Of the last one only what routing takes is computed. Holds what the forward pass holds; its states lie in a folder
 that is removed.
 """

@@ -184,7 +184,7 @@ class CalibrationOptions(TextOptions):
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] | str = "auto"
     """Where the model runs for calibration and codes are chosen; cuda:1 is the second card. auto: CUDA or XPU if any."""
     vram: int | str | None = None
-    """Memory of that device to stay within, such as 8G; refused at once where that cannot be. Default: what is free."""
+    """Memory of that device to stay within, such as 8G; refused at once where that cannot be. Default: most of what is free."""
     memory: int | str | None = None
     """RAM to stay within, such as 6G; refused at once where that cannot be. Default: what is needed, see --dry-run."""
 
@@ -572,7 +572,7 @@ class SuiteOptions(_Choices):
     suite_files: tuple[str, ...] = ()
     """NAME=PATH of a UTF-8 text of your own; repeatable."""
     max_tokens: int | None = 20480
-    """Tokens of each suite, at most; the bundled ones have two to four times as many."""
+    """Tokens of each suite, at most; the bundled ones have two to three times as many."""
     context: int = 512
     """Length of the windows, of which the second half is scored."""
 

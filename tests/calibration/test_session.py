@@ -160,7 +160,7 @@ def test_little_text_and_text_in_one_language_cost_no_more_than_none(tmp_path: P
 
     plain = made("plain", method="rtn")
     little = {
-        "Chinese fiction": made("little", calib=("fiction-zh",), tokens=512),  # and three times as much, which experts ask for
+        "Chinese fiction": made("little", calib=("fiction-zh",), tokens=512),
         "English": made("english", calib=("entertainment-en",), tokens=8000),
     }
     print(f"{kind}: search without text {plain:.6f}, " + ", ".join(f"{name} {value:.6f}" for name, value in little.items()))
