@@ -33,7 +33,6 @@ FURTHEST = 2.25
 """Times as far as rounding to the coarsest type of an export would move a row, a correction moves it at most: `validate` so knows
 moved weights from damaged ones (docs/validation.md)."""
 
-
 PROBES, CLEAR = 128, 0.7
 """Products that estimate how far a row is moved, within some ten per cent, and what share of the furthest this may be without a
 closer look."""

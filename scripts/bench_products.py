@@ -4,7 +4,8 @@
     scripts/bench_products.py [--seconds 1]
 
 Shapes are those of XVERSE-Ent-A4.2B: gate (2,560 to 1,728 columns), down (the other way) and attention, for the rows that a rare
-expert, an expert and a dense weight get at a time; the last line is a Hessian's sum over 2,048 rows. The figure is the best of as
+expert, an expert and a dense weight get at a time; the last lines are a Hessian's sum over 2,048 rows and what solves
+as many by its factors, their making left out of torch's. The figure is the best of as
 many repetitions as fit into so many seconds, GFLOP/s. ONEDNN_MAX_CPU_ISA=AVX2 shows a processor without AVX-512.
 """
 
@@ -14,11 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numba
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from calibration.moments import Moments
-from xent_quant.linalg import linear
+from xent_quant.linalg import Curvature, linear, root
 from xent_quant.model.stages import Batch
 
 
@@ -39,6 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     seconds, found = options.seconds, []
     torch.set_num_threads(1)
+    numba.set_num_threads(1)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, one thread, GFLOP/s")
     print(f"{'rows':>6} {'in':>6} {'out':>6} {'torch':>7} {'ours':>7} {'ratio':>6}")
     for rows in (16, 384, 2048):
@@ -55,6 +59,17 @@ def main() -> None:
     ours = rate(lambda: Moments(2560, True).add(batch), operations, seconds)
     found.append({"rows": 2048, "in": 2560, "out": "sum of x xᵀ", "torch GFLOP/s": theirs, "GFLOP/s": ours})
     print(f"sum of x xᵀ over 2,048 rows of 2,560: {theirs:.0f} of what is needed, ours {ours:.0f}, {ours / theirs:.2f}")
+    known = Curvature(rows.T.numpy() @ rows.numpy() / np.float32(2048))
+    upper = torch.from_numpy(root(known.hessian))
+    operations = 2 * 2048 * 2560**2
+
+    def solved() -> torch.Tensor:
+        half = torch.linalg.solve_triangular(upper.T, rows, upper=False, left=False)
+        return torch.linalg.solve_triangular(upper, half, upper=True, left=False)
+
+    theirs, ours = rate(solved, operations, seconds), rate(lambda: known.solve(rows.numpy()), operations, seconds)
+    found.append({"rows": 2048, "in": 2560, "out": "x (H + λ)⁻¹", "torch GFLOP/s": theirs, "GFLOP/s": ours})
+    print(f"x (H + λ)⁻¹ of 2,048 rows of 2,560, by its factors: {theirs:.0f}, ours {ours:.0f}, {ours / theirs:.2f}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1), "utf-8")
 

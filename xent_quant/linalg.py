@@ -130,17 +130,10 @@ def _solved(rows: F32, triangle: F32, *, upper: bool) -> F32:
     import torch
 
     given, by = torch.from_numpy(rows), torch.from_numpy(triangle)
-    solve: Callable[[Tensor], Tensor] = partial(_once, by, upper)
+    solve: Callable[[Tensor], Tensor] = partial(torch.linalg.solve_triangular, by, upper=upper, left=False)
     if len(by) > SOLVED:
         solve = partial(_by_parts, _parts(by, upper))
     found: F32 = torch.cat(parallel.run([partial(solve, given[part]) for part in row_chunks(len(rows))])).numpy()
-    return found
-
-
-def _once(by: "Tensor", upper: bool, given: "Tensor") -> "Tensor":
-    import torch
-
-    found: Tensor = torch.linalg.solve_triangular(by, given, upper=upper, left=False)
     return found
 
 
@@ -159,6 +152,7 @@ def _parts(by: "Tensor", upper: bool) -> "list[tuple[slice, slice, Tensor, Tenso
 
 
 def _by_parts(parts: "list[tuple[slice, slice, Tensor, Tensor]]", given: "Tensor") -> "Tensor":
+    """given triangle⁻¹ [m, n], by what `_parts` made of the triangle."""
     import torch
 
     found = torch.empty_like(given)

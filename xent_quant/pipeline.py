@@ -325,7 +325,6 @@ def calibrate(
     from xent_quant.walk.collecting import collect
 
     torch.set_num_threads(used)
-
     session = Session(checkpoint, wanted)
     for note in session.notes:
         (progress or Silent()).note(note)
@@ -370,7 +369,6 @@ def sensitivity(
     from xent_quant.walk.sensing import measure
 
     torch.set_num_threads(used)
-
     if output is None:
         file = sensitivities.kept(checkpoint)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -182,7 +182,8 @@ class OnDevice:
         for same in group:
             rows = _wanted(same)
             for job, part in zip(same, torch.split(rows, [len(job.weights) for job in same]), strict=True):
-                _check_range(job.name, part, kind)
+                if job.pull is not None:  # without, they are what was checked
+                    _check_range(job.name, part, kind)
             wanted.append(rows.mT)
         weights = torch.stack(wanted).contiguous()
         return self._made(group, kind, self._search(weights, kind, self._weighting(group, weights.shape[1])))

@@ -26,8 +26,8 @@ C = TypeVar("C", Coded, Points)
 
 COPIES = 13
 """Of the weights that are under way, about: they, those read ahead, pulls, targets, errors, codes, and what comes out."""
-HESSIANS = 8
-"""Of their size is held, about: sums and means, drift, damped, root, factor, and what is stacked of them."""
+HESSIANS = 10
+"""Of their size is held, about: sums and means, drift, damped, root, factor, what is stacked of them, and what was not padded."""
 
 
 class Levels:
