@@ -3,7 +3,8 @@
 
     scripts/bench_calibrate.py [--model DIR] [--tokens 32k] [--method imatrix gptq] [--measure pass layer command]
                                [--calib FILE] [--layers N] [--experts N] [--bits 4]
-    scripts/bench_calibrate.py --measure stock --model DIR [--imatrix FILE] [--threads N]
+    scripts/bench_calibrate.py --measure stock --model DIR [--imatrix FILE] [--twin DIR] [--threads N]
+    scripts/bench_calibrate.py --measure stock-text --model DIR --calib FILE --tokens 32k [--twin DIR] [--threads N]
 
 pass: the calibration pass alone, statistics made and dropped, no weight quantised; tokens/s counts every token once, whatever
 the number of layers. layer: the first layer alone, its weights quantised (--type, one type for all of them); seconds apart for
@@ -12,10 +13,13 @@ the factorisation and inversion of Hessians, the weighted search, GPTQ's roundin
 blocks within it included), and all else ("forward": weights read, multiplied, and handed on). command:
 `xent-quant MODEL --bits … --format gguf` as a person runs it. stock: `xent-quant DIR --type Q4_K_M` without text, by
 `--method rtn` and with a FILE of statistics (`xent-quant calibrate` makes one), and llama-quantize on as many threads, then its
-seconds over ours. It is given its BF16 GGUF: the time of a converter, and stock's does not read XVERSE's mixtures, is not in it.
-Nor is padding: rows that 256 does not divide get Q5_0 and Q8_0, which it makes faster. "whole", "CPU" and "peak" (ru_maxrss)
-are of the child process, imports included; seconds of CPU hardly change where other jobs run beside it. The first run compiles
-kernels: run twice.
+seconds over ours. stock-text: `calibrate` beside llama-imatrix on one plain FILE of text, then `xent-quant DIR --type Q4_K_M`
+with that text (GPTQ) beside llama-imatrix and llama-quantize. These are given a BF16 GGUF, which stock's converter does not make
+of XVERSE's mixtures. What it takes is measured with --twin, a checkpoint of the same shapes that it reads (`make_checkpoint.py
+--config scripts/shapes/a42b-as-ling.json --layers N`; --model may be the same one), and added to stock's side, else left out.
+Nothing is padded on stock's side: rows that 256 does not divide get Q5_0 and Q8_0, which it makes faster. "whole", "CPU" and
+"peak" (ru_maxrss) are of the child process, imports included; seconds of CPU hardly change where other jobs run beside it. The
+first run compiles kernels: run twice.
 """
 
 import argparse
@@ -123,29 +127,75 @@ def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
 MEASURES = {"pass": run_pass, "layer": run_layer}
 
 
-def beside_stock(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Prints what whole commands without text take, and what llama-quantize does; yields it."""
-    from stock_llama import program
+PRE = "from conversion.base import TextModel; TextModel.get_vocab_base_pre = lambda self, tokenizer: 'default'"
+"""The converter refuses tokenizers whose digest it does not know, as those of random checkpoints."""
 
-    ours = [sys.executable, "-m", "xent_quant.cli.main", options.model, "--format", "gguf", "--name", "model"]
-    ours += ["--threads", options.threads]
-    ways = [("rtn", ["--method", "rtn"], [])]
-    if options.imatrix:
-        ways.append(("imatrix", ["--imatrix", options.imatrix], ["--imatrix", options.imatrix]))
-    with tempfile.TemporaryDirectory() as room:
-        child([*ours, "--type", "BF16", "--method", "rtn", "--output", room])
-        print(f"load before: {os.getloadavg()[0]:.1f}")
-        for name, our_way, their_way in ways:
-            facts = child([*ours, "--type", "Q4_K_M", *our_way, "--output", f"{room}/{name}"])[1]
-            shutil.rmtree(f"{room}/{name}")
-            files = f"{room}/model-BF16.gguf", f"{room}/{name}.gguf"
-            stock = child([str(program("quantize")), *their_way, *files, "Q4_K_M", options.threads], stderr=subprocess.DEVNULL)[1]
-            os.remove(files[1])
-            ratios = {key: stock[key] / facts[key] for key in ("whole s", "CPU s")}
-            for side, values in (("ours", facts), ("llama-quantize", stock), ("ratio", ratios)):
-                shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-                print(f"{name:8} {side:14} {shown}", flush=True)
-                yield {"command": name, "of": side, **values}
+
+class Stock:
+    """Commands of ours and of stock's for one model, in a folder of their own, and what they take."""
+
+    def __init__(self, options: argparse.Namespace, room: str) -> None:
+        from stock_llama import home
+
+        self.options, self.room, self.float = options, Path(room), Path(room, "model-BF16.gguf")
+        self.bin, script = home() / "bin", home() / "convert" / "convert_hf_to_gguf.py"
+        self.converter: dict[str, float] = {}
+        if options.twin:
+            lines = [f"import runpy, sys; sys.path[:0] = [{str(script.parent)!r}]; sys.argv[0] = {str(script)!r}", PRE]
+            lines.append(f"runpy.run_path({str(script)!r}, run_name='__main__')")
+            files = [options.twin, "--outtype", "bf16", "--outfile", str(self.float)]
+            self.converter = child([sys.executable, "-c", "\n".join(lines), *files], stderr=subprocess.DEVNULL)[1]
+            if Path(options.twin).resolve() != Path(options.model).resolve():
+                self.float.unlink()
+        if not self.float.exists():
+            self.ours("--type", "BF16", "--method", "rtn", folder=self.room)
+        print(f"load before: {os.getloadavg()[0]:.1f}", flush=True)
+
+    def ours(self, *words: str, folder: Path | None = None) -> dict[str, float]:
+        target = folder or self.room / "ours"
+        command = [sys.executable, "-m", "xent_quant.cli.main", self.options.model, "--format", "gguf", "--name", "model"]
+        command += ["--threads", self.options.threads, "--allow-tokenizer-mismatch", "--output", str(target), *words]
+        facts = child(command)[1]
+        if not folder:
+            shutil.rmtree(target)
+        return facts
+
+    def quantize(self, *words: str) -> dict[str, float]:
+        files = [str(self.float), str(self.room / "stock.gguf")]
+        command = [str(self.bin / "llama-quantize"), *words, *files, "Q4_K_M", self.options.threads]
+        facts = child(command, stderr=subprocess.DEVNULL)[1]
+        os.remove(files[1])
+        return facts
+
+    def show(self, name: str, ours: dict[str, float], stock: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
+        """Prints and yields ours, each of stock's steps, and the ratio of their sum to ours."""
+        both = ("whole s", "CPU s")
+        ratios = {key: sum(step[key] for step in stock.values()) / ours[key] for key in both}
+        for side, values in (("ours", ours), *stock.items(), ("ratio", ratios)):
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+            print(f"{name:8} {side:14} {shown}", flush=True)
+            yield {"command": name, "of": side, **values}
+
+    def without_text(self) -> Iterator[dict[str, Any]]:
+        known = ["--imatrix", self.options.imatrix] if self.options.imatrix else []
+        converter = {"converter": self.converter} if self.converter else {}
+        for name, ours, theirs in [("rtn", ["--method", "rtn"], []), *([("imatrix", known, known)] if known else [])]:
+            steps = {"llama-quantize": self.quantize(*theirs), **converter}
+            yield from self.show(name, self.ours("--type", "Q4_K_M", *ours), steps)
+
+    def with_text(self) -> Iterator[dict[str, Any]]:
+        options, found = self.options, [str(self.room / f"{side}-imatrix.gguf") for side in ("ours", "stock")]
+        (text,), tokens = options.calib, int(options.tokens.removesuffix("k")) * (1000 if options.tokens.endswith("k") else 1)
+        read = ("--calib", text, "--tokens", options.tokens, "--seqlen", str(options.seqlen), "--threads", options.threads)
+        command = [sys.executable, "-m", "xent_quant.cli.main", "calibrate", options.model, "--output", found[0], *read]
+        calibrate = child(command)[1]
+        command = [str(self.bin / "llama-imatrix"), "-m", str(self.float), "-f", text, "-o", found[1], "--no-ppl"]
+        command += ["-c", str(options.seqlen), "--chunks", str(tokens // options.seqlen), "-t", options.threads]
+        imatrix = {"llama-imatrix": child(command, stderr=subprocess.DEVNULL)[1]}
+        yield from self.show("calibrate", calibrate, imatrix)
+        steps = imatrix | {"llama-quantize": self.quantize("--imatrix", found[1])}
+        steps |= {"converter": self.converter} if self.converter else {}
+        yield from self.show("gptq", self.ours("--type", "Q4_K_M", *read[:6]), steps)
 
 
 def child(command: list[str], stderr: int | None = None) -> tuple[str, dict[str, float]]:
@@ -169,12 +219,14 @@ def main() -> None:
     parser.add_argument("--calib", action="append", default=[], help="text, as of the command; default: the bundled text")
     parser.add_argument("--method", nargs="+", default=["imatrix", "gptq"], choices=["imatrix", "gptq"])
     measures = ["pass", "layer", "command"]
-    parser.add_argument("--measure", nargs="+", default=measures, choices=[*measures, "stock"])
+    parser.add_argument("--measure", nargs="+", default=measures, choices=[*measures, "stock", "stock-text"])
     parser.add_argument("--layers", type=int, help="the pass over the first layers only")
     parser.add_argument("--experts", type=int, help="the layer's attention and first experts only")
     parser.add_argument("--type", default="Q4_K", help="of the layer's weights")
     parser.add_argument("--bits", default="4", help="of the command")
     parser.add_argument("--imatrix", help="of stock: a file of statistics")
+    parser.add_argument("--twin", help="of stock: a checkpoint of the model's shapes that llama.cpp's converter reads")
+    parser.add_argument("--folder", type=Path, help="of stock: where files are made; default: the system's for temporary files")
     parser.add_argument("--threads", default="2", help="of stock")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--child", choices=MEASURES, help=argparse.SUPPRESS)
@@ -185,8 +237,10 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     # Nothing heavy is imported here: a child's ru_maxrss begins with its parent's size.
     for measure in options.measure:
-        if measure == "stock":
-            found += beside_stock(options)
+        if measure.startswith("stock"):
+            with tempfile.TemporaryDirectory(dir=options.folder) as room:
+                stock = Stock(options, room)
+                found += stock.without_text() if measure == "stock" else stock.with_text()
             continue
         for method in options.method:
             if measure == "command":

@@ -30,18 +30,20 @@ class _Mine(threading.local):
 _mine = _Mine()
 
 
-def run(jobs: Sequence[Callable[[], T]], most: int | None = None) -> list[T]:
+def run(jobs: Sequence[Callable[[], T]], most: int | None = None, *, each: int = 1) -> list[T]:
     """What the jobs return, in their order. They are begun in it too, so one may wait for those before it (`Turns`).
 
     As many run at a time as numba has threads here, or `most`; a job's own products, factorisations and kernels have one thread,
-    and jobs within it run one after the other. Raises what the first of them that fails raises; the others stop at their next
-    `check`.
+    or `each` where several jobs run, and jobs within it run one after the other, or so many at a time. Raises what the first of
+    them that fails raises; the others stop at their next `check`.
     """
     count = min(numba.get_num_threads(), len(jobs), most or len(jobs))
     stop = threading.Event()
 
     def begin() -> None:
-        numba.set_num_threads(1)
+        numba.set_num_threads(each)
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(each)
         _mine.stop = stop
 
     with one_thread():

@@ -312,8 +312,8 @@ def calibrate(
 ) -> CalibrateResult:
     """Run text through a checkpoint, on so many CPU threads (None: all), and write an importance matrix to the file `output`.
 
-    `options` are the fields of `xent_quant.options.CalibrationOptions`. Holds the hidden states of the text and one expert.
-    Raises the errors of `xent_quant.errors`.
+    `options` are the fields of `xent_quant.options.CalibrationOptions`. Holds an expert for each thread; the text's
+    states are files. Raises the errors of `xent_quant.errors`.
     """
     started = time.perf_counter()
     wanted, used = CalibrationOptions(**options), _set_threads(threads)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import xent_quant
 from calibration.correction import NOTHING
 from calibration.imatrix import Imatrix
 from exporters.gguf.export import GGUFExporter
@@ -39,13 +40,29 @@ def told(folder: Path) -> list[str]:
     return re.findall(r"<!-- xent-quant: (.+?) -->", (folder / README).read_text())
 
 
-def test_exports_of_one_walk_are_those_made_alone(model: Path, text: Any, tmp_path: Path) -> None:
-    together = export(model, tmp_path / "all", type=["Q4_0", "Q8_0"], formats=["gguf", "onnx"], **FAST, **text)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_exports_of_one_walk_are_those_made_alone(threads: int, model: Path, text: Any, tmp_path: Path) -> None:
+    """With two threads their streams are measured and quantised side by side."""
+    both = {**FAST, "threads": threads}
+    together = export(model, tmp_path / "all", type=["Q4_0", "Q8_0"], formats=["gguf", "onnx"], **both, **text)
     assert len(together.exports) == 3
     for one in ({"type": "Q4_0"}, {"type": "Q8_0"}, {"formats": ["onnx"]}):
         export(model, tmp_path / "each", **one, **FAST, **text)
     assert tree(tmp_path / "all") == tree(tmp_path / "each")
     assert told(tmp_path / "all") == ["Model-Q4_0", "Model-Q8_0"]
+
+
+def test_experts_side_by_side_change_no_byte_of_statistics_or_of_what_is_made_with_them(
+    model: Path, text: Any, tmp_path: Path
+) -> None:
+    one, two = [], []
+    for threads, made in ((1, one), (2, two)):
+        folder = tmp_path / str(threads)
+        export(model, folder, type="Q4_0", method="imatrix", effort="fast", threads=threads, **text)
+        xent_quant.calibrate(model, output=folder / "imatrix.gguf", threads=threads, **text)
+        made.append(tree(folder))
+    assert one == two
+    assert len(one[0]) == 4
 
 
 @pytest.mark.parametrize("formats", [["gguf"], ["onnx", "bnb"]], ids=" ".join)

@@ -12,9 +12,10 @@ its own, what an export made of the model's (a *quantised stream*). Norms are th
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,7 @@ from xent_quant.model.layers import attention, head_norm, rms_norm, rotary_table
 from xent_quant.model.sizes import ATTENDED, INNER, KEPT_ROWS, PART_TOKENS, STATE_FILES
 from xent_quant.model.states import States
 from xent_quant.parallel import Turns, check
+from xent_quant.parallel import run as run_jobs
 from xent_quant.tensors import TensorSpec
 
 SMALLEST = 0.25
@@ -521,3 +523,21 @@ class Head(Stage):
 
     def advance(self, weights: Sequence[Weights]) -> None:
         """Nothing comes behind the head."""
+
+
+def side_by_side(stages: Sequence[Stage]) -> Iterator[list[list[Stage]]]:
+    """What may be under way together, each list in its order: one of stages outside routed experts, or one for each expert."""
+    for _, group in groupby(stages, key=lambda stage: stage.expert is not None):
+        yield [list(own) for _, own in groupby(group, key=lambda stage: stage.expert)]
+
+
+def take(stages: Sequence[Stage], work: Callable[[Sequence[Stage]], None], most: int | None = None) -> None:
+    """Have `work` do stages in their order; on the CPU those of `most` routed experts at a time, of one for each thread, are
+    done side by side. Raises what it raises."""
+    for together in side_by_side(stages):
+        jobs = [partial(work, own) for own in together]
+        if together[0][0].expert is not None and together[0][0].run.device.type == "cpu":
+            run_jobs(jobs, most)
+        else:
+            for job in jobs:
+                job()

@@ -1,11 +1,12 @@
-"""Runs one model over many windows of tokens while holding one expert, or one layer's attention, at a time.
+"""Runs one model over many windows of tokens while holding an expert for each thread, or one layer's attention, at a time.
 
 The weights may come from a checkpoint or from an exported file that is dequantised on the way: anything that is a WeightSource.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from xent_quant.errors import CalibrationError
 from xent_quant.journal import FILE, Journal, software
 from xent_quant.linalg import linear
-from xent_quant.model.stages import Pass, Stage, Stream, WeightSource
+from xent_quant.model.stages import Pass, Stage, Stream, WeightSource, take
 from xent_quant.model.states import InMemory, States
 from xent_quant.model.streams import Streams
 from xent_quant.progress import Progress, Silent
@@ -23,7 +24,8 @@ HEAD_WEIGHTS = 16 * 1024 * 1024
 """Weights of the embedding and the head read at a time."""
 
 Observer = Callable[[Stage], None]
-"""Gets each stage before the state goes on with its weights: to look at their rows, or not."""
+"""Gets each stage before the state goes on with its weights: to look at their rows, or not. Those of routed experts come from
+several threads."""
 AfterLayer = Callable[[int, States], None]
 """Gets a layer's number and the residual stream behind it [n_windows · length, hidden], which it must not change."""
 
@@ -103,9 +105,7 @@ class StreamingModel:
                     run.embed(0, start, rows)
             for layer in range(max(0, done - 1), model.num_layers):
                 report.phase(f"layer {layer + 1} of {model.num_layers}")
-                for stage in run.layer(layer):
-                    observer(stage)
-                    stage.advance([{spec.name: run.weight(spec.name) for spec in stage.weights}])
+                take(run.layer(layer), partial(_advance, observer))
                 if after_layer:
                     after_layer(layer, run.streams[0].x)
                 if journal:
@@ -169,3 +169,9 @@ class StreamingModel:
         scored = hidden[:, half:-1].reshape(-1, hidden.shape[-1])
         log_p = self.log_probabilities(scored, windows[:, half + 1 :].reshape(-1))
         return float((-log_p.mean()).exp()), len(log_p)
+
+
+def _advance(observer: Observer, stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        observer(stage)
+        stage.advance([{spec.name: stage.run.weight(spec.name) for spec in stage.weights}])

@@ -1,7 +1,9 @@
 """A whole calibration pass into an importance matrix: what `xent-quant calibrate` keeps in a file."""
 
 import io
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from xent_quant.checkpoint.llama_names import HEAD, llama_name
 from xent_quant.device.choice import memory_of
 from xent_quant.errors import ExportError
 from xent_quant.journal import Journal, software
-from xent_quant.model.stages import Stage
+from xent_quant.model.stages import Stage, take
 from xent_quant.model.streams import Streams
 from xent_quant.progress import Progress
 from xent_quant.storage import (
@@ -46,10 +48,14 @@ class Collecting:
     """Σx² and row counts of every weight, raw, as llama-imatrix keeps them, and of experts Σ(g·x)² and Σg².
 
     The head is included, which llama-imatrix does with --process-output only; the router is not. Each step's sums are a file of
-    `folder` when it is done, so that another run can go on behind it. Holds the sums of one layer, and what `Pass` holds.
+    `folder` when it is done, so that another run can go on behind it. Holds the sums of one layer, and what `Pass` holds, with
+    at most so many `experts` side by side.
     """
 
-    def __init__(self, session: Session, streams: Streams, journal: Journal, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self, session: Session, streams: Streams, journal: Journal, folder: Path, progress: Progress, experts: int | None = None
+    ) -> None:
+        self._experts = experts
         self._model, self._checkpoint = session.checkpoint.architecture, session.checkpoint
         self._streams, self._journal, self._folder, self._report = streams, journal, folder, progress
 
@@ -76,16 +82,18 @@ class Collecting:
 
     def _layer(self, index: int) -> Sums:
         found: Sums = {}
-        for stage in self._streams.run.layer(index):
+        take(self._streams.run.layer(index), partial(self._measure, index, found), self._experts)
+        return found
+
+    def _measure(self, index: int, found: Sums, stages: Sequence[Stage]) -> None:
+        run = self._streams.run
+        for stage in stages:
             if stage.weights:
                 self._add(stage, found)
-            exact: dict[str, Tensor] = {
-                spec.name: self._streams.run.tensor(self._checkpoint.read(spec.name)) for spec in stage.weights
-            }
+            exact: dict[str, Tensor] = {spec.name: run.tensor(self._checkpoint.read(spec.name)) for spec in stage.weights}
             stage.advance([exact])
             if stage.weights and stage.weights[0].role is Role.ROUTER:
-                self._journal.coverage = [*self._journal.coverage[:index], self._streams.run.expert_tokens(0)]
-        return found
+                self._journal.coverage = [*self._journal.coverage[:index], run.expert_tokens(0)]
 
     def _add(self, stage: Stage, found: Sums) -> None:
         parts = sums(stage)
@@ -179,7 +187,7 @@ def collect(
             windows = session.first(journal.windows)
         streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1, room.kept_rows, fresh=not journal.done)
         opened.callback(streams.close)
-        collecting = Collecting(session, streams, journal, work.path, progress)
+        collecting = Collecting(session, streams, journal, work.path, progress, room.experts)
         collecting.run()
         opened.close()
         matrix = Imatrix(collecting.entries(), session.text.names, len(windows), windows.shape[1])

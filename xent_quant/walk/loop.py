@@ -12,7 +12,6 @@ Without text there are no streams, and only the second line is left.
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from calibration.correction import NOTHING, Measured
@@ -63,7 +62,7 @@ class Walk:
         self._side_by_side = experts
         self._progress = progress or Silent()
         self._reports = Reports(self._progress)
-        self._work = Work(checkpoint, lanes, streams.run if streams else None, measuring, self._reports)
+        self._work = Work(checkpoint, lanes, streams.run if streams else None, measuring, self._reports, experts)
         self._elsewhere = Elsewhere(cluster, self._work, self._progress) if cluster else None
         self._tensors = checkpoint.architecture.tensors()
         self._layers = checkpoint.architecture.num_layers
@@ -128,14 +127,16 @@ class Walk:
         self._pass([tensor for tensor in tensors if not self.streams or tensor.role is Role.NORM], self.lanes)
         if not self.streams:
             return
+        from xent_quant.model.stages import side_by_side
+
         run = self.streams.run
-        for routed, group in groupby(run.layer(index), key=lambda stage: stage.expert is not None):
-            if not routed:
-                self._work.stages(zip(group))
+        for together in side_by_side(run.layer(index)):
+            if together[0][0].expert is None:
+                self._work.stages(zip(together[0]))
                 continue
             listened = max((number for number in self._work.measuring if number), default=0)
             self.journal.coverage = [*self.journal.coverage[:index], run.expert_tokens(listened)]
-            self._experts([list(chain) for _, chain in groupby(group, key=lambda stage: stage.expert)])
+            self._experts(together)
 
     def _experts(self, experts: "list[list[Stage]]") -> None:
         """The stages of a layer's routed experts: side by side in processes elsewhere or in threads, or as many as fit together

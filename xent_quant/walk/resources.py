@@ -71,8 +71,8 @@ def memory(model: Architecture, followers: int, text: bool, room: Room) -> int:
     in_layer = [tensor for tensor in tensors if tensor.layer is not None and len(tensor.shape) > 1]
     routed = [tensor for tensor in in_layer if tensor.expert is not None]
     streams = 1 + followers
-    for_all = _stage([tensor for tensor in in_layer if tensor.expert is None], model, streams)
     side_by_side = room.experts or numba.get_num_threads()
+    for_all = _stage([tensor for tensor in in_layer if tensor.expert is None], model, streams, min(followers, side_by_side))
     experts = 0
     if routed:
         inner = 4 * room.kept_rows * model.intermediate_size * streams
@@ -83,22 +83,24 @@ def memory(model: Architecture, followers: int, text: bool, room: Room) -> int:
     return int(MARGIN * (rows_of_vocabulary + TORCH + max(for_all, experts)))
 
 
-def _stage(tensors: Sequence[TensorSpec], model: Architecture, streams: int) -> int:
-    """Bytes that the largest stage of these tensors holds: rows on their way, weights, and what is made of the rows."""
+def _stage(tensors: Sequence[TensorSpec], model: Architecture, streams: int, measured: int = 1) -> int:
+    """Bytes that the largest stage of these tensors holds: rows on their way, weights, and what is made of the rows of so many
+    streams that are `measured` at a time."""
     columns, largest = max(tensor.shape[-1] for tensor in tensors), max(tensor.n_weights for tensor in tensors)
     rows = 4 * PART_TOKENS * (4 * model.hidden_size + 3 * columns)
-    found = rows + 4 * largest * (3 * streams + 1)  # the most weights that read the same, or gate, up and down; one as stored
+    weights = 4 * largest * (3 * streams + 1)  # the most that read the same, or gate, up and down; one as stored
+    made = 0
     if streams > 1:
         # Sums: Σxxᵀ, drift, residuals. Ready: Hessian, drift, damped, root, factor, and two on the way. Weight, pull, errors,
         # what is solved of the pull, and the bytes.
-        found += 4 * (2 * columns**2 + columns * model.hidden_size) + 4 * 7 * columns**2 + 4 * 5 * largest
-        found += 4 * HELD_OUT_ROWS * (2 * columns + model.hidden_size)
-    return found
+        made = 4 * (2 * columns**2 + columns * model.hidden_size) + 4 * 7 * columns**2 + 4 * 5 * largest
+        made += 4 * HELD_OUT_ROWS * (2 * columns + model.hidden_size)
+    return weights + max(1, measured) * (rows + made)
 
 
 def room(model: Architecture, followers: int, text: bool, limit: int | None) -> Room:
     """What to hold so that `limit` bytes are not passed. Raises ConfigError where the least would not do."""
-    most = numba.get_num_threads() if text and followers and model.num_experts else 1
+    most = numba.get_num_threads() if text and model.num_experts else 1
     for chosen in _rooms(most):
         if limit is None or memory(model, followers, text, chosen) <= limit:
             return chosen

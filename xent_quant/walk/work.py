@@ -3,12 +3,14 @@ process elsewhere: the same code, so the same bytes."""
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+import numba
 import numpy as np
 
 from calibration.correction import NOTHING, Measured
-from xent_quant import memory
+from xent_quant import memory, parallel
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats.base import F32
 from xent_quant.progress import Progress
@@ -44,8 +46,9 @@ class Reports:
 class Work:
     """On the stages of `run`, for lanes that listen to its streams.
 
-    Holds a stage's weights, with what each lane makes of them and what its method holds, for each expert that is under way.
-    Raises what reading, measuring and quantising raise.
+    Holds a stage's weights, with what each lane makes of them and what its method holds, for each expert that is under way, or
+    outside routed experts for each stream of at most `side_by_side` (None: one for each thread). Raises what reading, measuring
+    and quantising raise.
     """
 
     def __init__(
@@ -55,7 +58,9 @@ class Work:
         run: "Pass | None",
         measuring: "Sequence[Measuring]",
         reports: Reports,
+        side_by_side: int | None = None,
     ) -> None:
+        self._side_by_side = side_by_side
         self.checkpoint, self.lanes, self.run, self.reports = checkpoint, lanes, run, reports
         self.measuring: dict[int | None, Measuring] = {each.stream: each for each in measuring}
         self.by_stream: dict[int | None, list[Lane]] = {}
@@ -98,21 +103,32 @@ class Work:
         assert self.run is not None
         tensors = [tensor for stage in stages for tensor in stage.weights]
         weights = [{name: tensor for name, (_, tensor) in exact.items()} for _ in self.run.streams]
-        for number, lanes in self.by_stream.items():  # what one of them measured is let go before the next one measures
-            known = [self.measure(number, stage) if stage.weights else NOTHING for stage in stages]
-            given = [
-                Given(tensor, 0, exact[tensor.name][0], self._told(number, tensor, measured), exact[tensor.name][1])
-                for stage, measured in zip(stages, known, strict=True)
-                for tensor in stage.weights
-            ]
-            for lane in lanes:
-                for each, made in zip(given, self._put(lane, given), strict=True):
-                    if lane.stream and made is not None:
-                        weights[lane.stream][each.tensor.name] = self.run.tensor(made)
-            del known, given
+        jobs = [partial(self._listening, number, stages, exact, weights) for number in self.by_stream]
+        together = min(len(jobs), self._side_by_side or len(jobs), numba.get_num_threads()) if self.device is None else 1
+        if together > 1:  # not those of an expert, who has one thread
+            parallel.run(jobs, together, each=numba.get_num_threads() // together)
+        else:
+            for job in jobs:  # what one of them measured is let go before the next one measures
+                job()
         for stage in stages:
             stage.advance(weights)
         self.reports.advance(sum(tensor.n_weights for tensor in tensors))
+
+    def _listening(
+        self, number: int | None, stages: "tuple[Stage, ...]", exact: "Weights", weights: "list[dict[str, Tensor]]"
+    ) -> None:
+        """Stages for the lanes that listen to a stream; what they make of `exact` weights goes into those of their streams."""
+        assert self.run is not None
+        known = [self.measure(number, stage) if stage.weights else NOTHING for stage in stages]
+        given = [
+            Given(tensor, 0, exact[tensor.name][0], self._told(number, tensor, measured), exact[tensor.name][1])
+            for stage, measured in zip(stages, known, strict=True)
+            for tensor in stage.weights
+        ]
+        for lane in self.by_stream[number]:
+            for each, made in zip(given, self._put(lane, given), strict=True):
+                if lane.stream and made is not None:
+                    weights[lane.stream][each.tensor.name] = self.run.tensor(made)
 
     def _told(self, stream: int | None, tensor: TensorSpec, measured: Measured) -> Measured:
         """What lanes are told of one of a stage's weights. A router's numbers stay whole, but they move with what drifted."""
