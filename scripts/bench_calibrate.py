@@ -248,6 +248,7 @@ def main() -> None:
                     command = [sys.executable, "-m", "xent_quant.cli.main", *([options.model] if options.model else [])]
                     command += ["--bits", options.bits, "--format", "gguf", "--method", method, "--tokens", options.tokens]
                     command += ["--seqlen", str(options.seqlen), *(f"--calib={text}" for text in options.calib)]
+                    command.append("--allow-tokenizer-mismatch")  # of random checkpoints
                     _, facts = child([*command, "--output", room])
             else:
                 output, whole = child([sys.executable, *sys.argv, "--child", measure, "--method", method])
