@@ -72,7 +72,7 @@ class Measuring:
         statistics = moments.statistics(prior)
         correction = moments.correction(statistics, prior, self._furthest) if statistics else None
         if first.role is Role.ROUTER:
-            moments.drift = None
+            moments.forget_drift()
             self._layer, self.drifted = moments, Regression.of(correction) if correction else None
         return Measured(statistics, correction)
 
@@ -120,10 +120,14 @@ def sums(stage: Stage) -> tuple[Tensor, ...]:
 def _sums(batches: Iterable[Batch]) -> tuple[Tensor, ...]:
     found: list[Tensor] = []
     for batch in batches:
-        inputs = batch.inputs.float()
-        parts = [inputs.square().sum(0), torch.tensor(len(inputs))]
-        if batch.gates is not None:
-            parts += [(inputs * batch.gates[:, None].float()).square().sum(0), batch.gates.square().sum()]
+        squares = batch.inputs.float().square()
+        rows = torch.tensor(len(squares))
+        if batch.gates is None:
+            parts = [squares.sum(0), rows]
+        else:  # an expert's, so on one thread
+            weights = batch.gates.float().square()
+            plain, gated = torch.stack([torch.ones_like(weights), weights]) @ squares
+            parts = [plain, rows, gated, weights.sum()]
         wide = [part.cpu().double() for part in parts]
         found = [own.add_(more) for own, more in zip(found, wide, strict=True)] if found else wide
     return tuple(found)

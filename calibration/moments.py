@@ -14,15 +14,12 @@ from calibration.correction import Correction
 from calibration.rare import fewest_rows, floored, missing_rows
 from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.linalg import believed, linear
-from xent_quant.model.sizes import HELD_OUT_ROWS
+from xent_quant.model.sizes import ADDED_ROWS, HELD_OUT_ROWS
 from xent_quant.model.stages import Batch
 from xent_quant.tensors import InputStatistics
 
 STRIPE = 256
 """Rows of Σ x xᵀ that are computed at a time, from their first column on: its lower half is the upper one mirrored."""
-
-ADDED_ROWS = 2048
-"""That are added to the sums at a time; two copies of so many are held."""
 
 CPU = torch.device("cpu")
 
@@ -36,7 +33,8 @@ class Moments:
     Where the rows come with what they should have been, also Σ w (exact − x) xᵀ (`drift` [in, in]) and, where the output goes
     to the residual stream, Σ w r xᵀ of what that lacks (`residuals` [out, in]), both float32.
 
-    What is made of them is for methods that compute on `device`; None: for the CPU's kernels.
+    What is made of them is for methods that compute on `device`; None: for the CPU's kernels. Products are of ADDED_ROWS rows,
+    which wait here until there are so many: a sum is read and written once for all of them.
     """
 
     columns: int
@@ -45,9 +43,9 @@ class Moments:
     rows: int = 0
     weight: float = 0.0
     squares: Tensor = field(init=False)
-    products: Tensor | None = field(init=False, default=None)
-    drift: Tensor | None = field(init=False, default=None)
-    residuals: Tensor | None = field(init=False, default=None)
+    _sums: list[Tensor | None] = field(init=False, default_factory=lambda: [None] * 3)
+    _waiting: list[Tensor | None] = field(init=False, default_factory=lambda: [None] * 3)
+    _count: int = field(init=False, default=0)
     held_out: list[Tensor] = field(init=False, default_factory=list)
     held_out_drift: list[Tensor] = field(init=False, default_factory=list)
     held_out_residual: list[Tensor] = field(init=False, default_factory=list)
@@ -81,17 +79,62 @@ class Moments:
         self.squares += wide.square().sum(0).cpu().double()
         if not self.hessian:
             return
-        if self.products is None:
-            self.products = torch.zeros(self.columns, self.columns, device=wide.device)
-        for first in range(0, len(wide), ADDED_ROWS):
-            here = slice(first, first + ADDED_ROWS)
-            turned = wide[here].T.contiguous()
-            for start in range(0, self.columns, STRIPE):  # above the diagonal, and little below it
-                self.products[start : start + STRIPE, start:] += linear(turned[start : start + STRIPE], turned[start:])
-            if drift is not None:
-                self.drift = _added(self.drift, linear(drift[here].T, turned))
-            if residual is not None:
-                self.residuals = _added(self.residuals, linear(residual[here].float().T, turned))
+        self._wait((wide, drift, residual))
+
+    def _wait(self, given: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+        """[n, in], [n, in] and [n, out]; added up where there are enough."""
+        start, total = 0, len(given[0])
+        while start < total:
+            stop = min(total, start + ADDED_ROWS - self._count)
+            for number, rows in enumerate(given):
+                if rows is not None:
+                    there = self._waiting[number]
+                    if there is None:
+                        there = self._waiting[number] = torch.empty(ADDED_ROWS, rows.shape[1], device=rows.device)
+                    there[self._count : self._count + stop - start] = rows[start:stop]
+            self._count, start = self._count + stop - start, stop
+            if self._count == ADDED_ROWS:
+                self._add_up()
+
+    def _add_up(self) -> None:
+        """The rows that wait."""
+        wide, drift, residual = (None if rows is None else rows[: self._count] for rows in self._waiting)
+        if wide is None or not self._count:
+            return
+        self._count = 0
+        turned, products = wide.T.contiguous(), self._sums[0]
+        if products is None:
+            products = self._sums[0] = torch.zeros(self.columns, self.columns, device=wide.device)
+        for start in range(0, self.columns, STRIPE):  # above the diagonal, and little below it
+            products[start : start + STRIPE, start:] += linear(turned[start : start + STRIPE], turned[start:])
+        for number, rows in ((1, drift), (2, residual)):
+            if rows is not None:
+                more, own = linear(rows.T, turned), self._sums[number]
+                self._sums[number] = more if own is None else own.add_(more)
+
+    def _sum(self, number: int) -> Tensor | None:
+        self._add_up()
+        self._waiting = [None] * 3
+        return self._sums[number]
+
+    @property
+    def products(self) -> Tensor | None:
+        """Σ w x xᵀ, on and above the diagonal."""
+        return self._sum(0)
+
+    @property
+    def drift(self) -> Tensor | None:
+        """Σ w (exact − x) xᵀ."""
+        return self._sum(1)
+
+    @property
+    def residuals(self) -> Tensor | None:
+        """Σ w r xᵀ."""
+        return self._sum(2)
+
+    def forget_drift(self) -> None:
+        """Let go of the sum."""
+        self._sums[1] = None
 
     def _shares(self, layer: "Moments | None") -> tuple[float, float]:
         """Factors of the own sums and of the layer's in means made up to `fewest_rows`; both 0 where there are no rows."""
@@ -114,13 +157,12 @@ class Moments:
         importance = floored(squares.numpy())
         if not self.hessian:
             return InputStatistics(importance, None, self.rows)
-        there = self.device or CPU
-        mean = torch.zeros(self.columns, self.columns, device=there)
-        if self.products is not None:
-            mean += self.products.to(there) * own
-        if theirs and layer is not None and layer.products is not None:
-            mean += layer.products.to(there) * theirs
-        hessian = mean.triu_() + mean.triu(1).T
+        there, hessian = self.device or CPU, None
+        for products, share in ((self.products, own), (layer.products if theirs and layer is not None else None, theirs)):
+            if products is not None:
+                part = products.to(there) * share
+                hessian = part if hessian is None else hessian.add_(part)
+        hessian = torch.zeros(self.columns, self.columns, device=there) if hessian is None else _mirrored(hessian)
         hessian.diagonal().copy_(torch.from_numpy(floored(hessian.diagonal().cpu().numpy())))
         rows = self.held_out or (layer.held_out if theirs and layer is not None else [])
         held_out = torch.cat(rows) if rows else None
@@ -134,12 +176,13 @@ class Moments:
         """For weights whose inputs have these `statistics`, drift and residuals made up alike, with rows that have none. Of the
         drift, too, what lies beside the diagonal is taken as far as so few rows are believed. None where nothing drifted, is
         held out, or has any energy."""
-        if self.drift is None or not self.held_out_drift or statistics.curvature is None:
+        drifted, lacked = self.drift, self.residuals
+        if drifted is None or not self.held_out_drift or statistics.curvature is None:
             return None
         (own, _), there = self._shares(layer), self.device or CPU
         residual = torch.cat(self.held_out_residual) if self.held_out_residual else None
-        residuals = None if self.residuals is None or residual is None else self.residuals.to(there) * own
-        drift = self.drift.to(there) * own
+        residuals = None if lacked is None or residual is None else lacked.to(there) * own
+        drift = drifted.to(there) * own
         diagonal = drift.diagonal().clone()
         drift = (drift * believed(self.rows, statistics.importance)).diagonal_scatter(diagonal)
         parts = (drift, residuals, torch.cat(self.held_out), torch.cat(self.held_out_drift), residual)
@@ -149,5 +192,11 @@ class Moments:
         return Correction(*given)
 
 
-def _added(total: Tensor | None, more: Tensor) -> Tensor:
-    return more if total is None else total.add_(more)
+def _mirrored(hessian: Tensor) -> Tensor:
+    """The same matrix [n, n], below its diagonal what is above it."""
+    for start in range(0, len(hessian), STRIPE):
+        here, behind = slice(start, start + STRIPE), slice(start + STRIPE, None)
+        own = hessian[here, here]
+        own.copy_(own.triu() + own.triu(1).T)
+        hessian[behind, here] = hessian[here, behind].T
+    return hessian

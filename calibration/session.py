@@ -21,6 +21,8 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer
 from xent_quant.device.choice import ON_CPU, choose
 from xent_quant.errors import ConfigError
+from xent_quant.linalg import multiplies_bfloat16
+from xent_quant.model.sizes import Room
 from xent_quant.model.stages import Stage
 from xent_quant.model.streaming import StreamingModel
 from xent_quant.options import CalibrationOptions
@@ -46,6 +48,10 @@ class Text(Protocol):
         """What the model runs in."""
 
     @property
+    def narrow(self) -> torch.dtype:
+        """What its rows may be multiplied in where nothing but the sums of their squares is asked for."""
+
+    @property
     def identity(self) -> Mapping[str, str]: ...
 
     @property
@@ -56,9 +62,12 @@ class Text(Protocol):
     def methods_on(self) -> torch.device | None:
         """The device where methods compute, and the windows are; None: by the CPU's kernels."""
 
-    def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:
+    def windows(
+        self, fewest: int, progress: Progress | None = None, folder: Path | None = None, room: Room | None = None
+    ) -> Tensor:
         """[n, length] int64 on the device that the model runs on; enough, if there are, for `fewest` tokens at every expert.
-        Hidden states that it takes to know lie in `folder`, new and removed again, where one is given."""
+        Hidden states that it takes to know lie in `folder`, new and removed again, where one is given; `room` is what may be
+        held."""
 
     def first(self, count: int) -> Tensor:
         """The first so many of the windows that there are."""
@@ -67,14 +76,16 @@ class Text(Protocol):
 class Windows:
     """A Text of given windows [n, length] int64."""
 
-    dtype = torch.float32
+    dtype = narrow = torch.float32
     methods_on: torch.device | None = None
 
     def __init__(self, windows: Tensor) -> None:
         self._windows, self.length = windows, windows.shape[1]
         self.identity = {"text": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
 
-    def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:
+    def windows(
+        self, fewest: int, progress: Progress | None = None, folder: Path | None = None, room: Room | None = None
+    ) -> Tensor:
         """See `Text.windows`."""
         return self._windows
 
@@ -109,7 +120,9 @@ class Session:
         self.text = supplemented(own, tokenizer, load, mix=settings.calib_mix, tokens=tokens, spare=room, chinese=chinese)
         self.device = self.methods_on or torch.device("cpu")
         # What a quantised stream lacks of the exact one is less than bfloat16 rounds off, at eight bits a weight.
-        self.dtype = torch.float32
+        self.dtype = self.narrow = torch.float32
+        if self.methods_on is None and multiplies_bfloat16() and stored_in_bfloat16(checkpoint):
+            self.narrow = torch.bfloat16  # as llama.cpp multiplies such weights
         self.length = settings.seqlen
 
     @property
@@ -129,7 +142,9 @@ class Session:
             f"better: raise --tokens, or give more text ({text.more_text(self.text.names)}).",
         )
 
-    def windows(self, fewest: int, progress: Progress | None = None, folder: Path | None = None) -> Tensor:
+    def windows(
+        self, fewest: int, progress: Progress | None = None, folder: Path | None = None, room: Room | None = None
+    ) -> Tensor:
         """Token ids [n, seqlen]: the text's windows, and as many spare ones as it takes until every expert is chosen by `fewest`
         tokens, or all. How often an expert is chosen is judged by one window in PROBE. With none to draw from, nothing
         is run for it."""
@@ -148,7 +163,8 @@ class Session:
         probe = chosen[::PROBE]
         if folder:
             folder.mkdir()
-        StreamingModel(self.checkpoint, self.dtype, str(self.device)).run(probe, observe, progress, folder=folder)
+        running = StreamingModel(self.checkpoint, self.dtype, str(self.device), self.narrow, room)
+        running.run(probe, observe, progress, folder=folder)
         if folder:
             remove(folder)
         # One standard error below what was counted, since the rarest of many experts is more often under- than overrated.
@@ -194,3 +210,8 @@ class Session:
             "quantize.imatrix.entries_count": len(measured),
             "quantize.imatrix.chunks_count": len(self.text.windows),
         }
+
+
+def stored_in_bfloat16(checkpoint: Checkpoint) -> bool:
+    """Whether bfloat16 holds all that rows are multiplied by."""
+    return all(info.dtype == "BF16" for info in checkpoint.infos.values() if len(info.shape) > 1)

@@ -13,10 +13,11 @@ the factorisation and inversion of Hessians, the weighted search, GPTQ's roundin
 blocks within it included), and all else ("forward": weights read, multiplied, and handed on). command:
 `xent-quant MODEL --bits … --format gguf` as a person runs it. stock: `xent-quant DIR --type Q4_K_M` without text, by
 `--method rtn` and with a FILE of statistics (`xent-quant calibrate` makes one), and llama-quantize on as many threads, then its
-seconds over ours. stock-text: `calibrate` beside llama-imatrix on one plain FILE of text, then `xent-quant DIR --type Q4_K_M`
-with that text (GPTQ) beside llama-imatrix and llama-quantize. These are given a BF16 GGUF, which stock's converter does not make
-of XVERSE's mixtures. What it takes is measured with --twin, a checkpoint of the same shapes that it reads (`make_checkpoint.py
---config scripts/shapes/a42b-as-ling.json --layers N`; --model may be the same one), and added to stock's side, else left out.
+seconds over ours. stock-text: `calibrate` beside llama-imatrix on one plain FILE of text; then, unless --method leaves gptq out,
+`xent-quant DIR --type Q4_K_M` with that text beside llama-imatrix and llama-quantize. These are given a BF16 GGUF, which stock's
+converter does not make of XVERSE's mixtures. What it takes is measured with --twin, a checkpoint of the same shapes that it reads
+(`make_checkpoint.py --config scripts/shapes/a42b-as-ling.json --layers N`; --model may be the same one), and added to the side of
+llama-quantize, else left out.
 Nothing is padded on stock's side: rows that 256 does not divide get Q5_0 and Q8_0, which it makes faster. "whole", "CPU" and
 "peak" (ru_maxrss) are of the child process, imports included; seconds of CPU hardly change where other jobs run beside it. The
 first run compiles kernels: run twice.
@@ -34,6 +35,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from stock_llama import Missing, home
 
 
 def session(options: argparse.Namespace) -> Any:
@@ -135,8 +138,6 @@ class Stock:
     """Commands of ours and of stock's for one model, in a folder of their own, and what they take."""
 
     def __init__(self, options: argparse.Namespace, room: str) -> None:
-        from stock_llama import home
-
         self.options, self.room, self.float = options, Path(room), Path(room, "model-BF16.gguf")
         self.bin, script = home() / "bin", home() / "convert" / "convert_hf_to_gguf.py"
         self.converter: dict[str, float] = {}
@@ -193,6 +194,8 @@ class Stock:
         command += ["-c", str(options.seqlen), "--chunks", str(tokens // options.seqlen), "-t", options.threads]
         imatrix = {"llama-imatrix": child(command, stderr=subprocess.DEVNULL)[1]}
         yield from self.show("calibrate", calibrate, imatrix)
+        if "gptq" not in options.method:
+            return
         steps = imatrix | {"llama-quantize": self.quantize("--imatrix", found[1])}
         steps |= {"converter": self.converter} if self.converter else {}
         yield from self.show("gptq", self.ours("--type", "Q4_K_M", *read[:6]), steps)
@@ -239,7 +242,10 @@ def main() -> None:
     for measure in options.measure:
         if measure.startswith("stock"):
             with tempfile.TemporaryDirectory(dir=options.folder) as room:
-                stock = Stock(options, room)
+                try:
+                    stock = Stock(options, room)
+                except Missing as error:
+                    sys.exit(f"bench_calibrate: {error}")
                 found += stock.without_text() if measure == "stock" else stock.with_text()
             continue
         for method in options.method:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numba
 import numpy as np
 import torch
 from bench_quality import judge
@@ -64,6 +65,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
+    numba.set_num_threads(options.threads)
     checkpoint = Checkpoint.open(resolve(options.model))
     model, tokenizer = checkpoint.architecture, load_tokenizer(checkpoint.path)
     ids = [tokenizer.encode(suite.text, add_special_tokens=False).ids for suite in suites.choose()]

@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import torch
 from make_checkpoint import PRESETS
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=3, help="per suite")
     options = parser.parse_args()
     torch.set_num_threads(2)
+    numba.set_num_threads(2)
     recipes = [chosen_recipe(text) for text in [*options.mixes, *options.trial]]
     shapes = {name: Architecture.from_config(config) for name, config in PRESETS.items()}
     plans = {one.name: {name: plan(shape, one) for name, shape in shapes.items()} for one in recipes}

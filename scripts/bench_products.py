@@ -4,15 +4,17 @@
     scripts/bench_products.py [--seconds 1]
 
 Shapes are those of XVERSE-Ent-A4.2B: gate (2,560 to 1,728 columns), down (the other way) and attention, for the rows that a rare
-expert, an expert and a dense weight get at a time; the last lines are a Hessian's sum over 2,048 rows and what solves
-as many by its factors, their making left out of torch's. The figure is the best of as
-many repetitions as fit into so many seconds, GFLOP/s. ONEDNN_MAX_CPU_ISA=AVX2 shows a processor without AVX-512.
+expert, an expert and a dense weight get at a time; then, where the processor has bfloat16, float32 rows by weights in that; the
+last lines are a Hessian's sum over 2,048 rows and what solves as many by its factors, their making left out of torch's. The
+figure is the best of as many repetitions as fit into so many seconds, GFLOP/s. ONEDNN_MAX_CPU_ISA=AVX2 shows a processor without
+AVX-512.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numba
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from calibration.moments import Moments
-from xent_quant.linalg import Curvature, linear, root
+from xent_quant.linalg import Curvature, linear, multiplies_bfloat16, root
 from xent_quant.model.stages import Batch
 
 
@@ -45,14 +47,17 @@ def main() -> None:
     numba.set_num_threads(1)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, one thread, GFLOP/s")
     print(f"{'rows':>6} {'in':>6} {'out':>6} {'torch':>7} {'ours':>7} {'ratio':>6}")
-    for rows in (16, 384, 2048):
+    kinds = (torch.float32, torch.bfloat16) if multiplies_bfloat16() else (torch.float32,)
+    for kind, rows in product(kinds, (16, 384, 2048)):
         for columns, out in ((2560, 1728), (1728, 2560), (2560, 2560)):
             x, weight = torch.randn(rows, columns), torch.randn(out, columns)
             operations = 2 * rows * columns * out
             theirs = rate(lambda x=x, weight=weight: F.linear(x, weight), operations, seconds)  # type: ignore[misc]
+            weight = weight.to(kind)
             ours = rate(lambda x=x, weight=weight: linear(x, weight), operations, seconds)  # type: ignore[misc]
-            found.append({"rows": rows, "in": columns, "out": out, "torch GFLOP/s": theirs, "GFLOP/s": ours})
-            print(f"{rows:>6} {columns:>6} {out:>6} {theirs:>7.0f} {ours:>7.0f} {ours / theirs:>6.2f}", flush=True)
+            label = str(kind).removeprefix("torch.")
+            found.append({"rows": rows, "in": columns, "out": out, "by": label, "torch GFLOP/s": theirs, "GFLOP/s": ours})
+            print(f"{rows:>6} {columns:>6} {out:>6} {theirs:>7.0f} {ours:>7.0f} {ours / theirs:>6.2f}  {label}", flush=True)
     rows = torch.randn(2048, 2560)
     batch, operations = Batch(rows, torch.arange(2048)), 2048 * 2560**2  # half of it: the rest is mirrored
     theirs = rate(lambda: rows.T @ rows, 2 * operations, seconds) / 2

@@ -41,7 +41,7 @@ from xent_quant.formats.base import QuantFormat
 from xent_quant.formats.int_group import int_group
 from xent_quant.linalg import linear
 from xent_quant.methods import METHODS
-from xent_quant.model.sizes import PART_TOKENS
+from xent_quant.model.sizes import DEVICE_PART_TOKENS
 from xent_quant.model.stages import Batch
 from xent_quant.options import CalibrationOptions
 from xent_quant.tensors import InputStatistics
@@ -143,7 +143,11 @@ def stage(
     jobs, mixing = [], torch.randn(columns, columns, device=device) * torch.logspace(0, -1.5, columns, device=device)[:, None]
     for number in range(experts):
         # In memory, as a walk's rows are in files: on the device there is a part of them at a time.
-        moments, parts, numbers = Moments(columns, True, device), [], torch.split(torch.arange(rows, device=device), PART_TOKENS)
+        moments, parts, numbers = (
+            Moments(columns, True, device),
+            [],
+            torch.split(torch.arange(rows, device=device), DEVICE_PART_TOKENS),
+        )
         for part in numbers:
             exact = torch.randn(len(part), columns, device=device) @ mixing
             parts.append((exact.cpu(), (exact + 0.03 * exact.std() * torch.randn_like(exact)).cpu()))

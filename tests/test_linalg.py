@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from xent_quant.linalg import BLOCK_ROWS, CHUNK_ROWS, FEWEST_COLUMNS, SOLVED, Curvature, linear, product
+from xent_quant.linalg import BLOCK_ROWS, CHUNK_ROWS, FEWEST_COLUMNS, SOLVED, Curvature, linear, multiplies_bfloat16, product
 
 SHAPES = [(64, 40), (480, 256), (1728, 96), (FEWEST_COLUMNS, 33)]
 """in, out."""
@@ -23,9 +23,23 @@ def test_products_are_exact_within_float32(operands: tuple[torch.Tensor, torch.T
     assert (linear(x, weight) - exact).abs().max() <= 1e-6 * len(weight.T) ** 0.5 * exact.abs().max()
 
 
+def test_products_in_bfloat16_are_its_numbers_products(operands: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight = operands[0], operands[1].bfloat16()
+    exact = x.bfloat16().double() @ weight.double().T
+    found = linear(x, weight)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float())
+    assert ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.abs().max()).all()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_row_has_the_same_bits_however_many_come_with_it(operands: tuple[torch.Tensor, torch.Tensor], threads: int) -> None:
-    x, weight = operands
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_has_the_same_bits_however_many_come_with_it(
+    operands: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype, threads: int
+) -> None:
+    if dtype == torch.bfloat16 and not multiplies_bfloat16():
+        pytest.skip("never asked for on this processor")
+    x, weight = operands[0], operands[1].to(dtype)
     whole, before = linear(x, weight), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

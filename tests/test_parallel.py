@@ -36,15 +36,15 @@ def test_each_job_has_as_many_threads_as_it_is_given() -> None:
     def job() -> tuple[int, int]:
         return numba.get_num_threads(), torch.get_num_threads()
 
-    before = torch.get_num_threads()
+    before = numba.get_num_threads(), torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         numba.set_num_threads(2)
         assert parallel.run([job, job], each=2) == [(2, 2)] * 2
         assert (numba.get_num_threads(), torch.get_num_threads()) == (2, 2)
     finally:
-        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
-        torch.set_num_threads(before)
+        numba.set_num_threads(before[0])
+        torch.set_num_threads(before[1])
 
 
 def test_no_more_run_at_a_time_than_asked() -> None:

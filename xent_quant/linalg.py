@@ -13,6 +13,8 @@ from xent_quant import parallel
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Parts = list[tuple[slice, slice, Tensor, Tensor]]
+
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Matrix = TypeVar("Matrix", F32, "Tensor")
@@ -60,17 +62,34 @@ def _on_cpu() -> "Callable[[Tensor, Tensor], Tensor]":
     return F.linear
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor does so by itself, and oneDNN with it, unless that is told to be content with less."""
+    import llvmlite.binding
+    import torch
+
+    here = llvmlite.binding.get_host_cpu_features()
+    if "ONEDNN_MAX_CPU_ISA" in os.environ:
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and any(here.get(name) for name in ("avx512bf16", "amx-bf16"))
+
+
 def linear(x: "Tensor", weight: "Tensor") -> "Tensor":
     """x Wᵀ, [n, in] and [out, in] to [n, out]. A row's bits depend on that row alone, not on how many come with it, nor on
-    threads, for FEWEST_COLUMNS or more. Copies a weight that is a part of a larger one's columns, or of its rows transposed."""
+    threads, for FEWEST_COLUMNS or more. Float32 rows and a bfloat16 weight are multiplied in bfloat16, summed in float32, rounded
+    to bfloat16, and float32 again. Copies a weight that is a part of a larger one's columns, or of its rows transposed."""
     import torch
     import torch.nn.functional as F
+
+    if weight.dtype == torch.bfloat16 and x.dtype == torch.float32:
+        return linear(x.bfloat16(), weight).float()
 
     def made_up(rows: "Tensor", multiply: "Callable[[Tensor, Tensor], Tensor]") -> "Tensor":
         missing = -len(rows) % FEWEST_ROWS
         return multiply(F.pad(rows, (0, 0, 0, missing)), weight)[: len(rows)] if missing else multiply(rows, weight)
 
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[1] < FEWEST_COLUMNS or not len(x) or not len(weight):
+    known = (torch.float32, torch.bfloat16) if multiplies_bfloat16() else (torch.float32,)
+    if x.device.type != "cpu" or x.dtype not in known or x.shape[1] < FEWEST_COLUMNS or not len(x) or not len(weight):
         return made_up(x, F.linear) if len(x) < FEWEST_ROWS else F.linear(x, weight)
     multiply = _on_cpu()
     if not (weight.is_contiguous() or weight.T.is_contiguous()):  # else oneDNN takes code that is a hundred times as slow
@@ -116,28 +135,47 @@ def root(hessian: F32) -> F32:
     raises torch.linalg.LinAlgError where it is not in truth."""
     import torch
 
-    turned = torch.from_numpy(hessian[::-1, ::-1].copy())
     with parallel.one_thread():
-        lower, failed = torch.linalg.cholesky_ex(turned)
+        found = torch.from_numpy(hessian.copy())
+        if not _rooted(found):
+            turned = torch.from_numpy(hessian[::-1, ::-1].astype(np.float64))
+            found = torch.linalg.cholesky(turned).float().flip(0, 1)
+    return found.numpy()
+
+
+def _rooted(hessian: "Tensor") -> bool:
+    """Make U of a matrix as `root` says, SOLVED columns after SOLVED from the last ones on, by products; False where it fails."""
+    import torch
+
+    for stop in range(len(hessian), 0, -SOLVED):
+        here = slice(max(0, stop - SOLVED), stop)
+        if stop < len(hessian):
+            hessian[:stop, here] -= linear(hessian[:stop, stop:], hessian[here, stop:])
+        turned, failed = torch.linalg.cholesky_ex(hessian[here, here].flip(0, 1))
         if failed:
-            lower = torch.linalg.cholesky(turned.double()).float()
-    return np.ascontiguousarray(lower.numpy()[::-1, ::-1])
+            return False
+        own = hessian[here, here] = turned.flip(0, 1)
+        if here.start:
+            inverse = torch.linalg.solve_triangular(own, torch.eye(len(own)), upper=True)
+            hessian[: here.start, here] = linear(hessian[: here.start, here], inverse)
+    hessian.triu_()
+    return True
 
 
-def _solved(rows: F32, triangle: F32, *, upper: bool) -> F32:
+def _solved(rows: F32, triangle: F32, *, upper: bool, parts: "Parts | None" = None) -> F32:
     """rows triangle⁻¹, [m, n] and [n, n] to [m, n]: SOLVED columns after SOLVED, by products, which are faster, where there are
-    more. Holds half of the triangle again."""
+    more; by the `parts` of the triangle, where they were made. Holds these, half of the triangle again."""
     import torch
 
     given, by = torch.from_numpy(rows), torch.from_numpy(triangle)
     solve: Callable[[Tensor], Tensor] = partial(torch.linalg.solve_triangular, by, upper=upper, left=False)
     if len(by) > SOLVED:
-        solve = partial(_by_parts, _parts(by, upper))
+        solve = partial(_by_parts, parts or _parts(by, upper))
     found: F32 = torch.cat(parallel.run([partial(solve, given[part]) for part in row_chunks(len(rows))])).numpy()
     return found
 
 
-def _parts(by: "Tensor", upper: bool) -> "list[tuple[slice, slice, Tensor, Tensor]]":
+def _parts(by: "Tensor", upper: bool) -> "Parts":
     """For SOLVED columns after SOLVED of what solves a triangle, in the order in which they are solved: which they are, which are
     solved before them, the triangle's part for those [SOLVED, before], and the inverse of their own, transposed."""
     import torch
@@ -151,7 +189,7 @@ def _parts(by: "Tensor", upper: bool) -> "list[tuple[slice, slice, Tensor, Tenso
     return found if upper else found[::-1]
 
 
-def _by_parts(parts: "list[tuple[slice, slice, Tensor, Tensor]]", given: "Tensor") -> "Tensor":
+def _by_parts(parts: "Parts", given: "Tensor") -> "Tensor":
     """given triangle⁻¹ [m, n], by what `_parts` made of the triangle."""
     import torch
 
@@ -172,7 +210,7 @@ def believed(rows: int, importance: F32) -> float:
 class Curvature:
     """A damped Hessian [n, n] and what is made of it, each thing once and when it is first asked for.
 
-    Holds it and what was asked for: up to two more [n, n] float32, and the blocks along the diagonal, less than another two for
+    Holds it and what was asked for: up to three more [n, n] float32, and the blocks along the diagonal, less than another two for
     blocks of half the columns or fewer. Raises torch's errors for one that is not positive definite.
 
     float32 is enough: with the damping a Hessian scaled to a diagonal of ones, which is what matters to a factorisation's
@@ -201,13 +239,22 @@ class Curvature:
         """D of `factor`, [n]."""
         return np.square(self._root.diagonal())
 
+    @cached_property
+    def _lower(self) -> "Parts":
+        import torch
+
+        return _parts(torch.from_numpy(self._root.T), upper=False) if len(self._root) > SOLVED else []
+
+    def _half(self, rows: F32) -> F32:
+        return _solved(rows, self._root.T, upper=False, parts=self._lower)
+
     def solve(self, rows: F32) -> F32:
         """rows (H + λ)⁻¹, [m, n] to the same."""
-        return _solved(_solved(rows, self._root.T, upper=False), self._root, upper=True)
+        return _solved(self._half(rows), self._root, upper=True)
 
     def solve_half(self, rows: F32) -> F32:
         """rows (H + λ)⁻¹ U for half the price, with U as of `factor`."""
-        return _solved(rows, self._root.T, upper=False) / self._root.diagonal()
+        return self._half(rows) / self._root.diagonal()
 
     def prepare(self, block: int, *, sweeps: bool) -> None:
         """Make what rounding asks for, so that jobs which share it need not wait for one another: `factor`, and with `sweeps` all

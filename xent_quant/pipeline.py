@@ -133,20 +133,21 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
     if not prepared.measure:  # no more of it is run than what says which experts stay
         tokens = min(tokens, SALIENCY_TOKENS)
     device, vram = session.methods_on if session and prepared.measure else None, None
-    if session is None or device is None:
-        room = resources.room(architecture, followers, session is not None, wanted.memory_bytes)
-        memory = resources.memory(architecture, followers, session is not None, room)
+    length = session.length if session else 0
+    if device is None:
+        room = resources.room(architecture, followers, length, wanted.memory_bytes)
+        memory = resources.memory(architecture, followers, length, room)
     else:
-        length = session.length
         room = resources.device_room(architecture, followers, length, device, wanted.vram_bytes, memory=wanted.memory_bytes)
         memory = resources.beside_device(architecture, followers, length, room, device)
         vram = resources.vram(architecture, followers, length, room)
+    products = session.narrow if session and not any(hessian) else None
     taken = resources.Resources(
         memory=memory,
         disk=resources.disk(architecture, tokens, followers, device, measured=prepared.measure) if session else 0,
         result=sum(exporter.nbytes for exporter in exporters),
         tokens=tokens,
-        seconds=None if vram or wanted.ray else resources.seconds(architecture, exporters, tokens, hessian),
+        seconds=None if vram or wanted.ray else resources.seconds(architecture, exporters, tokens, hessian, products),
         vram=vram,
     )
     return taken, _said(prepared, session)
@@ -239,9 +240,9 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     """Quantise a checkpoint and write it in each of `formats` under `output`, from one pass over its weights.
 
     `model` is a folder, a Hub id, or None for the bundled miniature; `options` are the fields of `xent_quant.options.Options`.
-    Statistics come from the file `imatrix`, or from a pass over the text `calib` that runs along. Holds one expert, or one slice
-    of a tensor, at a time, and the hidden states of the text. Raises the errors of `xent_quant.errors`; nothing that looks
-    finished is left after one.
+    Statistics come from the file `imatrix`, or from a pass over the text `calib` that runs along. Holds an expert for each
+    thread, or a slice of a tensor; the text's hidden states are files. Raises the errors of `xent_quant.errors`; nothing that
+    looks finished is left after one.
     """
     from xent_quant.walk.job import run
 

@@ -23,6 +23,19 @@ def _largest(bits):  # type: ignore[no-untyped-def]
     return found
 
 
+@jit
+def _finite(halves):  # type: ignore[no-untyped-def]
+    found = True
+    for i in range(len(halves)):
+        found &= (halves[i] & np.uint16(0x7F80)) != np.uint16(0x7F80)
+    return found
+
+
+def finite(halves: NDArray[np.uint16]) -> bool:
+    """Whether [n] bfloat16, as their bits, are all numbers."""
+    return bool(_finite(halves))
+
+
 def from_bfloat16(halves: NDArray[np.uint16]) -> F32:
     """[n], the upper halves of float32, to [n] float32."""
     wide = np.empty(len(halves), np.uint32)

@@ -17,6 +17,14 @@ from xent_quant.validation import gates
 RANDOM = np.random.default_rng(5)
 COLUMNS, ROWS = 24, 10
 MIXING = np.diag(2.0 ** -np.arange(COLUMNS)) @ RANDOM.normal(size=(COLUMNS, COLUMNS))
+
+
+@pytest.fixture(autouse=True, params=[7, 2048])
+def added_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are made of few rows at a time, or of more than there are."""
+    monkeypatch.setattr("calibration.moments.ADDED_ROWS", request.param)
+
+
 GAP = RANDOM.normal(size=(COLUMNS, ROWS))
 
 

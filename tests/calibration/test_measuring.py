@@ -47,6 +47,7 @@ def statistics(folder, hessian: bool, gated: bool = False, counts: list[list[int
 @pytest.mark.parametrize("hessian", [False, True])
 def test_equals_a_pass_that_keeps_all_rows(checkpoint, monkeypatch, overrides, hessian) -> None:
     monkeypatch.setattr("xent_quant.model.stages.PART_TOKENS", 24)
+    monkeypatch.setattr("calibration.moments.ADDED_ROWS", 7)
     monkeypatch.setattr("calibration.rare.FEWEST_ROWS", 1)  # no expert is rare: nothing is made up
     monkeypatch.setattr("calibration.rare.FEWEST_ROWS_PER_COLUMN", 0)
     folder = checkpoint(**overrides)

@@ -117,6 +117,18 @@ def test_what_is_not_finite_is_named_with_its_row(value: float, folder: Path) ->
             checkpoint.read(name, start)
 
 
+def test_what_is_not_finite_in_bfloat16_is_named_too(folder: Path) -> None:
+    """Read without float32 on the way."""
+    name, file = "model.layers.0.mlp.experts.1.up_proj.weight", folder / "model.safetensors"
+    weights = {each: tensor.bfloat16() for each, tensor in load_file(file).items()}
+    save_file(weights, file)
+    assert torch.equal(Checkpoint.open(folder).read_torch(name, torch.bfloat16), weights[name])
+    weights[name][7, 3] = float("inf")
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match=rf"{name}: NaN or infinite weight in row 7"):
+        Checkpoint.open(folder).read_torch(name, torch.bfloat16)
+
+
 def test_a_file_that_became_shorter(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     last = max(checkpoint.locations, key=lambda name: checkpoint.locations[name].offset or 0)

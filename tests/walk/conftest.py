@@ -7,6 +7,7 @@ from typing import Any
 import numba
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import xent_quant
 from tests.conftest import TINY, random_weights, write_checkpoint
@@ -32,6 +33,22 @@ def export(model: Path, output: Path, **options: Any) -> QuantizeResult:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("walk") / "Model", CONFIG, random_weights(CONFIG))
+
+
+@pytest.fixture(scope="session")
+def stored_in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights, rounded."""
+    weights = random_weights(CONFIG)
+    folder = write_checkpoint(tmp_path_factory.mktemp("bfloat16") / "Model", CONFIG, weights)
+    save_file({name: torch.from_numpy(values).bfloat16() for name, values in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def narrow(stored_in_bfloat16: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That model, on a processor that multiplies bfloat16 by itself, or as if this one did."""
+    monkeypatch.setattr("calibration.session.multiplies_bfloat16", lambda: True)
+    return stored_in_bfloat16
 
 
 @pytest.fixture(scope="session")

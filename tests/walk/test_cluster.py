@@ -77,6 +77,13 @@ def test_what_was_done_elsewhere_is_the_same(case: str, model: Path, text: Any, 
         assert pickled.done == ["expert"] * LAYERS * experts
 
 
+def test_statistics_by_products_in_bfloat16(narrow: Path, text: Any, tmp_path: Path, pickled: Pickled) -> None:
+    for folder, more in (("here", {}), ("there", {"ray": "somewhere"})):
+        export(narrow, tmp_path / folder, **CASES["imatrix"], **more, **text)
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+    assert set(pickled.done) == {"expert"}
+
+
 def test_a_file_of_statistics(model: Path, text: Any, tmp_path: Path, pickled: Pickled) -> None:
     xent_quant.calibrate(model, output=tmp_path / "imatrix.gguf", **text)
     for folder, more in (("here", {}), ("there", {"ray": "somewhere"})):

@@ -52,17 +52,48 @@ def test_exports_of_one_walk_are_those_made_alone(threads: int, model: Path, tex
     assert told(tmp_path / "all") == ["Model-Q4_0", "Model-Q8_0"]
 
 
+@pytest.mark.parametrize("which", ["model", "narrow"])
 def test_experts_side_by_side_change_no_byte_of_statistics_or_of_what_is_made_with_them(
-    model: Path, text: Any, tmp_path: Path
+    which: str, text: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    one, two = [], []
-    for threads, made in ((1, one), (2, two)):
+    model, made = request.getfixturevalue(which), []
+    for threads in (1, 2):
         folder = tmp_path / str(threads)
         export(model, folder, type="Q4_0", method="imatrix", effort="fast", threads=threads, **text)
         xent_quant.calibrate(model, output=folder / "imatrix.gguf", threads=threads, **text)
         made.append(tree(folder))
-    assert one == two
-    assert len(one[0]) == 4
+    assert made[0] == made[1]
+    assert len(made[0]) == 4
+
+
+def test_statistics_by_products_in_bfloat16_are_nearly_the_same(narrow: Path, text: Any, tmp_path: Path, monkeypatch) -> None:
+    """But for a token on the edge between experts; with Hessians all is float32, to the last byte."""
+    found, exact = [], []
+    for by_itself in (True, False):
+        monkeypatch.setattr("calibration.session.multiplies_bfloat16", lambda by_itself=by_itself: by_itself)
+        file = tmp_path / f"{by_itself}.gguf"
+        xent_quant.calibrate(narrow, output=file, **text)
+        found.append(Imatrix.read(file).entries)
+        export(narrow, tmp_path / str(by_itself), type="Q4_0", **FAST, **text)
+        exact.append(tree(tmp_path / str(by_itself)))
+    assert exact[0] == exact[1]
+    differing = [name for name in found[0] if not np.array_equal(found[0][name].sums, found[1][name].sums)]
+    assert differing
+    for name in found[0]:
+        one, other = (each[name].sums.sum() for each in found)
+        assert abs(one - other) < 0.01 * other, name
+
+
+def test_an_unfinished_run_by_other_products_is_not_gone_on_with(
+    narrow: Path, text: Any, tmp_path: Path, interrupt, monkeypatch
+) -> None:
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        export(narrow, tmp_path, type="Q4_0", method="imatrix", **FAST, **text)
+    interrupt(None)
+    monkeypatch.setattr("calibration.session.multiplies_bfloat16", lambda: False)
+    with pytest.raises(ExportError, match=r'products of weights was "torch.bfloat16", is "torch.float32"'):
+        export(narrow, tmp_path, type="Q4_0", method="imatrix", **FAST, **text)
 
 
 @pytest.mark.parametrize("formats", [["gguf"], ["onnx", "bnb"]], ids=" ".join)

@@ -18,7 +18,7 @@ from xent_quant.checkpoint.quantised import Scheme
 from xent_quant.checkpoint.sources import Floats, Source, Transposed
 from xent_quant.errors import CheckpointError, UnsupportedError
 from xent_quant.tensors import Role, TensorInfo, TensorSpec
-from xent_quant.values import largest
+from xent_quant.values import finite, largest
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +132,11 @@ class Checkpoint:
         """The whole tensor for torch; float32 unless `dtype` is given. Raises as `read`."""
         import torch
 
+        source, info = self.sources[name], self.infos[name]
+        if dtype == torch.bfloat16 and isinstance(source, Floats) and info.dtype == "BF16" and len(info.shape) == 2:
+            halves = source.halves(info.shape[0])
+            if finite(halves.reshape(-1)):  # else `read` says where they are not
+                return torch.from_numpy(halves).view(torch.bfloat16)
         return torch.from_numpy(self.read(name)).to(dtype or torch.float32)
 
 

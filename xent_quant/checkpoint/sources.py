@@ -63,6 +63,10 @@ class Floats(_OfOneTensor):
         values = widen(raw, self.dtype)
         return values.reshape(-1, self.columns) if len(self.location.info.shape) > 1 else values
 
+    def halves(self, rows: int) -> NDArray[np.uint16]:
+        """The first rows [rows, columns] of a BF16 matrix, their bits. Raises CheckpointError for a file that became shorter."""
+        return stored(self.location, self.first * self.columns, rows * self.columns).view(np.uint16).reshape(rows, self.columns)
+
 
 @dataclass(frozen=True)
 class Transposed(_OfOneTensor):

@@ -322,7 +322,7 @@ class Rows:
         """The second pass."""
         step = self.kind.block_size
         for start, stop in self._lumps():
-            gradient = product(self.errors, self.curvature.hessian[:, start:stop])  # e H at these columns
+            gradient = product(self.errors, self.curvature.hessian[start:stop].T)  # e H at these columns, H being symmetric
             if self.pull is not None:
                 gradient += self.pull[:, start:stop]
             for first in range(start, stop, step):

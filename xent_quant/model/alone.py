@@ -71,8 +71,16 @@ class Alone:
     Holds a copy of both, what a `Pass` holds for an expert, and what it makes of the rows.
     """
 
-    def __init__(self, source: WeightSource, seen: Seen, sampled: Mapping[int, F32], dtype: torch.dtype, kept_rows: int) -> None:
-        self.run = _Tokens(source, seen, sampled, dtype, kept_rows)
+    def __init__(
+        self,
+        source: WeightSource,
+        seen: Seen,
+        sampled: Mapping[int, F32],
+        dtype: torch.dtype,
+        kept_rows: int,
+        products: torch.dtype | None = None,
+    ) -> None:
+        self.run = _Tokens(source, seen, sampled, dtype, kept_rows, products)
         layer = self.run.architecture.layer(seen.layer)
         mlp = _Collecting(self.run, layer)
         gate, up, down = next(weights for number, weights in enumerate(layer.experts) if number == seen.expert)
@@ -90,7 +98,15 @@ class Alone:
 class _Tokens(Pass):
     """A pass over some tokens; behind them the states hold those of a sample."""
 
-    def __init__(self, source: WeightSource, seen: Seen, sampled: Mapping[int, F32], dtype: torch.dtype, kept_rows: int) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        seen: Seen,
+        sampled: Mapping[int, F32],
+        dtype: torch.dtype,
+        kept_rows: int,
+        products: torch.dtype | None,
+    ) -> None:
         streams = []
         for number, (states, chosen, gates) in enumerate(zip(seen.states, seen.chosen, seen.gates, strict=True)):
             rows = np.concatenate([states, *([sampled[number]] if number in sampled else [])])
@@ -98,7 +114,7 @@ class _Tokens(Pass):
             stream = Stream(x, x, x)
             stream.chosen, stream.gates = torch.from_numpy(chosen), torch.from_numpy(gates)
             streams.append(stream)
-        super().__init__(source, torch.zeros(1, len(seen.tokens), dtype=torch.int64), streams, dtype, kept_rows)
+        super().__init__(source, torch.zeros(1, len(seen.tokens), dtype=torch.int64), streams, dtype, kept_rows, products)
         self._total = seen.total
 
     def sampled(self, count: int) -> Tensor:

@@ -16,7 +16,8 @@ from xent_quant.linalg import linear
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., H] to the same, computed in float32 at least and returned in x's dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide * torch.rsqrt(norm.square() / wide.shape[-1] + eps)).to(x.dtype).mul_(weight)
 
 
 def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

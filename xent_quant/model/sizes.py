@@ -4,9 +4,13 @@ from dataclasses import dataclass
 
 from xent_quant.checkpoint.architecture import Architecture
 
-PART_TOKENS = 2048
-"""Tokens that go through a weight together (one window at least through attention); bounds what is held besides the states. Few
-enough that memory for their rows is used again: glibc asks the system for a piece of more than 32 MiB anew, which takes time."""
+PART_TOKENS = 512
+"""Tokens that go through a weight together on a CPU (one window at least through attention); bounds what is held besides the
+states. Few enough that what is made of their rows stays in caches, and below `memory.MATRIX`: its memory is used again."""
+DEVICE_PART_TOKENS = 2048
+"""The same on a device, which many small operations keep waiting."""
+ADDED_ROWS = 2048
+"""That are added to sums of products at a time, which are read and written each time; what is added waits until then."""
 PIECE = 1 << 20
 """Weights that a thread reads, quantises and writes at a time where no text is run: most of the way they are in its cache."""
 KEPT_ROWS = 16384
@@ -17,11 +21,12 @@ HELD_OUT_ROWS = 1024
 
 @dataclass(frozen=True)
 class Room:
-    """What fits into memory: inner rows of an expert that are kept, and experts that are worked on side by side (None: one for
-    each thread)."""
+    """What fits into memory: inner rows of an expert that are kept, experts that are worked on side by side, and streams that are
+    measured side by side outside experts (None: one for each thread)."""
 
     kept_rows: int = KEPT_ROWS
     experts: int | None = None
+    streams: int | None = None
 
 
 STATE_FILES = ("a", "b", "sum")

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xent_quant.checkpoint.architecture import Architecture, Layer
+from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CalibrationError
 from xent_quant.linalg import linear
 from xent_quant.model.layers import attention, head_norm, rms_norm, rotary_tables, route, swiglu
-from xent_quant.model.sizes import ATTENDED, INNER, KEPT_ROWS, PART_TOKENS, STATE_FILES
+from xent_quant.model.sizes import ATTENDED, DEVICE_PART_TOKENS, INNER, KEPT_ROWS, PART_TOKENS, STATE_FILES
 from xent_quant.model.states import States
 from xent_quant.parallel import Turns, check
 from xent_quant.parallel import run as run_jobs
@@ -117,7 +118,7 @@ class Stage(ABC):
 
     @abstractmethod
     def batches(self, stream: int) -> Iterator[Batch]:
-        """The rows of one stream, at most PART_TOKENS (or one window) at a time."""
+        """The rows of one stream, at most `Pass.part` (or one window) at a time."""
 
     @abstractmethod
     def advance(self, weights: Sequence[Weights]) -> None:
@@ -132,7 +133,8 @@ class Stage(ABC):
 class Pass:
     """`windows` [n_windows, length] of token ids on their way through the model in every one of `streams`.
 
-    `dtype` is that of weights and states; routing and norms are at least float32. Holds the routing of one layer, PART_TOKENS
+    `dtype` is that of weights and states, `products` of weights where rows are multiplied by them in another one
+    (`linalg.linear`); routing and norms are at least float32. Holds the routing of one layer, `part`
     rows on their way, an expert's inner rows (`kept_rows` at most) for every stream, and the weights that were given for the
     stage; of as many experts as run side by side.
     """
@@ -144,8 +146,9 @@ class Pass:
         streams: Sequence[Stream],
         dtype: torch.dtype,
         kept_rows: int = KEPT_ROWS,
+        products: torch.dtype | None = None,
     ) -> None:
-        self.kept_rows = kept_rows
+        self.kept_rows, self.products = kept_rows, products or dtype
         self.source, self.architecture, self.streams, self.dtype = source, source.architecture, streams, dtype
         self.windows, self.device = windows, windows.device
         self.count, self.length = windows.shape
@@ -157,12 +160,23 @@ class Pass:
         return cos.to(self.device), sin.to(self.device)
 
     @property
+    def part(self) -> int:
+        """Tokens that go through a weight together."""
+        return PART_TOKENS if self.device.type == "cpu" else DEVICE_PART_TOKENS
+
+    @property
     def n_tokens(self) -> int:
         return self.count * self.length
 
     def tensor(self, weights: NDArray[np.float32] | Tensor) -> Tensor:
         """Weights as the pass takes them."""
-        return torch.as_tensor(weights).to(self.device, self.dtype)
+        return torch.as_tensor(weights).to(self.device, self.products)
+
+    def read(self, name: str) -> Tensor:
+        """A matrix of the model itself, as the pass takes weights."""
+        if self.products == torch.bfloat16 and isinstance(self.source, Checkpoint):  # without a copy in float32 on the way
+            return self.source.read_torch(name, self.products).to(self.device)
+        return self.tensor(self.source.read(name))
 
     def weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the model itself."""
@@ -172,7 +186,7 @@ class Pass:
         """Rows `start`… of the embedding become the states of the tokens of these ids."""
         ids = self.windows.reshape(-1)
         here = ((ids >= start) & (ids < start + len(rows))).nonzero()[:, 0]
-        for part in torch.split(here, PART_TOKENS):
+        for part in torch.split(here, self.part):
             if len(part):
                 self.streams[stream].x.put(part, rows[(ids[part] - start).to(rows.device)].to(self.device, self.dtype))
 
@@ -197,13 +211,13 @@ class Pass:
         return [int(count) for count in counts]
 
     def parts(self) -> Iterator[tuple[int, int]]:
-        """(first, last + 1) of at most PART_TOKENS tokens at a time."""
-        for start in range(0, self.n_tokens, PART_TOKENS):
-            yield start, min(start + PART_TOKENS, self.n_tokens)
+        """(first, last + 1) of at most `part` tokens at a time."""
+        for start in range(0, self.n_tokens, self.part):
+            yield start, min(start + self.part, self.n_tokens)
 
     def window_parts(self) -> Iterator[tuple[int, int]]:
         """The same in whole windows, one at least."""
-        step = max(1, PART_TOKENS // self.length) * self.length
+        step = max(1, self.part // self.length) * self.length
         for start in range(0, self.n_tokens, step):
             yield start, min(start + step, self.n_tokens)
 
@@ -222,7 +236,8 @@ class Pass:
 
     def check_finite(self, rows: Tensor, where: str) -> None:
         """Raise CalibrationError naming the model and the place where its own activations are NaN or infinite."""
-        if not torch.isfinite(rows).all():
+        # One by one, which takes many times as long, only where their sum overflows or is none.
+        if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
             raise CalibrationError(f"{self.source.path}: {where}: NaN or infinite activations; the weights are damaged")
 
 
@@ -342,13 +357,10 @@ class Expert:
         return (self.mlp.run.streams[stream].chosen == self.number).any(1)
 
     def seen(self, stream: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(tokens, gates) of a stream, in the parts that it makes together with the exact stream."""
-        own = self.chose(stream)
-        both = (own | self.chose(0)).nonzero()[:, 0]
+        """(tokens, gates) of a stream, `Pass.part` at most at a time."""
         state = self.mlp.run.streams[stream]
-        for part in torch.split(both, PART_TOKENS):
+        for tokens in torch.split(self.chose(stream).nonzero()[:, 0], self.mlp.run.part):
             check()
-            tokens = part[own[part]]
             yield tokens, (state.gates[tokens] * (state.chosen[tokens] == self.number)).sum(1)
 
     def begin(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -359,9 +371,10 @@ class Expert:
         for number, mask in enumerate(wanted):
             tokens = mask.nonzero()[: self.mlp.run.kept_rows, 0]
             if len(tokens):
-                rows = pairs[number][0].new_empty(len(tokens), len(pairs[number][0]))
-                for start in range(0, len(tokens), PART_TOKENS):
-                    here = slice(start, start + PART_TOKENS)
+                run = self.mlp.run
+                rows = torch.empty(len(tokens), len(pairs[number][0]), dtype=run.dtype, device=run.device)
+                for start in range(0, len(tokens), run.part):
+                    here = slice(start, start + run.part)
                     rows[here] = self._compute(number, tokens[here])
                 self._inner[number] = tokens, rows
 

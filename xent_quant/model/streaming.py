@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from xent_quant import memory
 from xent_quant.errors import CalibrationError
 from xent_quant.journal import FILE, Journal, software
 from xent_quant.linalg import linear
+from xent_quant.model.sizes import Room
 from xent_quant.model.stages import Pass, Stage, Stream, WeightSource, take
 from xent_quant.model.states import InMemory, States
 from xent_quant.model.streams import Streams
@@ -31,9 +33,18 @@ AfterLayer = Callable[[int, States], None]
 
 
 class StreamingModel:
-    """The forward pass. `dtype` is that of weights and hidden states; routing and norms are at least float32."""
+    """The forward pass. `dtype` is that of weights and hidden states; routing and norms are at least float32; `products`: see
+    `Pass`; `room`: what is held on the way."""
 
-    def __init__(self, source: WeightSource, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        products: torch.dtype | None = None,
+        room: Room | None = None,
+    ) -> None:
+        self._products, self._room = products, room or Room()
         self.source = source
         self.architecture = source.architecture
         self.dtype = dtype
@@ -85,9 +96,18 @@ class StreamingModel:
             if folder:
                 identity = {"windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(), "version": software()}
                 journal = Journal.load(folder / FILE, identity) or Journal(folder / FILE, identity)
-                streams = files.enter_context(
-                    closing(Streams(self.source, windows, folder, self.dtype, 1, fresh=not journal.done, inner=False))
+                opened = Streams(
+                    self.source,
+                    windows,
+                    folder,
+                    self.dtype,
+                    1,
+                    self._room.kept_rows,
+                    fresh=not journal.done,
+                    inner=False,
+                    products=self._products,
                 )
+                streams = files.enter_context(closing(opened))
                 streams.swapped = journal.swapped
                 run = streams.run
             else:
@@ -97,7 +117,7 @@ class StreamingModel:
                 x, y, *attended = (
                     InMemory(torch.empty((windows.numel(), width), dtype=self.dtype, device=self.device)) for width in widths
                 )
-                run = Pass(self.source, windows, [Stream(x, y, x, *attended)], self.dtype)
+                run = Pass(self.source, windows, [Stream(x, y, x, *attended)], self.dtype, self._room.kept_rows, self._products)
             done = journal.done if journal else 0
             report.start("Running the model", model.num_layers * run.n_tokens, "tokens", done=max(0, done - 1) * run.n_tokens)
             if not done:
@@ -105,7 +125,7 @@ class StreamingModel:
                     run.embed(0, start, rows)
             for layer in range(max(0, done - 1), model.num_layers):
                 report.phase(f"layer {layer + 1} of {model.num_layers}")
-                take(run.layer(layer), partial(_advance, observer))
+                take(run.layer(layer), partial(_advance, observer), self._room.experts)
                 if after_layer:
                     after_layer(layer, run.streams[0].x)
                 if journal:
@@ -174,4 +194,5 @@ class StreamingModel:
 def _advance(observer: Observer, stages: Sequence[Stage]) -> None:
     for stage in stages:
         observer(stage)
-        stage.advance([{spec.name: stage.run.weight(spec.name) for spec in stage.weights}])
+        stage.advance([{spec.name: stage.run.read(spec.name) for spec in stage.weights}])
+    memory.give_back()

@@ -31,9 +31,10 @@ class Streams:
         *,
         fresh: bool,
         inner: bool = True,
+        products: torch.dtype | None = None,
     ) -> None:
         """`fresh`: nothing was committed yet, so whatever a killed run left in the files is made anew. `inner`: rows inside the
-        MLP are looked at before they are gone on with, and so worth keeping."""
+        MLP are looked at before they are gone on with, and so worth keeping. `products`: see `Pass`."""
         self.folder, self._files = folder, ExitStack()
         columns = state_files(source.architecture, inner=inner and windows.device.type == "cpu")
         streams = []
@@ -41,7 +42,7 @@ class Streams:
             files = {file: self._open(f"{number}.{file}", windows, width, fresh) for file, width in columns.items()}
             streams.append(Stream.of({file: OnDisk(rows, dtype, windows.device) for file, rows in files.items()}))
         self._first = streams[0].x
-        self.run = Pass(source, windows, streams, dtype, kept_rows)
+        self.run = Pass(source, windows, streams, dtype, kept_rows, products)
 
     def _open(self, name: str, windows: Tensor, columns: int, fresh: bool) -> Rows:
         path = self.folder / name

@@ -144,8 +144,8 @@ def validate(
 
     The exact path (the exported bytes, dequantised and streamed through our forward) runs over the first window of every suite,
     as a check on the runtime and for per-layer errors; with runtime "torch" over everything. Holds a few times
-    windows · context · hidden float32, one expert or slice of the head, LOGITS logits, and whatever the runtime holds. Raises
-    ValidationError in one line for what cannot be compared.
+    windows · context · hidden float32, an expert for each thread or a slice of the head, LOGITS logits, and whatever the runtime
+    holds. Raises ValidationError in one line for what cannot be compared.
     """
     started = time.perf_counter()
     report = progress or Silent()

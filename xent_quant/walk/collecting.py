@@ -21,6 +21,7 @@ from xent_quant.checkpoint.llama_names import HEAD, llama_name
 from xent_quant.device.choice import memory_of
 from xent_quant.errors import ExportError
 from xent_quant.journal import Journal, software
+from xent_quant.memory import give_back
 from xent_quant.model.stages import Stage, take
 from xent_quant.model.streams import Streams
 from xent_quant.progress import Progress
@@ -37,7 +38,7 @@ from xent_quant.storage import (
 )
 from xent_quant.tensors import KEPT_ROLES, Role
 from xent_quant.walk import resources
-from xent_quant.walk.job import PROBE
+from xent_quant.walk.job import PROBE, PRODUCTS
 from xent_quant.walk.unfinished import kept
 
 Sums = dict[str, tuple[np.ndarray, ...]]
@@ -90,10 +91,11 @@ class Collecting:
         for stage in stages:
             if stage.weights:
                 self._add(stage, found)
-            exact: dict[str, Tensor] = {spec.name: run.tensor(self._checkpoint.read(spec.name)) for spec in stage.weights}
+            exact: dict[str, Tensor] = {spec.name: run.read(spec.name) for spec in stage.weights}
             stage.advance([exact])
             if stage.weights and stage.weights[0].role is Role.ROUTER:
                 self._journal.coverage = [*self._journal.coverage[:index], run.expert_tokens(0)]
+        give_back()
 
     def _add(self, stage: Stage, found: Sums) -> None:
         parts = sums(stage)
@@ -157,7 +159,7 @@ def collect(
     model = session.checkpoint.architecture
     device = session.methods_on
     if device is None:
-        room = resources.room(model, 0, True, memory)
+        room = resources.room(model, 0, session.length, memory)
     else:
         room = resources.device_room(model, 0, session.length, device, vram, memory=memory)
     before = fingerprint(session.checkpoint)
@@ -165,6 +167,7 @@ def collect(
         "checkpoint": before,
         "version": software(),
         **session.identity,
+        PRODUCTS: str(session.narrow),
     }
     with Workspace.open(target.parent, [Target(target, folder=False)], force=force) as work, ExitStack() as files:
         path = work.path / journals.FILE
@@ -179,13 +182,22 @@ def collect(
         if done := journal.layers(model.num_layers):
             progress.note(f"Going on with an interrupted run: {done} of {model.num_layers} layers are done.")
         if journal.windows is None:
-            windows = session.windows(FEWEST_ROWS, progress, work.path / PROBE)
+            windows = session.windows(FEWEST_ROWS, progress, work.path / PROBE, room)
             check_free_space(work.path, resources.disk(model, windows.numel(), 0, device))
             journal.windows = len(windows)
             journal.save()
         else:
             windows = session.first(journal.windows)
-        streams = Streams(session.checkpoint, windows, work.path, session.dtype, 1, room.kept_rows, fresh=not journal.done)
+        streams = Streams(
+            session.checkpoint,
+            windows,
+            work.path,
+            session.dtype,
+            1,
+            room.kept_rows,
+            fresh=not journal.done,
+            products=session.narrow,
+        )
         opened.callback(streams.close)
         collecting = Collecting(session, streams, journal, work.path, progress, room.experts)
         collecting.run()

@@ -57,6 +57,7 @@ class Run:
     version: Mapping[str, str]
     dtype: "torch.dtype | None" = None
     kept_rows: int = 0
+    products: "torch.dtype | None" = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def expert(run: Run, layer: OfLayer, slots: Sequence[Slots], seen: "Seen") -> Re
     assert run.dtype is not None
     _check(run)
     torch.set_num_threads(1)
-    alone = Alone(run.checkpoint, seen, layer.samples, run.dtype, run.kept_rows)
+    alone = Alone(run.checkpoint, seen, layer.samples, run.dtype, run.kept_rows, run.products)
     lanes = _lanes(run, slots)
     tokens = torch.from_numpy(seen.tokens)
     work = Work(run.checkpoint, lanes, alone.run, [each.of(tokens) for each in layer.measuring], Reports(Silent()))
@@ -178,7 +179,7 @@ class Elsewhere:
     def __init__(self, cluster: Cluster, work: Work, progress: Progress) -> None:
         self._cluster, self._work, self._progress = cluster, work, progress
         run, exports = work.run, tuple(Export(lane.choices.method, lane.stream, lane.file) for lane in work.lanes)
-        facts = (run.dtype, run.kept_rows) if run else (None, 0)
+        facts = (run.dtype, run.kept_rows, run.products) if run else ()
         self._run = cluster.keep(Run(work.checkpoint, exports, software(), *facts))
         self._told: set[str] = set()
 

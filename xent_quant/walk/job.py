@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from xent_quant.walk.saliency import Dropping
 
 
+PRODUCTS = "products of weights"
+"""What a journal calls the type in which statistics were multiplied."""
 PROBE = "probe"
 """Where in the work folder the states lie that tell how much text there must be."""
 SALIENCY = "saliency"
@@ -86,14 +88,15 @@ def run(
     followers = sum(hessian) if text else 0
     device = text.methods_on if text else None
     if text is None or device is None:
-        room = resources.room(model, followers, text is not None or dropping is not None, memory)
+        length = text.length if text else dropping.session.length if dropping else 0
+        room = resources.room(model, followers, length, memory)
     else:
         fitting = partial(resources.device_room, model, followers, text.length, device, vram, memory=memory)
         room = fitting()
     for exporter in exporters:
         exporter.check(force)
     before = fingerprint(checkpoint)
-    whole = _identity(before, exporters, text, {**(identity or {}), "statistics": dict(provenance or {})})
+    whole = _identity(before, exporters, hessian, text, {**(identity or {}), "statistics": dict(provenance or {})})
     targets = [target for exporter in exporters for target in exporter.targets]
     results = sum(exporter.nbytes for exporter in exporters)
     with Workspace.open(output, targets, force=force) as work, ExitStack() as files:
@@ -119,7 +122,7 @@ def run(
             files.enter_context(_memory_of(device, vram))
         if dropping:
             if journal.experts is None:
-                journal.experts = dropping.measured(work.path / SALIENCY, report)
+                journal.experts = dropping.measured(work.path / SALIENCY, report, room)
             if fresh:
                 journal.save()
             checkpoint, exporters, text = dropping.applied(journal.experts)
@@ -136,11 +139,9 @@ def run(
         streams: Streams | None = None
         measuring: list[Measuring] = []
         if text:
-            streams, measuring = _streams(
-                checkpoint, text, lanes, hessian, results, journal, work, room.kept_rows, device, report
-            )
+            streams, measuring = _streams(checkpoint, text, lanes, hessian, results, journal, work, room, device, report)
             opened.callback(streams.close)
-        Walk(checkpoint, lanes, journal, streams, measuring, report, room.experts, cluster).run()
+        Walk(checkpoint, lanes, journal, streams, measuring, report, room, cluster).run()
         exported = []
         for lane in lanes:
             exported.append(lane.writer.finish(unmeasured_notes(lane.unmeasured, lane.measured)))
@@ -190,7 +191,7 @@ def _streams(
     results: int,
     journal: Journal,
     work: Workspace,
-    kept_rows: int,
+    room: Room,
     device: "torch.device | None",
     progress: Progress,
 ) -> "tuple[Streams, list[Measuring]]":
@@ -204,7 +205,7 @@ def _streams(
     # Not for the Hessian of a rare expert, which the layer makes up: all others would pay for that with three times the time.
     measured = [needed for lane, needed in zip(lanes, hessian, strict=True) if lane.choices.method is not None]
     known, fewest = journal.windows, 0 if all(measured) else FEWEST_ROWS
-    windows = text.windows(fewest, progress, work.path / PROBE) if known is None else text.first(known)
+    windows = text.windows(fewest, progress, work.path / PROBE, room) if known is None else text.first(known)
     count = 1
     listened: dict[int, tuple[bool, float]] = {}
     for lane, needed in zip(lanes, hessian, strict=True):
@@ -223,14 +224,23 @@ def _streams(
         for lane in lanes:
             lane.writer.sync()
         journal.save()
-    streams = Streams(checkpoint, windows, work.path, text.dtype, count, kept_rows, fresh=not journal.done)
+    streams = Streams(
+        checkpoint,
+        windows,
+        work.path,
+        text.dtype,
+        count,
+        room.kept_rows,
+        fresh=not journal.done,
+        products=text.dtype if any(hessian) else text.narrow,
+    )
     return streams, [
         Measuring(stream, windows, hessian=needed, device=device, furthest=most) for stream, (needed, most) in listened.items()
     ]
 
 
 def _identity(
-    checkpoint: str, exporters: Sequence[Exporter], text: "Text | None", options: Mapping[str, Any]
+    checkpoint: str, exporters: Sequence[Exporter], hessian: Sequence[bool], text: "Text | None", options: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """What the bytes of these exports depend on."""
     return {
@@ -238,6 +248,7 @@ def _identity(
         "version": software(),
         **options,
         **(text.identity if text else {}),
+        **({PRODUCTS: str(text.narrow)} if text and not any(hessian) else {}),
         "methods": [exporter.method.name if exporter.method else None for exporter in exporters],
         "exports": [exporter.identity for exporter in exporters],
     }

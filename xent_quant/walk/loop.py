@@ -20,7 +20,7 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats._lanes import WIDTH
 from xent_quant.formats.base import F32
 from xent_quant.journal import Journal
-from xent_quant.model.sizes import PIECE
+from xent_quant.model.sizes import PIECE, Room
 from xent_quant.progress import Progress, Silent
 from xent_quant.tensors import Role, TensorSpec
 from xent_quant.walk.elsewhere import Elsewhere
@@ -53,16 +53,16 @@ class Walk:
         streams: "Streams | None" = None,
         measuring: "Sequence[Measuring]" = (),
         progress: Progress | None = None,
-        experts: int | None = None,
+        room: Room | None = None,
         cluster: "Cluster | None" = None,
     ) -> None:
-        """`experts` of a layer are worked on at a time, at most: in threads, or together by methods that compute on a device. A
-        `cluster` takes them instead, as do weights of which no text tells anything."""
+        """So many experts of a layer as there is `room` for are worked on at a time: in threads, or together by methods that
+        compute on a device. A `cluster` takes them instead, as do weights of which no text tells anything."""
         self.checkpoint, self.lanes, self.journal, self.streams = checkpoint, lanes, journal, streams
-        self._side_by_side = experts
+        self._side_by_side, together = (room.experts, room.streams) if room else (None, None)
         self._progress = progress or Silent()
         self._reports = Reports(self._progress)
-        self._work = Work(checkpoint, lanes, streams.run if streams else None, measuring, self._reports, experts)
+        self._work = Work(checkpoint, lanes, streams.run if streams else None, measuring, self._reports, together)
         self._elsewhere = Elsewhere(cluster, self._work, self._progress) if cluster else None
         self._tensors = checkpoint.architecture.tensors()
         self._layers = checkpoint.architecture.num_layers

@@ -18,7 +18,16 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import ConfigError
 from xent_quant.formats._lanes import WIDTH
 from xent_quant.formats.base import F32
-from xent_quant.model.sizes import HELD_OUT_ROWS, KEPT_ROWS, PART_TOKENS, PIECE, Room, state_files
+from xent_quant.model.sizes import (
+    ADDED_ROWS,
+    DEVICE_PART_TOKENS,
+    HELD_OUT_ROWS,
+    KEPT_ROWS,
+    PART_TOKENS,
+    PIECE,
+    Room,
+    state_files,
+)
 from xent_quant.tensors import ATTENTION_ROLES, InputStatistics, Role, TensorSpec
 from xent_quant.units import human_bytes
 
@@ -59,11 +68,11 @@ class Resources:
         return vars(self).copy()
 
 
-def memory(model: Architecture, followers: int, text: bool, room: Room) -> int:
-    """Peak of resident bytes of a walk with so many quantised streams; `text`: statistics are measured on the way."""
+def memory(model: Architecture, followers: int, length: int, room: Room) -> int:
+    """Peak of resident bytes of a walk with so many quantised streams over windows of `length` tokens; 0: without text."""
     tensors = list(model.tensors().values())
     rows_of_vocabulary = PROGRAM + VOCABULARY * model.vocab_size
-    if not text:
+    if not length:
         # Stored bytes, float32, padded rows and packed ones: of each thread's piece, or of a tensor that is read whole.
         piece = max(PIECE, WIDTH * max(t.shape[-1] for t in tensors))
         whole = min(Checkpoint.SLICE, max(t.n_weights for t in tensors))
@@ -71,46 +80,50 @@ def memory(model: Architecture, followers: int, text: bool, room: Room) -> int:
     in_layer = [tensor for tensor in tensors if tensor.layer is not None and len(tensor.shape) > 1]
     routed = [tensor for tensor in in_layer if tensor.expert is not None]
     streams = 1 + followers
-    side_by_side = room.experts or numba.get_num_threads()
-    for_all = _stage([tensor for tensor in in_layer if tensor.expert is None], model, streams, min(followers, side_by_side))
+    threads = numba.get_num_threads()
+    side_by_side = room.experts or threads
+    unrouted = [tensor for tensor in in_layer if tensor.expert is None]
+    for_all = _stage(unrouted, model, streams, max(PART_TOKENS, length), min(followers, room.streams or threads))
     experts = 0
     if routed:
         inner = 4 * room.kept_rows * model.intermediate_size * streams
         shared = 2 * 4 * model.shared_size * model.hidden_size * streams
         # Σxxᵀ, drift and regression of all tokens, and those of them that are held out.
         layer = followers * 4 * (3 * model.hidden_size**2 + 2 * HELD_OUT_ROWS * model.hidden_size)
-        experts = shared + layer + side_by_side * (inner + _stage(routed, model, streams))
+        experts = shared + layer + side_by_side * (inner + _stage(routed, model, streams, PART_TOKENS))
     return int(MARGIN * (rows_of_vocabulary + TORCH + max(for_all, experts)))
 
 
-def _stage(tensors: Sequence[TensorSpec], model: Architecture, streams: int, measured: int = 1) -> int:
-    """Bytes that the largest stage of these tensors holds: rows on their way, weights, and what is made of the rows of so many
-    streams that are `measured` at a time."""
+def _stage(tensors: Sequence[TensorSpec], model: Architecture, streams: int, part: int, measured: int = 1) -> int:
+    """Bytes that the largest stage of these tensors holds: weights, `part` rows on their way, and what is made of the rows, of so
+    many streams that are `measured` at a time."""
     columns, largest = max(tensor.shape[-1] for tensor in tensors), max(tensor.n_weights for tensor in tensors)
-    rows = 4 * PART_TOKENS * (4 * model.hidden_size + 3 * columns)
+    rows = 4 * part * (4 * model.hidden_size + 3 * columns)
     weights = 4 * largest * (3 * streams + 1)  # the most that read the same, or gate, up and down; one as stored
-    made = 0
+    made = 2 * 3 * largest if streams == 1 else 0  # in bfloat16
     if streams > 1:
-        # Sums: Σxxᵀ, drift, residuals. Ready: Hessian, drift, damped, root, factor, and two on the way. Weight, pull, errors,
-        # what is solved of the pull, and the bytes.
-        made = 4 * (2 * columns**2 + columns * model.hidden_size) + 4 * 7 * columns**2 + 4 * 5 * largest
+        # Rows that wait to be added, and their turned ones. Sums: Σxxᵀ, drift, residuals. Ready: Hessian, drift, damped, root,
+        # its parts, factor, and two on the way. Weight, pull, errors, what is solved of the pull, and the bytes.
+        made = 4 * ADDED_ROWS * (4 * columns + model.hidden_size)
+        made += 4 * (2 * columns**2 + columns * model.hidden_size) + 4 * 8 * columns**2 + 4 * 5 * largest
         made += 4 * HELD_OUT_ROWS * (2 * columns + model.hidden_size)
     return weights + max(1, measured) * (rows + made)
 
 
-def room(model: Architecture, followers: int, text: bool, limit: int | None) -> Room:
+def room(model: Architecture, followers: int, length: int, limit: int | None) -> Room:
     """What to hold so that `limit` bytes are not passed. Raises ConfigError where the least would not do."""
-    most = numba.get_num_threads() if text and model.num_experts else 1
-    for chosen in _rooms(most):
-        if limit is None or memory(model, followers, text, chosen) <= limit:
+    most = numba.get_num_threads() if length else 1
+    for chosen in _rooms(most, max(1, min(followers, most))):
+        if limit is None or memory(model, followers, length, chosen) <= limit:
             return chosen
-    raise _too_little(limit or 0, memory(model, followers, text, Room(0, 1)), followers, text)
+    raise _too_little(limit or 0, memory(model, followers, length, Room(0, 1, 1)), followers, bool(length))
 
 
-def _rooms(experts: int) -> Iterator[Room]:
-    """From so many experts side by side to the least."""
+def _rooms(experts: int, streams: int = 1) -> Iterator[Room]:
+    """From so many experts side by side, and streams, to the least. Experts take most of the time."""
     for number in range(experts, 0, -1):
-        yield from (Room(rows, number) for rows in (KEPT_ROWS, KEPT_ROWS // 2, KEPT_ROWS // 4, 0))
+        for rows in (KEPT_ROWS, KEPT_ROWS // 2, KEPT_ROWS // 4, 0):
+            yield from (Room(rows, number, together) for together in range(streams, 0, -1))
 
 
 def _too_little(limit: int, least: int, followers: int, text: bool) -> ConfigError:
@@ -143,12 +156,12 @@ def vram(model: Architecture, followers: int, length: int, room: Room) -> int:
     streams, together, hidden = 1 + followers, room.experts or 1, model.hidden_size
 
     def stage(weights: int, columns: int, number: int = 1) -> int:
-        rows = 4 * PART_TOKENS * (4 * hidden + 3 * columns)
+        rows = 4 * DEVICE_PART_TOKENS * (4 * hidden + 3 * columns) + 4 * ADDED_ROWS * (4 * columns + hidden) * bool(followers)
         return rows + 4 * number * (weights * (streams + COPIES) + HESSIANS * columns**2 * bool(followers))
 
     every = list(_stages(model))
     for_all = max(stage(weights, columns) for weights, columns, routed in every if not routed)
-    scores = 2 * 4 * PART_TOKENS * length * model.num_heads
+    scores = 2 * 4 * DEVICE_PART_TOKENS * length * model.num_heads
     experts = 0
     if model.num_experts:
         inner = 4 * room.kept_rows * model.intermediate_size * streams * together
@@ -164,7 +177,7 @@ def beside_device(model: Architecture, followers: int, length: int, room: Room, 
     columns, number = max(model.hidden_size, model.intermediate_size, model.shared_size), room.experts or 1
     # float32 of two stages, one of them being read, and in pinned memory; codes and bytes.
     weights = 14 * max(_slice(model), *(each * (number if routed else 1) for each, _, routed in _stages(model)))
-    rows = 2 * 4 * PART_TOKENS * columns
+    rows = 2 * 4 * DEVICE_PART_TOKENS * columns
     there = vram(model, followers, length, room) if device.type == "cpu" else 0
     return there + int(MARGIN * (PROGRAM + VOCABULARY * model.vocab_size + TORCH + weights + rows))
 
@@ -193,9 +206,9 @@ def device_room(
             continue
         if memory is None or beside_device(model, followers, length, chosen, device) <= memory:
             return chosen
-    least = vram(model, followers, length, Room(0, 1))
+    least = vram(model, followers, length, Room(0, 1, 1))
     if memory is not None and (most is None or least <= most):
-        raise _too_little(memory, beside_device(model, followers, length, Room(0, 1), device), followers, True)
+        raise _too_little(memory, beside_device(model, followers, length, Room(0, 1, 1), device), followers, True)
     said = f"--vram {human_bytes(limit)}" if limit is not None else f"--device {device}: {human_bytes(free or 0)} are free"
     raise ConfigError(f"{said}: about {human_bytes(least)} are needed; use --device cpu, or one format at a time")
 
@@ -206,9 +219,15 @@ def disk(model: Architecture, tokens: int, followers: int, device: "torch.device
     return 4 * sum(columns.values()) * tokens * (1 + followers)
 
 
-def seconds(model: Architecture, exporters: Sequence[Exporter], tokens: int, hessian: Sequence[bool]) -> float:
-    """Of the whole walk on this machine, from the speed of its matrix products, factorisations and of each lane's rounding;
-    takes a few seconds itself."""
+def seconds(
+    model: Architecture,
+    exporters: Sequence[Exporter],
+    tokens: int,
+    hessian: Sequence[bool],
+    products: "torch.dtype | None" = None,
+) -> float:
+    """Of the whole walk on this machine, from the speed of its matrix products (by weights of the type `products`, or float32),
+    factorisations and of each lane's rounding; takes a few seconds itself."""
     tensors = [tensor for tensor in model.tensors().values() if len(tensor.shape) > 1]
     total = 0.0
     for exporter, needed in zip(exporters, hessian, strict=True):
@@ -216,7 +235,7 @@ def seconds(model: Architecture, exporters: Sequence[Exporter], tokens: int, hes
             total += weights * _rounding(exporter, kind, needed and tokens > 0)
     if not tokens:
         return total
-    product, factorisation = _speeds()
+    product, factorisation = _speeds(products)
     followers = sum(hessian)
     for routed in (False, True):
         flops, cubes = arithmetic(model, tokens, followers, routed=routed)
@@ -268,18 +287,19 @@ def _rounding(exporter: Exporter, encoding: Any, hessian: bool) -> float:
     return seconds / numba.get_num_threads() if hessian else seconds  # a Hessian's rows are rounded in one job here
 
 
-def _speeds() -> tuple[float, float]:
-    """Floating-point operations a second of a float32 product, and n³ a second of a factorisation [n, n]."""
+def _speeds(products: "torch.dtype | None") -> tuple[float, float]:
+    """Floating-point operations a second of a product of float32 rows, and n³ a second of a factorisation [n, n]."""
     import torch
 
     from xent_quant.linalg import linear, root
 
     a = torch.randn(1024, 2048)
     b = torch.randn(2048, 2048)
-    linear(a, b)
+    weight = b.to(products or b.dtype)
+    linear(a, weight)
     begun = time.perf_counter()
     for _ in range(8):
-        linear(a, b)
+        linear(a, weight)
     product = 8 * 2 * a.shape[0] * b.numel() / (time.perf_counter() - begun)
     matrix = (b.T @ b / 2048 + torch.eye(2048)).numpy()
     begun = time.perf_counter()

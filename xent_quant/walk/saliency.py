@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from xent_quant.checkpoint.dropping import KeptExperts
 from xent_quant.linalg import linear
-from xent_quant.model.sizes import SALIENCY_TOKENS
+from xent_quant.model.sizes import SALIENCY_TOKENS, Room
 from xent_quant.model.stages import Stage, WeightSource
 from xent_quant.model.streaming import StreamingModel
 from xent_quant.progress import Progress
@@ -34,6 +34,7 @@ def saliency(
     progress: Progress | None = None,
     folder: Path | None = None,
     dtype: torch.dtype = torch.float32,
+    room: Room | None = None,
 ) -> NDArray[np.float64]:
     """[layers, experts] of token ids [n_windows, length]. Holds what `StreamingModel.run` holds."""
     model = source.architecture
@@ -50,7 +51,7 @@ def saliency(
             sums[down.layer, down.expert] += float((batch.gates.double() * norms).sum())
             counts[down.layer, down.expert] += len(batch.tokens)
 
-    StreamingModel(source, dtype, str(windows.device)).run(windows, observe, progress, folder=folder)
+    StreamingModel(source, dtype, str(windows.device), room=room).run(windows, observe, progress, folder=folder)
     return sums / np.maximum(counts, 1)
 
 
@@ -70,11 +71,11 @@ class Dropping:
     count: int
     view: "Callable[[KeptExperts], tuple[Checkpoint, Sequence[Exporter], Text | None]]"
 
-    def measured(self, folder: Path, progress: Progress) -> list[list[int]]:
+    def measured(self, folder: Path, progress: Progress, room: Room | None = None) -> list[list[int]]:
         """The experts that stay, by layer; hidden states lie in `folder`, new and removed again."""
         session = self.session
         folder.mkdir()
-        found = saliency(session.checkpoint, session.sample(SALIENCY_TOKENS), progress, folder, session.dtype)
+        found = saliency(session.checkpoint, session.sample(SALIENCY_TOKENS), progress, folder, session.dtype, room)
         remove(folder)
         return most_salient(found, self.count)
 

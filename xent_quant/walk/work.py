@@ -46,9 +46,9 @@ class Reports:
 class Work:
     """On the stages of `run`, for lanes that listen to its streams.
 
-    Holds a stage's weights, with what each lane makes of them and what its method holds, for each expert that is under way, or
-    outside routed experts for each stream of at most `side_by_side` (None: one for each thread). Raises what reading, measuring
-    and quantising raise.
+    Holds a stage's weights, with what each lane makes of them and what its method holds, for each expert that is under way,
+    outside routed experts for each of at most so many streams `together` (None: one for each thread). Raises what reading,
+    measuring and quantising raise.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Work:
         run: "Pass | None",
         measuring: "Sequence[Measuring]",
         reports: Reports,
-        side_by_side: int | None = None,
+        together: int | None = None,
     ) -> None:
-        self._side_by_side = side_by_side
+        self._together = together
         self.checkpoint, self.lanes, self.run, self.reports = checkpoint, lanes, run, reports
         self.measuring: dict[int | None, Measuring] = {each.stream: each for each in measuring}
         self.by_stream: dict[int | None, list[Lane]] = {}
@@ -103,13 +103,14 @@ class Work:
         assert self.run is not None
         tensors = [tensor for stage in stages for tensor in stage.weights]
         weights = [{name: tensor for name, (_, tensor) in exact.items()} for _ in self.run.streams]
-        jobs = [partial(self._listening, number, stages, exact, weights) for number in self.by_stream]
-        together = min(len(jobs), self._side_by_side or len(jobs), numba.get_num_threads()) if self.device is None else 1
-        if together > 1:  # not those of an expert, who has one thread
-            parallel.run(jobs, together, each=numba.get_num_threads() // together)
-        else:
-            for job in jobs:  # what one of them measured is let go before the next one measures
-                job()
+        jobs = [partial(self._listening, number, stages, exact, weights) for number in sorted(self.by_stream, key=bool)]
+        own = sum(map(bool, self.by_stream))
+        together = min(own, self._together or own, numba.get_num_threads()) if self.device is None else 1
+        alone = jobs if together < 2 else jobs[:-own]  # an expert has one thread
+        for job in alone:  # what one of them measured is let go before the next one measures
+            job()
+        if len(alone) < len(jobs):
+            parallel.run(jobs[-own:], together, each=numba.get_num_threads() // together)
         for stage in stages:
             stage.advance(weights)
         self.reports.advance(sum(tensor.n_weights for tensor in tensors))
