@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_works_on_as_many_experts_as_before(
             notes.append(message)
 
     def watched(*arguments: Any) -> Any:
-        used.append(arguments[-2])
+        used.append(arguments[-2].experts)
         return walk(*arguments)
 
     monkeypatch.setattr(job, "Walk", watched)
