@@ -36,7 +36,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stock_llama import Missing, home
+from stock_llama import TOLD_PRE_TOKENIZER, Missing, converter, home
 
 
 def session(options: argparse.Namespace) -> Any:
@@ -130,22 +130,17 @@ def run_layer(options: argparse.Namespace, method: str) -> dict[str, float]:
 MEASURES = {"pass": run_pass, "layer": run_layer}
 
 
-PRE = "from conversion.base import TextModel; TextModel.get_vocab_base_pre = lambda self, tokenizer: 'default'"
-"""The converter refuses tokenizers whose digest it does not know, as those of random checkpoints."""
-
-
 class Stock:
     """Commands of ours and of stock's for one model, in a folder of their own, and what they take."""
 
     def __init__(self, options: argparse.Namespace, room: str) -> None:
         self.options, self.room, self.float = options, Path(room), Path(room, "model-BF16.gguf")
-        self.bin, script = home() / "bin", home() / "convert" / "convert_hf_to_gguf.py"
+        self.bin = home() / "bin"
         self.converter: dict[str, float] = {}
         if options.twin:
-            lines = [f"import runpy, sys; sys.path[:0] = [{str(script.parent)!r}]; sys.argv[0] = {str(script)!r}", PRE]
-            lines.append(f"runpy.run_path({str(script)!r}, run_name='__main__')")
             files = [options.twin, "--outtype", "bf16", "--outfile", str(self.float)]
-            self.converter = child([sys.executable, "-c", "\n".join(lines), *files], stderr=subprocess.DEVNULL)[1]
+            command = converter(home(), TOLD_PRE_TOKENIZER.format("default"))  # of a random one it knows no digest
+            self.converter = child([*command, *files], stderr=subprocess.DEVNULL)[1]
             if Path(options.twin).resolve() != Path(options.model).resolve():
                 self.float.unlink()
         if not self.float.exists():

@@ -61,6 +61,17 @@ def program(name: str) -> Path:
     return home() / "bin" / executable(name)
 
 
+TOLD_PRE_TOKENIZER = "from conversion.base import TextModel; TextModel.get_vocab_base_pre = lambda self, tokenizer: {!r}"
+"""A statement for `converter`, which tells pre-tokenizers by what whole vocabularies make of a text: what this one is."""
+
+
+def converter(folder: Path, *before: str) -> list[str]:
+    """The command that runs convert_hf_to_gguf.py of a build, its arguments to follow, with statements run `before` it."""
+    script = str(folder / "convert" / "convert_hf_to_gguf.py")
+    path = f"import runpy, sys; sys.path[:0] = [{str(folder / 'convert')!r}]; sys.argv[0] = {script!r}"
+    return [sys.executable, "-c", "\n".join([path, *before, f"runpy.run_path({script!r}, run_name='__main__')"])]
+
+
 def executable(name: str) -> str:
     return f"llama-{name}{'.exe' if os.name == 'nt' else ''}"
 

@@ -1,7 +1,6 @@
 """llama.cpp's convert_hf_to_gguf.py beside us on the same checkpoint."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import xent_quant
+from scripts.stock_llama import converter
 from tests.conftest import TINY, random_weights, small_tokenizer, write_checkpoint
 from tests.stock.gguf_files import keys, tensors
 from tests.stock.programs import Programs, said
@@ -32,12 +32,7 @@ SIZE_LABEL = {"general.size_label"}
 
 def convert(stock: Programs, folder: Path, target: Path, *before: str) -> Path:
     """What the converter makes of a checkpoint in float32, with statements run `before` it."""
-    script = stock.folder / "convert" / "convert_hf_to_gguf.py"
-    start = [str(script)]
-    if before:
-        lines = [f"import runpy, sys; sys.path[:0] = [{str(script.parent)!r}]; sys.argv[0] = {str(script)!r}", *before]
-        start = ["-c", "\n".join([*lines, f"runpy.run_path({str(script)!r}, run_name='__main__')"])]
-    said(sys.executable, *start, folder, "--outtype", "f32", "--outfile", target)
+    said(*converter(stock.folder, *before), folder, "--outtype", "f32", "--outfile", target)
     return target
 
 

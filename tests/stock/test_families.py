@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import xent_quant
+from scripts.stock_llama import TOLD_PRE_TOKENIZER
 from tests import families
 from tests.stock.gguf_files import keys, tensors
 from tests.stock.programs import Programs
@@ -25,8 +26,7 @@ ALONE: dict[str, set[str]] = {
 """Written out where the converter leaves them to llama.cpp's defaults, which are the same numbers."""
 ENDS = {"tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix"}
 TEXTS = ("Hello, world! 12345 it's", "第2章 雨 — “x”", "  double\n\ttabs\n\n\nend  ", "def f(x):\n    return x**2 # ok")
-PRE = "from conversion.base import TextModel; TextModel.get_vocab_base_pre = lambda self, tokenizer: 'smollm'"
-"""The converter tells pre-tokenizers by what whole vocabularies make of a text; it is told what this one is."""
+PRE = TOLD_PRE_TOKENIZER.format("smollm")
 
 
 def byte_level(folder: Path) -> None:

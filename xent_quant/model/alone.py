@@ -66,7 +66,8 @@ def _expert(stages: Sequence[Stage]) -> Expert:
 
 
 class Alone:
-    """An expert's `stages` over what it has `Seen`. `sampled` are `samples` of the layer's tokens, which make up a rare expert.
+    """An expert's `stages` over what it has `Seen`. `sampled` are `samples` of the layer's tokens, which make up a rare expert;
+    `dtype`, `kept_rows` and `products` are those of the `Pass`.
 
     Holds a copy of both, what a `Pass` holds for an expert, and what it makes of the rows.
     """
@@ -80,7 +81,16 @@ class Alone:
         kept_rows: int,
         products: torch.dtype | None = None,
     ) -> None:
-        self.run = _Tokens(source, seen, sampled, dtype, kept_rows, products)
+        streams = []
+        for number, (states, chosen, gates) in enumerate(zip(seen.states, seen.chosen, seen.gates, strict=True)):
+            rows = np.concatenate([states, *([sampled[number]] if number in sampled else [])])
+            x = InMemory(torch.from_numpy(rows).to(dtype))
+            stream = Stream(x, x, x)
+            stream.chosen, stream.gates = torch.from_numpy(chosen), torch.from_numpy(gates)
+            streams.append(stream)
+        tokens = torch.zeros(1, len(seen.tokens), dtype=torch.int64)
+        self.run = _Tokens(source, tokens, streams, dtype, kept_rows, products)
+        self.run.total = seen.total
         layer = self.run.architecture.layer(seen.layer)
         mlp = _Collecting(self.run, layer)
         gate, up, down = next(weights for number, weights in enumerate(layer.experts) if number == seen.expert)
@@ -96,30 +106,13 @@ class Alone:
 
 
 class _Tokens(Pass):
-    """A pass over some tokens; behind them the states hold those of a sample."""
+    """A pass over some tokens, of `total`; behind them the states hold those of a sample."""
 
-    def __init__(
-        self,
-        source: WeightSource,
-        seen: Seen,
-        sampled: Mapping[int, F32],
-        dtype: torch.dtype,
-        kept_rows: int,
-        products: torch.dtype | None,
-    ) -> None:
-        streams = []
-        for number, (states, chosen, gates) in enumerate(zip(seen.states, seen.chosen, seen.gates, strict=True)):
-            rows = np.concatenate([states, *([sampled[number]] if number in sampled else [])])
-            x = InMemory(torch.from_numpy(rows).to(dtype))
-            stream = Stream(x, x, x)
-            stream.chosen, stream.gates = torch.from_numpy(chosen), torch.from_numpy(gates)
-            streams.append(stream)
-        super().__init__(source, torch.zeros(1, len(seen.tokens), dtype=torch.int64), streams, dtype, kept_rows, products)
-        self._total = seen.total
+    total = 0
 
     def sampled(self, count: int) -> Tensor:
         """See `Pass.sampled`."""
-        return self.tokens(self.n_tokens, self.n_tokens + min(count, self._total))
+        return self.tokens(self.n_tokens, self.n_tokens + min(count, self.total))
 
 
 class _Collecting(Mlp):

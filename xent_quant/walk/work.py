@@ -103,20 +103,21 @@ class Work:
         assert self.run is not None
         tensors = [tensor for stage in stages for tensor in stage.weights]
         weights = [{name: tensor for name, (_, tensor) in exact.items()} for _ in self.run.streams]
-        jobs = [partial(self._listening, number, stages, exact, weights) for number in sorted(self.by_stream, key=bool)]
-        own = sum(map(bool, self.by_stream))
-        together = min(own, self._together or own, numba.get_num_threads()) if self.device is None else 1
-        alone = jobs if together < 2 else jobs[:-own]  # an expert has one thread
-        for job in alone:  # what one of them measured is let go before the next one measures
-            job()
-        if len(alone) < len(jobs):
-            parallel.run(jobs[-own:], together, each=numba.get_num_threads() // together)
+        work, threads = partial(self._listening, stages, exact, weights), numba.get_num_threads()
+        own = [number for number in self.by_stream if number]
+        together = min(len(own), self._together or len(own), threads) if self.device is None else 1
+        beside = own if together > 1 else []  # never of an expert, which has one thread
+        for number in self.by_stream:
+            if number not in beside:  # what one of them measured is let go before the next one measures
+                work(number)
+        if beside:
+            parallel.run([partial(work, number) for number in beside], together, each=threads // together)
         for stage in stages:
             stage.advance(weights)
         self.reports.advance(sum(tensor.n_weights for tensor in tensors))
 
     def _listening(
-        self, number: int | None, stages: "tuple[Stage, ...]", exact: "Weights", weights: "list[dict[str, Tensor]]"
+        self, stages: "tuple[Stage, ...]", exact: "Weights", weights: "list[dict[str, Tensor]]", number: int | None
     ) -> None:
         """Stages for the lanes that listen to a stream; what they make of `exact` weights goes into those of their streams."""
         assert self.run is not None
