@@ -13,7 +13,6 @@ ones.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Generic, Protocol
 
@@ -22,7 +21,7 @@ import numpy as np
 from xent_quant.formats.base import Encoding
 from xent_quant.linalg import Matrix, dot, gaussian, product
 from xent_quant.methods.rtn import rounding_error
-from xent_quant.parallel import one_thread
+from xent_quant.parallel import once, one_thread
 from xent_quant.tensors import InputStatistics
 
 if TYPE_CHECKING:
@@ -50,24 +49,43 @@ class Solver(Protocol[Matrix]):
         """rows (H + λ)⁻¹."""
 
 
+class Known(Protocol[Matrix]):
+    """`InputStatistics` or `DeviceStatistics` with a Hessian and rows that are held out."""
+
+    @property
+    def curvature(self) -> Solver[Matrix] | None: ...
+
+    @property
+    def held_out(self) -> Matrix | None: ...
+
+    @property
+    def reaching(self) -> Matrix: ...
+
+
 @dataclass(frozen=True)
 class Correction(Generic[Matrix]):
-    """`curvature` of H, `drift` D [in, in] and `residuals` R [out, in] or None as above. Of rows that none of them has seen:
-    `inputs` x and `drifts` x̂ − x [n, in], `residual` r [n, out] or None. All float32, in memory or on one device."""
+    """`known` of H, `drift` D [in, in] and `residuals` R [out, in] or None as above. Of the rows that `known` holds out:
+    `drifts` x̂ − x [n, in], `residual` r [n, out] or None. All float32, in memory or on one device."""
 
-    curvature: Solver[Matrix]
+    known: Known[Matrix]
     drift: Matrix
     residuals: Matrix | None
-    inputs: Matrix
     drifts: Matrix
     residual: Matrix | None
     furthest: float = inf
     """Of its norm, that a row is moved at most."""
 
-    @cached_property
-    def _reaching(self) -> Matrix:
-        """x (H + λ)⁻¹: with it the outputs of a change of weights are known before the change is."""
-        return self.curvature.solve(self.inputs)
+    @property
+    def curvature(self) -> Solver[Matrix]:
+        """Of H."""
+        assert self.known.curvature is not None
+        return self.known.curvature
+
+    @property
+    def inputs(self) -> Matrix:
+        """x [n, in], held out."""
+        assert self.known.held_out is not None
+        return self.known.held_out
 
     def moved(self, start: int, weights: Matrix) -> tuple[Matrix, Matrix | None]:
         """For rows `start`… [rows, in] float32 of a weight: W and P of that shape; W + P (H + λ)⁻¹ is to be quantised."""
@@ -76,10 +94,12 @@ class Correction(Generic[Matrix]):
             far = _squares(product(pull, self._probes.T))
             some = ~(far < (CLEAR * self.furthest) ** 2 * _squares(weights))
             if some.any():
-                pull[some] = _within(self.furthest, weights[some], self.curvature.solve(pull[some]), pull[some])
+                moved = pull[some]
+                _keep_within(self.furthest, weights[some], self.curvature.solve(moved), moved)
+                pull[some] = moved
         return weights, pull
 
-    @cached_property
+    @once
     def _probes(self) -> Matrix:
         """Gaussian rows g (H + λ)⁻¹ [PROBES, in]: the squares of their products with p add up to ‖p (H + λ)⁻¹‖², about."""
         return self.curvature.solve(gaussian(PROBES, self.inputs) * PROBES**-0.5)
@@ -96,7 +116,7 @@ class Correction(Generic[Matrix]):
         if self.residuals is not None and self.residual is not None:
             wanted += self.residuals[rows]
             wish += self.residual[:, rows]
-        reach = product(self._reaching, wanted.T)
+        reach = product(self.known.reaching, wanted.T)
         wanted *= _share(wish, reach)
         return wanted
 
@@ -123,25 +143,25 @@ class Regression(Generic[Matrix]):
             change = product(weights, self.matrix)
             change *= _share(product(self.drifts, weights.T), product(self.inputs, change.T))
         if self.furthest < inf:
-            change = _within(self.furthest, weights, change, change)
+            _keep_within(self.furthest, weights, change, change)
         change += weights
         return change, None
 
 
-def _within(furthest: float, weights: Matrix, moved: Matrix, pull: Matrix) -> Matrix:
-    """`pull` [rows, in], made smaller in rows that it moves, by `moved`, further than so many times the norm of theirs."""
+def _keep_within(furthest: float, weights: Matrix, moved: Matrix, pull: Matrix) -> None:
+    """Make `pull` [rows, in] smaller in rows that it moves, by `moved`, further than so many times the norm of theirs."""
     with np.errstate(over="ignore", invalid="ignore"):
         reach, far = (_squares(each) ** 0.5 for each in (weights, moved))
         share = furthest * reach / (far + 1e-30)
     share[~(share < 1)] = 1
-    found: Matrix = pull * share[:, None]
-    return found
+    if (share < 1).any():
+        pull *= share[:, None]
 
 
 def _squares(rows: Matrix) -> Matrix:
     """The sum of each row's."""
     with np.errstate(over="ignore", invalid="ignore"):  # of weights that are too large, which is said elsewhere
-        found: Matrix = (rows * rows).sum(1)
+        found: Matrix = np.einsum("ij,ij->i", rows, rows) if isinstance(rows, np.ndarray) else (rows * rows).sum(1)
     return found
 
 

@@ -3,7 +3,9 @@
 Rows of `HELD_OUT` windows are kept apart: methods that fit the rows closely are judged on them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from calibration.correction import Correction
 from calibration.rare import fewest_rows, floored, missing_rows
+from xent_quant import parallel
 from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.linalg import believed, linear
 from xent_quant.model.sizes import ADDED_ROWS, HELD_OUT_ROWS
@@ -19,7 +22,7 @@ from xent_quant.model.stages import Batch
 from xent_quant.tensors import InputStatistics
 
 STRIPE = 256
-"""Rows of Σ x xᵀ that are computed at a time, from their first column on: its lower half is the upper one mirrored."""
+"""Rows of a sum that are computed at a time; of Σ x xᵀ from their first column on: its lower half is the upper one mirrored."""
 
 CPU = torch.device("cpu")
 
@@ -105,12 +108,25 @@ class Moments:
         turned, products = wide.T.contiguous(), self._sums[0]
         if products is None:
             products = self._sums[0] = torch.zeros(self.columns, self.columns, device=wide.device)
+        jobs: list[Callable[[], None]] = []
         for start in range(0, self.columns, STRIPE):  # above the diagonal, and little below it
-            products[start : start + STRIPE, start:] += linear(turned[start : start + STRIPE], turned[start:])
+            here = slice(start, start + STRIPE)
+            jobs.append(partial(_add_product, products[here, start:], turned[here], turned[start:]))
         for number, rows in ((1, drift), (2, residual)):
-            if rows is not None:
-                more, own = linear(rows.T, turned), self._sums[number]
-                self._sums[number] = more if own is None else own.add_(more)
+            if rows is None:
+                continue
+            own = self._sums[number]
+            if own is None:
+                own = self._sums[number] = torch.zeros(rows.shape[1], self.columns, device=wide.device)
+            step = STRIPE if wide.device.type == "cpu" else len(own)
+            for start in range(0, len(own), step):
+                here = slice(start, start + step)
+                jobs.append(partial(_add_product, own[here], rows[:, here].T, turned))
+        if wide.device.type == "cpu":
+            parallel.run(jobs)
+        else:
+            for job in jobs:
+                job()
 
     def _sum(self, number: int) -> Tensor | None:
         self._add_up()
@@ -182,14 +198,17 @@ class Moments:
         (own, _), there = self._shares(layer), self.device or CPU
         residual = torch.cat(self.held_out_residual) if self.held_out_residual else None
         residuals = None if lacked is None or residual is None else lacked.to(there) * own
-        drift = drifted.to(there) * own
-        diagonal = drift.diagonal().clone()
-        drift = (drift * believed(self.rows, statistics.importance)).diagonal_scatter(diagonal)
-        parts = (drift, residuals, torch.cat(self.held_out), torch.cat(self.held_out_drift), residual)
-        if isinstance(statistics, DeviceStatistics):
-            return Correction(statistics.curvature, *parts, furthest=furthest)
-        given: list[Any] = [statistics.curvature, *(None if part is None else part.numpy() for part in parts), furthest]
-        return Correction(*given)
+        drift = drifted.to(there) * (own * believed(self.rows, statistics.importance))
+        drift.diagonal().copy_(drifted.diagonal() * own)
+        parts: list[Any] = [drift, residuals, torch.cat(self.held_out_drift), residual]
+        if isinstance(statistics, InputStatistics):
+            parts = [None if part is None else part.numpy() for part in parts]
+        return Correction(*[statistics, *parts, furthest])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a bᵀ."""
+    total += linear(a, b)
 
 
 def _mirrored(hessian: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """Matrix products and factorisations whose bits do not depend on the number of threads. Imports torch when called."""
 
 import os
-from collections.abc import Callable
-from functools import cache, cached_property, partial
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import cache, partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant import parallel
+from xent_quant.parallel import once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,15 +164,14 @@ def _rooted(hessian: "Tensor") -> bool:
     return True
 
 
-def _solved(rows: F32, triangle: F32, *, upper: bool, parts: "Parts | None" = None) -> F32:
-    """rows triangle⁻¹, [m, n] and [n, n] to [m, n]: SOLVED columns after SOLVED, by products, which are faster, where there are
-    more; by the `parts` of the triangle, where they were made. Holds these, half of the triangle again."""
+def _solved(rows: F32, triangle: F32, parts: "Parts | None" = None, *, upper: bool) -> F32:
+    """rows triangle⁻¹, [m, n] and [n, n] to [m, n]; by the `parts` of the triangle, where there are some."""
     import torch
 
     given, by = torch.from_numpy(rows), torch.from_numpy(triangle)
     solve: Callable[[Tensor], Tensor] = partial(torch.linalg.solve_triangular, by, upper=upper, left=False)
-    if len(by) > SOLVED:
-        solve = partial(_by_parts, parts or _parts(by, upper))
+    if parts:
+        solve = partial(_by_parts, parts)
     found: F32 = torch.cat(parallel.run([partial(solve, given[part]) for part in row_chunks(len(rows))])).numpy()
     return found
 
@@ -200,6 +201,14 @@ def _by_parts(parts: "Parts", given: "Tensor") -> "Tensor":
     return found
 
 
+def _widened(matrix: F32, columns: int, diagonal: np.float32) -> F32:
+    """[n, n] to [columns, columns]: on the diagonal behind it `diagonal`, zeros elsewhere."""
+    found = np.zeros((columns, columns), np.float32)
+    found[: len(matrix), : len(matrix)] = matrix
+    np.fill_diagonal(found[len(matrix) :, len(matrix) :], diagonal)
+    return found
+
+
 def believed(rows: int, importance: F32) -> float:
     """Share, 0 to 1, of what a Hessian of so many rows has beside its diagonal that is no accident of these rows, about. Its
     columns without `importance` [n] float32 are padding. A covariance is so shrunk after Ledoit and Wolf (2004); how far, was
@@ -211,7 +220,8 @@ class Curvature:
     """A damped Hessian [n, n] and what is made of it, each thing once and when it is first asked for.
 
     Holds it and what was asked for: up to three more [n, n] float32, and the blocks along the diagonal, less than another two for
-    blocks of half the columns or fewer. Raises torch's errors for one that is not positive definite.
+    blocks of half the columns or fewer. Raises torch's errors for one that is not positive definite. Columns whose diagonal is 0
+    are padding.
 
     float32 is enough: with the damping a Hessian scaled to a diagonal of ones, which is what matters to a factorisation's
     rounding, has a condition of 10⁵ at most in practice.
@@ -221,46 +231,73 @@ class Curvature:
         """Takes what `hessian` has beside its diagonal at `share`."""
         self.hessian = hessian * np.float32(share)
         """H + λ."""
-        np.fill_diagonal(self.hessian, hessian.diagonal())
-        self.hessian[np.diag_indices_from(hessian)] += np.float32(DAMPING * hessian.diagonal().mean(dtype=np.float64))
+        diagonal = hessian.diagonal()
+        total = diagonal.sum(dtype=np.float64) / max(1, np.count_nonzero(diagonal))
+        self._damping = np.float32(DAMPING * total)
+        np.fill_diagonal(self.hessian, diagonal + self._damping)
+        self._inner: Curvature | None = None
         self._blocks: dict[tuple[int, int], tuple[F32, F32, F32, F32]] = {}
+        self._lumps: dict[tuple[int, int], tuple[F32, F32]] = {}
 
-    @cached_property
+    def padded(self, columns: int) -> "Curvature":
+        """The same of inputs that are followed by zeros up to `columns`: what was made of these is not made again."""
+        found = copy(self)
+        for name in ("_root", "_lower", "_upper"):
+            found.__dict__.pop(name, None)
+        found.hessian = _widened(self.hessian, columns, self._damping)
+        found._inner, found._blocks, found._lumps = self, {}, {}
+        return found
+
+    @once
     def _root(self) -> F32:
+        if self._inner is not None:
+            return _widened(self._inner._root, len(self.hessian), np.sqrt(self._damping))
         return root(self.hessian)
-
-    @cached_property
-    def factor(self) -> F32:
-        """U, unit upper triangular, with H + λ = U diag(D) Uᵀ."""
-        return self._root / self._root.diagonal()
 
     @property
     def pivots(self) -> F32:
-        """D of `factor`, [n]."""
+        """D [n], with H + λ = U diag(D) Uᵀ, U unit upper triangular."""
         return np.square(self._root.diagonal())
 
-    @cached_property
+    def lump(self, start: int, stop: int) -> tuple[F32, F32]:
+        """U's columns start…stop, those of its rows that are before them, [start, stop − start], and their own."""
+        if (start, stop) not in self._lumps:
+            here = slice(start, stop)
+            scaled = self._root[:stop, here] / self._root.diagonal()[here]
+            self._lumps[start, stop] = scaled[:start], scaled[start:]
+        return self._lumps[start, stop]
+
+    @once
     def _lower(self) -> "Parts":
+        return self._made_parts(self._root.T, upper=False)
+
+    @once
+    def _upper(self) -> "Parts":
+        return self._made_parts(self._root, upper=True)
+
+    @staticmethod
+    def _made_parts(triangle: F32, *, upper: bool) -> "Parts":
         import torch
 
-        return _parts(torch.from_numpy(self._root.T), upper=False) if len(self._root) > SOLVED else []
+        return _parts(torch.from_numpy(triangle), upper) if len(triangle) > SOLVED else []
 
     def _half(self, rows: F32) -> F32:
-        return _solved(rows, self._root.T, upper=False, parts=self._lower)
+        return _solved(rows, self._root.T, self._lower, upper=False)
 
     def solve(self, rows: F32) -> F32:
         """rows (H + λ)⁻¹, [m, n] to the same."""
-        return _solved(self._half(rows), self._root, upper=True)
+        return _solved(self._half(rows), self._root, self._upper, upper=True)
 
     def solve_half(self, rows: F32) -> F32:
-        """rows (H + λ)⁻¹ U for half the price, with U as of `factor`."""
+        """rows (H + λ)⁻¹ U for half the price."""
         return self._half(rows) / self._root.diagonal()
 
-    def prepare(self, block: int, *, sweeps: bool) -> None:
-        """Make what rounding asks for, so that jobs which share it need not wait for one another: `factor`, and with `sweeps` all
-        blocks of so many columns."""
-        _ = self.factor
-        for first in range(0, len(self.hessian), block) if sweeps else ():
+    def prepare(self, lumps: Sequence[tuple[int, int]], block: int) -> None:
+        """Make what rounding asks for, so that jobs which share it need not wait for one another: these of `lump`, and each
+        `block` of so many columns; 0: none."""
+        for start, stop in lumps:
+            self.lump(start, stop)
+        for first in range(0, len(self.hessian), block) if block else ():
             self.block(first, first + block)
 
     def block(self, first: int, last: int) -> tuple[F32, F32, F32, F32]:

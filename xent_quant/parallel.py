@@ -9,11 +9,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import numba
 
 T = TypeVar("T")
+
+_looking = threading.Lock()
 
 PATIENCE = 0.2
 """Seconds after which one who waits for another job looks whether there is still a point in it."""
@@ -98,3 +100,35 @@ class Turns:
         with self._moved:
             self._passed[job] = place
             self._moved.notify_all()
+
+
+class once(Generic[T]):
+    """A method that is read as an attribute: what it makes is kept. Jobs that ask the same object meanwhile wait.
+
+    functools.cached_property has, up to Python 3.11, one lock for all objects of a class: experts side by side waited for each
+    other's factorisations.
+    """
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make, self._name, self.__doc__ = make, make.__name__, make.__doc__
+
+    @overload
+    def __get__(self, of: None, owner: Any) -> "once[T]": ...
+
+    @overload
+    def __get__(self, of: object, owner: Any) -> T: ...
+
+    def __get__(self, of: object | None, owner: Any = None) -> "T | once[T]":
+        if of is None:
+            return self
+        kept, key = of.__dict__, f"{self._name} is being made"
+        with _looking:
+            making = kept.setdefault(key, threading.RLock())
+        with making:
+            try:
+                if self._name not in kept:
+                    kept[self._name] = self._make(of)
+                found: T = kept[self._name]
+                return found
+            finally:
+                kept.pop(key, None)  # locks are not pickled

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cached_property
 from math import prod
 from typing import Literal, Protocol
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xent_quant.linalg import Curvature, believed
+from xent_quant.parallel import once
 
 
 class Role(StrEnum):
@@ -101,19 +101,25 @@ class InputStatistics:
     hessian: NDArray[np.float32] | None
     rows: int
     held_out: NDArray[np.float32] | None = None
+    inner: "InputStatistics | None" = None
+    """Those of the inputs before the zeros, where they are `padded`."""
 
-    @cached_property
+    @once
     def curvature(self) -> Curvature | None:
         """Of the Hessian, as far as so few rows are believed; None where there is none, or all of it is 0."""
         if self.hessian is None or not self.hessian.any():
             return None
+        if self.inner is not None and self.inner.curvature is not None:
+            return self.inner.curvature.padded(len(self.hessian))
         return Curvature(self.hessian, believed(self.rows, self.importance))
 
-    @cached_property
+    @once
     def reaching(self) -> NDArray[np.float32]:
         """held_out (H + λ)⁻¹ [n, in]; there must be both."""
         assert self.held_out is not None
         assert self.curvature is not None
+        if self.inner is not None:
+            return np.pad(self.inner.reaching, ((0, 0), (0, self.held_out.shape[1] - self.inner.reaching.shape[1])))
         return self.curvature.solve(self.held_out)
 
     def padded(self, columns: int) -> "InputStatistics":
@@ -127,6 +133,7 @@ class InputStatistics:
             importance=np.pad(self.importance, (0, missing)),
             hessian=None if hessian is None else np.pad(hessian, ((0, missing), (0, missing))),
             held_out=None if held_out is None else np.pad(held_out, ((0, 0), (0, missing))),
+            inner=self,
         )
 
 

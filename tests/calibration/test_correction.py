@@ -130,7 +130,7 @@ def test_a_regression_that_misleads_is_not_followed() -> None:
     weights = RANDOM.normal(size=(ROWS, COLUMNS)).astype(np.float32)
     against = replace(correction, drifts=-correction.drifts)
     assert np.array_equal(target(against, weights), weights)
-    nowhere = replace(correction, inputs=np.zeros_like(correction.inputs))
+    nowhere = replace(correction, known=replace(correction.known, held_out=np.zeros_like(correction.inputs)))
     assert np.array_equal(target(nowhere, weights), weights)
 
 

@@ -28,11 +28,13 @@ class Curvature:
     """
 
     def __init__(self, hessians: Tensor, share: float = 1.0) -> None:
-        """Takes what `hessians` have beside their diagonals at `share`."""
+        """Takes what `hessians` have beside their diagonals at `share`. Columns whose diagonal is 0 are padding."""
         self.hessian = hessians * share
         """H + λ."""
         diagonal = hessians.diagonal(dim1=1, dim2=2)
-        damping = (DAMPING * diagonal.cpu().double().mean(1, keepdim=True)).float().to(hessians.device)
+        here = diagonal.cpu().double()
+        mean = here.sum(1, keepdim=True) / (here != 0).sum(1, keepdim=True).clamp_min(1)
+        damping = (DAMPING * mean).float().to(hessians.device)
         self.hessian.diagonal(dim1=1, dim2=2).copy_(diagonal + damping)
         self._blocks: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 

@@ -1,7 +1,6 @@
 """What calibration knows of a weight's inputs, on the device where it was measured."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from xent_quant.device.curvature import Curvature
 from xent_quant.formats.base import F32
 from xent_quant.linalg import believed
+from xent_quant.parallel import once
 from xent_quant.tensors import InputStatistics
 
 
@@ -24,12 +24,19 @@ class DeviceStatistics:
     rows: int
     held_out: Tensor | None = None
 
-    @cached_property
+    @once
     def curvature(self) -> Curvature | None:
         """Of the Hessian, as far as so few rows are believed; None where all of it is 0."""
         if not bool(self.hessian.any()):
             return None
         return Curvature(self.hessian[None], believed(self.rows, self.importance))
+
+    @once
+    def reaching(self) -> Tensor:
+        """held_out (H + λ)⁻¹ [n, in]; there must be both."""
+        assert self.held_out is not None
+        assert self.curvature is not None
+        return self.curvature.solve(self.held_out)
 
     def padded(self, columns: int) -> "DeviceStatistics":
         """The statistics of inputs that are followed by zeros up to `columns`; these where there are as many."""

@@ -228,8 +228,9 @@ class GPTQ:
         pull: F32 | None,
     ) -> U8:
         """Packed rows of `kind`; within the scales of rows that are `scaled` already."""
-        curvature.prepare(kind.block_size, sweeps=EFFORTS[self.effort][0] > 0)
-        _ = statistics.reaching
+        curvature.prepare(lumps(kind, weights.shape[1]), kind.block_size if EFFORTS[self.effort][0] else 0)
+        if pull is not None:
+            _ = statistics.reaching
         work = partial(self._rows, kind=kind, statistics=statistics, curvature=curvature, name=name)
         given = (None if part is None else [part[rows] for rows in row_chunks(len(weights))] for part in (weights, scaled, pull))
         parts = [each or itertools.repeat(None) for each in given]
@@ -251,21 +252,29 @@ class GPTQ:
         sweeps, *rounds = EFFORTS[self.effort]
         for _ in range(sweeps):
             rows.sweep(rounds[not isinstance(kind, CodedFormat)])
-        errors = rows.errors, weights - kind.dequantize(searched)
-        ours, theirs = (held_out_error(each, statistics, pull) for each in errors)
+        pulled = None if pull is None else product(pull, statistics.reaching.T)
+        ours = held_out_error(rows.errors, statistics, pulled)
+        theirs = held_out_error(weights - kind.dequantize(searched), statistics, pulled)
         rows.packed[ours > theirs] = searched[ours > theirs]
         return rows.packed
 
 
-def held_out_error(errors: F32, statistics: InputStatistics, pull: F32 | None = None) -> F32:
-    """Σ (x · e)² over the held-out inputs x, for every row e of [rows, columns] + pull (H + λ)⁻¹; [rows] float32."""
+def held_out_error(errors: F32, statistics: InputStatistics, pulled: F32 | None = None) -> F32:
+    """Σ (x · e + p)² over the held-out inputs x, for every row e of [rows, columns] and p of `pulled` [rows, n] or 0; [rows]
+    float32."""
     if statistics.held_out is None:
         raise ValueError("no held-out rows")
     outputs = product(errors, statistics.held_out.T)
-    if pull is not None:
-        outputs += product(pull, statistics.reaching.T)
-    found: F32 = np.square(outputs).sum(axis=1)
+    if pulled is not None:
+        outputs += pulled
+    found: F32 = np.einsum("ij,ij->i", outputs, outputs)
     return found
+
+
+def lumps(kind: Gridded, columns: int) -> list[tuple[int, int]]:
+    """Where so many columns are cut, see LAZY: (first, last + 1)."""
+    size = max(kind.block_size, LAZY // kind.block_size * kind.block_size)
+    return [(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
 class Rows:
@@ -296,32 +305,27 @@ class Rows:
     def _bytes(self, start: int, stop: int) -> slice:
         return slice(start // self.kind.block_size * self.kind.block_bytes, stop // self.kind.block_size * self.kind.block_bytes)
 
-    def _lumps(self) -> list[tuple[int, int]]:
-        columns, block = self.weights.shape[1], self.kind.block_size
-        size = max(block, LAZY // block * block)
-        return [(start, min(start + size, columns)) for start in range(0, columns, size)]
-
     def feed(self) -> None:
         """The first pass."""
-        step, factor, pivots = self.kind.block_size, self.curvature.factor, self.curvature.pivots
+        step, pivots = self.kind.block_size, self.curvature.pivots
         pulled = self.weights if self.pull is None else self.weights + self.curvature.solve_half(self.pull)
-        for start, stop in self._lumps():
-            targets = pulled[:, start:stop] + product(self.errors[:, :start], factor[:start, start:stop])
+        for start, stop in lumps(self.kind, self.weights.shape[1]):
+            before, factor = self.curvature.lump(start, stop)
+            targets = pulled[:, start:stop] + product(self.errors[:, :start], before)
             for first in range(start, stop, step):
                 last = first + step
-                block = np.ascontiguousarray(targets[:, first - start : last - start])
+                own, behind = slice(first - start, last - start), slice(last - start, None)
+                block = np.ascontiguousarray(targets[:, own])
                 packed = self._search(block, first, last)
-                packed, errors = self._round(
-                    self.weights[:, first:last], block, factor[first:last, first:last], pivots[first:last], packed
-                )
+                packed, errors = self._round(self.weights[:, first:last], block, factor[own, own], pivots[first:last], packed)
                 self.packed[:, self._bytes(first, last)], self.errors[:, first:last] = packed, errors
                 if last < stop:
-                    targets[:, last - start :] += product(errors, factor[first:last, last:stop])
+                    targets[:, behind] += product(errors, factor[own, behind])
 
     def sweep(self, rounds: int) -> None:
         """The second pass."""
         step = self.kind.block_size
-        for start, stop in self._lumps():
+        for start, stop in lumps(self.kind, self.weights.shape[1]):
             gradient = product(self.errors, self.curvature.hessian[start:stop].T)  # e H at these columns, H being symmetric
             if self.pull is not None:
                 gradient += self.pull[:, start:stop]

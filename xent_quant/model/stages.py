@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -229,6 +230,16 @@ class Pass:
         every = self.tokens(0, self.n_tokens)
         return every[:: max(1, len(every) // count)][:count]
 
+    def each_stream(self, work: Callable[[int], None]) -> None:
+        """Have `work` done for every stream, by its number; on the CPU side by side."""
+        jobs, threads = [partial(work, number) for number in range(len(self.streams))], numba.get_num_threads()
+        together = min(len(jobs), threads) if self.device.type == "cpu" else 1
+        if together > 1:
+            run_jobs(jobs, together, each=threads // together)
+        else:
+            for job in jobs:
+                job()
+
     def sizes(self, stream: int, tokens: Tensor) -> Tensor:
         """[n] float32, what a norm would divide the states of `tokens` [n] by; no less than SMALLEST of the median."""
         squares = self.streams[stream].x.take(tokens).float().square().mean(1) + self.architecture.rms_norm_eps
@@ -259,7 +270,9 @@ class _AttentionIn(Stage):
         run = self.run
         norm, head_dim, eps = run.weight(self._norm), run.architecture.head_dim, run.architecture.rms_norm_eps
         qk_norms = [run.weight(spec.name) for spec in self._qk_norms or ()]
-        for number, stream in enumerate(run.streams):
+
+        def advance(number: int) -> None:
+            stream = run.streams[number]
             q, k, v = (weights[number][spec.name] for spec in self.weights)
             for start, stop in run.window_parts():
                 h = self._rows(number, start, stop, norm)
@@ -268,6 +281,8 @@ class _AttentionIn(Stage):
                     rows[index] = head_norm(rows[index], weight, eps)
                 q_rows, k_rows, v_rows = (each.view(-1, run.length, each.shape[1]) for each in rows)
                 stream.mixed.write(start, attention(q_rows, k_rows, v_rows, head_dim, run.tables).flatten(0, 1))
+
+        run.each_stream(advance)
 
 
 class _AttentionOut(Stage):
@@ -288,7 +303,9 @@ class _AttentionOut(Stage):
 
     def advance(self, weights: Sequence[Weights]) -> None:
         (spec,) = self.weights
-        for number, stream in enumerate(self.run.streams):
+
+        def advance(number: int) -> None:
+            stream = self.run.streams[number]
             for start, stop in self.run.window_parts():
                 rows = stream.mixed.read(start, stop)
                 behind = stream.x.read(start, stop) + linear(rows, weights[number][spec.name])
@@ -296,6 +313,8 @@ class _AttentionOut(Stage):
                     self.run.check_finite(behind, f"layer {self._layer}, attention")
                 stream.spare.write(start, behind)
             stream.x, stream.spare = stream.spare, stream.x
+
+        self.run.each_stream(advance)
 
 
 class Mlp:
@@ -308,7 +327,8 @@ class Mlp:
         """gate and up in every stream."""
         self._kept = [0] * len(run.streams)
         """Tokens whose inner rows of the shared MLP are kept."""
-        self._adding = [Turns(run.architecture.num_experts or 0) for _ in run.streams]
+        self._turns = list(range(run.architecture.num_experts or 0))
+        self._adding = [Turns(len(self._turns)) for _ in run.streams]
 
     @property
     def norm(self) -> Tensor:
@@ -319,16 +339,25 @@ class Mlp:
     def normed(self, stream: int, tokens: Tensor) -> Tensor:
         return rms_norm(self.run.streams[stream].x.take(tokens), self.norm, self.run.architecture.rms_norm_eps)
 
+    def largest_first(self) -> list[int]:
+        """The experts' numbers in the order in which they have their turns from now on: first those to which the model itself
+        sends most tokens. Neighbours so take about as long, and little is left to do where only one thread has an expert."""
+        counts = self.run.expert_tokens(0)
+        order = sorted(range(len(counts)), key=lambda expert: -counts[expert])
+        for turn, expert in enumerate(order):
+            self._turns[expert] = turn
+        return order
+
     def add(self, expert: int, stream: int, tokens: Tensor, rows: Tensor) -> None:
-        """What an expert makes of some of a stream's tokens, ascending. Experts add to a token's sum in their order, so that it
+        """What an expert makes of some of a stream's tokens, ascending. Experts add to a token's sum in their turn, so that it
         does not depend on who is done first."""
         own = self.run.streams[stream]
-        with self._adding[stream].at(expert, int(tokens[-1])):
+        with self._adding[stream].at(self._turns[expert], int(tokens[-1])):
             own.y.put(tokens, own.y.take(tokens) + rows)
 
     def added(self, expert: int, stream: int) -> None:
         """An expert has no more to add."""
-        with self._adding[stream].at(expert, self.run.n_tokens):
+        with self._adding[stream].at(self._turns[expert], self.run.n_tokens):
             pass
 
     def shared_inner(self, stream: int, start: int, stop: int, *, last: bool) -> Tensor:
@@ -430,7 +459,9 @@ class _Router(_MlpStage):
         if not model.num_experts:
             return
         wide = torch.promote_types(run.dtype, torch.float32)
-        for number, stream in enumerate(run.streams):
+
+        def advance(number: int) -> None:
+            stream = run.streams[number]
             router = weights[number][self.weights[0].name].to(wide)
             stream.chosen = torch.empty(run.n_tokens, model.experts_per_token, dtype=torch.int32, device=run.device)
             stream.gates = torch.empty(stream.chosen.shape, dtype=wide, device=run.device)
@@ -438,6 +469,8 @@ class _Router(_MlpStage):
                 logits = linear(self.mlp.normed(number, run.tokens(start, stop)).to(wide), router)
                 gates, chosen = route(logits, model.experts_per_token, model.norm_topk_prob)
                 stream.gates[start:stop], stream.chosen[start:stop] = gates, chosen
+
+        run.each_stream(advance)
 
 
 class ExpertIn(_MlpStage):
@@ -503,7 +536,8 @@ class _SharedDown(_MlpStage):
             yield Batch(rows, tokens, exact=exact_rows, residual=residual, sizes=sizes)
 
     def advance(self, weights: Sequence[Weights]) -> None:
-        for number, stream in enumerate(self.run.streams):
+        def advance(number: int) -> None:
+            stream = self.run.streams[number]
             for start, stop in self.run.parts():
                 added = stream.y.read(start, stop)
                 for spec in self.weights:
@@ -513,6 +547,8 @@ class _SharedDown(_MlpStage):
                 if not number:
                     self.run.check_finite(behind, f"layer {self.mlp.layer}")
                 stream.x.write(start, behind)
+
+        self.run.each_stream(advance)
 
 
 class Head(Stage):
@@ -539,9 +575,14 @@ class Head(Stage):
 
 
 def side_by_side(stages: Sequence[Stage]) -> Iterator[list[list[Stage]]]:
-    """What may be under way together, each list in its order: one of stages outside routed experts, or one for each expert."""
-    for _, group in groupby(stages, key=lambda stage: stage.expert is not None):
-        yield [list(own) for _, own in groupby(group, key=lambda stage: stage.expert)]
+    """What may be under way together, each list in its order: one of stages outside routed experts, or one for each expert, in
+    their turns, for which the stages before them must have been advanced."""
+    for routed, group in groupby(stages, key=lambda stage: stage.expert is not None):
+        chains = [list(own) for _, own in groupby(group, key=lambda stage: stage.expert)]
+        if routed:
+            mlp = cast(_MlpStage, chains[0][0]).mlp
+            chains = [chains[number] for number in mlp.largest_first()]
+        yield chains
 
 
 def take(stages: Sequence[Stage], work: Callable[[Sequence[Stage]], None], most: int | None = None) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numba
+
 from calibration.correction import NOTHING, Measured
 from xent_quant import parallel
 from xent_quant.checkpoint.reader import Checkpoint
@@ -173,8 +175,10 @@ class Walk:
             size = (PIECE, WIDTH) if known is NOTHING else (self.checkpoint.SLICE, 1)
             for start, read in self.checkpoint.pieces(tensor.name, *size) if sliced else ():
                 jobs.append(partial(self._give, tensor, start, read, sliced, known, head))
-        if known is NOTHING:
-            parallel.run(jobs)
+        threads = numba.get_num_threads()
+        together = min(len(jobs), self._side_by_side or threads) if known is not NOTHING else threads
+        if together > 1 and self._work.device is None:
+            parallel.run(jobs, together, each=threads // together)
         else:
             for job in jobs:
                 job()
