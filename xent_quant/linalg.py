@@ -236,7 +236,7 @@ class Curvature:
         self._damping = np.float32(DAMPING * total)
         np.fill_diagonal(self.hessian, diagonal + self._damping)
         self._inner: Curvature | None = None
-        self._blocks: dict[tuple[int, int], tuple[F32, F32, F32, F32]] = {}
+        self._blocks: dict[tuple[int, int], tuple[F32, F32, F32]] = {}
         self._lumps: dict[tuple[int, int], tuple[F32, F32]] = {}
 
     def padded(self, columns: int) -> "Curvature":
@@ -300,11 +300,10 @@ class Curvature:
         for first in range(0, len(self.hessian), block) if block else ():
             self.block(first, first + block)
 
-    def block(self, first: int, last: int) -> tuple[F32, F32, F32, F32]:
-        """The Hessian of columns first…last alone, its inverse, its factor, and its pivots."""
+    def block(self, first: int, last: int) -> tuple[F32, F32, F32]:
+        """Of the Hessian of columns first…last alone its inverse, its factor, and its pivots."""
         if (first, last) not in self._blocks:
-            hessian = np.ascontiguousarray(self.hessian[first:last, first:last])
-            upper = root(hessian)
+            upper = root(self.hessian[first:last, first:last])
             found = _solved(_solved(np.eye(last - first, dtype=np.float32), upper.T, upper=False), upper, upper=True)
-            self._blocks[first, last] = hessian, found, upper / upper.diagonal(), np.square(upper.diagonal())
+            self._blocks[first, last] = found, upper / upper.diagonal(), np.square(upper.diagonal())
         return self._blocks[first, last]

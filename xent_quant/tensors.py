@@ -1,6 +1,6 @@
 """Frozen records that travel between the parts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
 from typing import Literal, Protocol
@@ -102,15 +102,15 @@ class InputStatistics:
     rows: int
     held_out: NDArray[np.float32] | None = None
     inner: "InputStatistics | None" = None
-    """Those of the inputs before the zeros, where they are `padded`."""
+    """Those of the inputs before the zeros, where these are `padded`; they have the Hessian."""
 
     @once
     def curvature(self) -> Curvature | None:
         """Of the Hessian, as far as so few rows are believed; None where there is none, or all of it is 0."""
+        if self.inner is not None:
+            return None if self.inner.curvature is None else self.inner.curvature.padded(len(self.importance))
         if self.hessian is None or not self.hessian.any():
             return None
-        if self.inner is not None and self.inner.curvature is not None:
-            return self.inner.curvature.padded(len(self.hessian))
         return Curvature(self.hessian, believed(self.rows, self.importance))
 
     @once
@@ -119,7 +119,7 @@ class InputStatistics:
         assert self.held_out is not None
         assert self.curvature is not None
         if self.inner is not None:
-            return np.pad(self.inner.reaching, ((0, 0), (0, self.held_out.shape[1] - self.inner.reaching.shape[1])))
+            return np.pad(self.inner.reaching, ((0, 0), (0, len(self.importance) - len(self.inner.importance))))
         return self.curvature.solve(self.held_out)
 
     def padded(self, columns: int) -> "InputStatistics":
@@ -127,14 +127,8 @@ class InputStatistics:
         missing = columns - len(self.importance)
         if not missing:
             return self
-        hessian, held_out = self.hessian, self.held_out
-        return replace(
-            self,
-            importance=np.pad(self.importance, (0, missing)),
-            hessian=None if hessian is None else np.pad(hessian, ((0, missing), (0, missing))),
-            held_out=None if held_out is None else np.pad(held_out, ((0, 0), (0, missing))),
-            inner=self,
-        )
+        held_out = None if self.held_out is None else np.pad(self.held_out, ((0, 0), (0, missing)))
+        return InputStatistics(np.pad(self.importance, (0, missing)), None, self.rows, held_out, self)
 
 
 class StatisticsSource(Protocol):

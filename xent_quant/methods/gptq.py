@@ -50,7 +50,7 @@ from xent_quant.tensors import InputStatistics
 
 F64 = NDArray[np.float64]
 
-TOGETHER = 64
+TOGETHER = 128
 """Columns that pass errors on among themselves one by one; what they leave to later ones of a block is one matrix product."""
 
 LAZY = 256
@@ -330,10 +330,7 @@ class Rows:
             if self.pull is not None:
                 gradient += self.pull[:, start:stop]
             for first in range(start, stop, step):
-                gradient += product(
-                    self._again(first, first + step, gradient[:, first - start : first - start + step]),
-                    self.curvature.hessian[first : first + step, start:stop],
-                )
+                self._again(first, first + step, start, gradient)
             self._descend(start, stop, gradient, rounds)
 
     def _search(self, targets: F32, first: int, last: int) -> U8:
@@ -360,20 +357,22 @@ class Rows:
                 targets[:, stop:] += product(errors[:, start:stop], factor[start:stop, stop:])
         return self.kind.with_codes(packed, codes), errors
 
-    def _again(self, first: int, last: int, gradient: F32) -> F32:
-        """Quantise columns first…last for the errors of all others; `gradient` is e H there. The change of the errors."""
-        hessian, inverted, factor, pivots = self.curvature.block(first, last)
+    def _again(self, first: int, last: int, start: int, gradient: F32) -> None:
+        """Quantise columns first…last for the errors of all others; `gradient` is e H at `start`… and is kept up to date."""
+        inverted, factor, pivots = self.curvature.block(first, last)
+        own = slice(first - start, last - start)
+        pulled, weights, errors = gradient[:, own], self.weights[:, first:last], self.errors[:, first:last]
         # The least of e H eᵀ over these columns alone lies where their gradient vanishes.
-        targets = self.weights[:, first:last] - self.errors[:, first:last] + product(gradient, inverted)
-        packed, errors = self._round(targets, targets.copy(), factor, pivots, self._search(targets, first, last))
-        errors += self.weights[:, first:last] - targets
-        change = errors - self.errors[:, first:last]
-        rise = ((2 * gradient + product(change, hessian)) * change).sum(axis=1)
-        better = rise < 0
+        targets = weights - errors + product(pulled, inverted)
+        packed, found = self._round(targets, targets.copy(), factor, pivots, self._search(targets, first, last))
+        change = found + weights - targets - errors
+        spread = product(change, self.curvature.hessian[first:last, start : start + gradient.shape[1]])
+        better = np.einsum("ij,ij->i", 2 * pulled + spread[:, own], change) < 0
         change[~better] = 0
+        spread[~better] = 0
         self.packed[better, self._bytes(first, last)] = packed[better]
-        self.errors[:, first:last] += change
-        return change
+        errors += change
+        gradient += spread
 
     def _descend(self, start: int, stop: int, gradient: F32, rounds: int) -> None:
         here = self._bytes(start, stop)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import numba
 import numpy as np
@@ -39,6 +39,7 @@ from xent_quant.tensors import TensorSpec
 SMALLEST = 0.25
 """Of the median size of states, the size of one that is smaller: what is added to it has a size too."""
 
+T = TypeVar("T")
 Weights = Mapping[str, Tensor]
 
 
@@ -231,14 +232,14 @@ class Pass:
         return every[:: max(1, len(every) // count)][:count]
 
     def each_stream(self, work: Callable[[int], None]) -> None:
-        """Have `work` done for every stream, by its number; on the CPU side by side."""
-        jobs, threads = [partial(work, number) for number in range(len(self.streams))], numba.get_num_threads()
+        """Have `work` done for every stream, by its number."""
+        self.side_by_side([partial(work, number) for number in range(len(self.streams))])
+
+    def side_by_side(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+        """What the jobs return, which are done side by side on the CPU, where each has its share of the threads."""
+        threads = numba.get_num_threads()
         together = min(len(jobs), threads) if self.device.type == "cpu" else 1
-        if together > 1:
-            run_jobs(jobs, together, each=threads // together)
-        else:
-            for job in jobs:
-                job()
+        return run_jobs(jobs, together, each=threads // together) if together > 1 else [job() for job in jobs]
 
     def sizes(self, stream: int, tokens: Tensor) -> Tensor:
         """[n] float32, what a norm would divide the states of `tokens` [n] by; no less than SMALLEST of the median."""
@@ -526,14 +527,16 @@ class _SharedDown(_MlpStage):
             return
         exact, own = self.run.streams[0], self.run.streams[stream]
         for start, stop in self.run.parts():
-            rows, tokens = self.mlp.shared_inner(stream, start, stop, last=False), self.run.tokens(start, stop)
+            tokens = self.run.tokens(start, stop)
+            rows, *exact_rows = self.run.side_by_side(
+                [partial(self.mlp.shared_inner, number, start, stop, last=False) for number in ((stream, 0) if stream else (0,))]
+            )
             if not stream:
                 yield Batch(rows, tokens)
                 continue
             ahead = exact.x.read(start, stop) + exact.y.read(start, stop)
             residual = ahead - (own.x.read(start, stop) + own.y.read(start, stop))
-            exact_rows, sizes = self.mlp.shared_inner(0, start, stop, last=False), self.run.sizes(stream, tokens)
-            yield Batch(rows, tokens, exact=exact_rows, residual=residual, sizes=sizes)
+            yield Batch(rows, tokens, exact=exact_rows[0], residual=residual, sizes=self.run.sizes(stream, tokens))
 
     def advance(self, weights: Sequence[Weights]) -> None:
         def advance(number: int) -> None:
