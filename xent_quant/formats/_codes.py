@@ -57,6 +57,16 @@ def _joined(codes, shift, bits, run, out):  # type: ignore[no-untyped-def]
                     out[block, part * run + i] = code if not position else out[block, part * run + i] | code
 
 
+@jit
+def _values(codes, levels, scale, offset, group, out):  # type: ignore[no-untyped-def]
+    """What codes [rows, columns] stand for within a Grid, into out."""
+    for row in range(len(codes)):
+        for g in range(codes.shape[1] // group):
+            s, m = scale[row, g], offset[row, g]
+            for j in range(g * group, (g + 1) * group):
+                out[row, j] = s * levels[codes[row, j]] + m
+
+
 class CodedFormat(QuantFormat):
     """Subclasses set `planes`, `levels` and `group_size`, and write `scales`.
 
@@ -98,13 +108,10 @@ class CodedFormat(QuantFormat):
             shift += plane.bits
 
     def dequantize_rows(self, packed: U8) -> F32:
-        blocks = packed.reshape(-1, self.block_bytes)
-        scale, offset = self.scales(blocks)
-        values = self.levels[self.codes(packed)].reshape(len(blocks), -1, self.group_size)
-        values *= scale[:, :, None]
-        if offset is not None:
-            values += offset[:, :, None]
-        return values.reshape(len(packed), -1)
+        grid, codes = self.grid(packed), self.codes(packed)
+        values = np.empty(codes.shape, np.float32)
+        _values(codes, grid.levels, grid.scale, grid.offset, self.group_size, values)
+        return values
 
     def unshrunk(self, packed: U8, weights: F32, importance: F32 | None) -> U8:
         """See `QuantFormat.unshrunk`."""

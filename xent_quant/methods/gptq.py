@@ -255,8 +255,9 @@ class GPTQ:
         pulled = None if pull is None else product(pull, statistics.reaching.T)
         ours = held_out_error(rows.errors, statistics, pulled)
         theirs = held_out_error(weights - kind.dequantize(searched), statistics, pulled)
-        rows.packed[ours > theirs] = searched[ours > theirs]
-        return rows.packed
+        packed = rows.packed
+        packed[ours > theirs] = searched[ours > theirs]
+        return packed
 
 
 def held_out_error(errors: F32, statistics: InputStatistics, pulled: F32 | None = None) -> F32:
@@ -278,7 +279,7 @@ def lumps(kind: Gridded, columns: int) -> list[tuple[int, int]]:
 
 
 class Rows:
-    """Rows under way: `weights`, `errors` (weights less what the bytes stand for) [rows, columns] and `packed` bytes.
+    """Rows under way: `weights` and `errors` (weights less what the bytes stand for) [rows, columns].
 
     With a `pull` P what is lowered is the error of W + P H⁻¹, whose gradient is e H + P: the sum itself is never made.
     """
@@ -299,8 +300,14 @@ class Rows:
         self.effort: Effort = effort
         self.name = name
         self.errors = np.zeros_like(weights)
-        self.packed = np.zeros((len(weights), kind.row_bytes(weights.shape[1])), np.uint8)
+        self._held = np.zeros((len(weights), kind.row_bytes(weights.shape[1])), np.uint8)
+        self._codes = np.empty(weights.shape if isinstance(kind, CodedFormat) else (0, 0), np.uint8)  # those in `_held` are old
         self._uniform = isinstance(kind, CodedFormat) and bool((np.diff(kind.levels) == 1).all())
+
+    @property
+    def packed(self) -> U8:
+        """Their bytes."""
+        return self.kind.with_codes(self._held, self._codes) if isinstance(self.kind, CodedFormat) else self._held
 
     def _bytes(self, start: int, stop: int) -> slice:
         return slice(start // self.kind.block_size * self.kind.block_bytes, stop // self.kind.block_size * self.kind.block_bytes)
@@ -317,8 +324,12 @@ class Rows:
                 own, behind = slice(first - start, last - start), slice(last - start, None)
                 block = np.ascontiguousarray(targets[:, own])
                 packed = self._search(block, first, last)
-                packed, errors = self._round(self.weights[:, first:last], block, factor[own, own], pivots[first:last], packed)
-                self.packed[:, self._bytes(first, last)], self.errors[:, first:last] = packed, errors
+                packed, codes, errors = self._round(
+                    self.weights[:, first:last], block, factor[own, own], pivots[first:last], packed
+                )
+                self._held[:, self._bytes(first, last)], self.errors[:, first:last] = packed, errors
+                if codes is not None:
+                    self._codes[:, first:last] = codes
                 if last < stop:
                     targets[:, behind] += product(errors, factor[own, behind])
 
@@ -338,12 +349,12 @@ class Rows:
             return np.ascontiguousarray(self._scaled[:, self._bytes(first, last)])
         return searched(targets, self.kind, self.importance[first:last], self.effort, self.name)
 
-    def _round(self, weights: F32, targets: F32, factor: F32, pivots: F32, packed: U8) -> tuple[U8, F32]:
-        """Codes with error feedback within the grid of `packed`: (bytes, errors)."""
+    def _round(self, weights: F32, targets: F32, factor: F32, pivots: F32, packed: U8) -> tuple[U8, U8 | None, F32]:
+        """Codes with error feedback within the grid of `packed`: (bytes with these scales, codes that they lack yet, errors)."""
         if not isinstance(self.kind, CodedFormat):
             vectors = self.kind.vectors(packed)
             errors = round_vectors(weights, targets, factor, pivots, vectors)
-            return vectors.packed(), errors
+            return vectors.packed(), None, errors
         grid = self.kind.grid(packed)
         codes, errors = np.empty(weights.shape, np.uint8), np.empty(weights.shape, np.float32)
         weights, factor = np.ascontiguousarray(weights), np.ascontiguousarray(factor)
@@ -355,7 +366,7 @@ class Rows:
             )
             if stop < columns:
                 targets[:, stop:] += product(errors[:, start:stop], factor[start:stop, stop:])
-        return self.kind.with_codes(packed, codes), errors
+        return packed, codes, errors
 
     def _again(self, first: int, last: int, start: int, gradient: F32) -> None:
         """Quantise columns first…last for the errors of all others; `gradient` is e H at `start`… and is kept up to date."""
@@ -364,19 +375,21 @@ class Rows:
         pulled, weights, errors = gradient[:, own], self.weights[:, first:last], self.errors[:, first:last]
         # The least of e H eᵀ over these columns alone lies where their gradient vanishes.
         targets = weights - errors + product(pulled, inverted)
-        packed, found = self._round(targets, targets.copy(), factor, pivots, self._search(targets, first, last))
+        packed, codes, found = self._round(targets, targets.copy(), factor, pivots, self._search(targets, first, last))
         change = found + weights - targets - errors
         spread = product(change, self.curvature.hessian[first:last, start : start + gradient.shape[1]])
         better = np.einsum("ij,ij->i", 2 * pulled + spread[:, own], change) < 0
         change[~better] = 0
         spread[~better] = 0
-        self.packed[better, self._bytes(first, last)] = packed[better]
+        self._held[better, self._bytes(first, last)] = packed[better]
+        if codes is not None:
+            self._codes[better, first:last] = codes[better]
         errors += change
         gradient += spread
 
     def _descend(self, start: int, stop: int, gradient: F32, rounds: int) -> None:
         here = self._bytes(start, stop)
-        packed = np.ascontiguousarray(self.packed[:, here])
+        packed = np.ascontiguousarray(self._held[:, here])
         if not isinstance(self.kind, CodedFormat):
             vectors = self.kind.vectors(packed)
             for _ in range(rounds):
@@ -387,11 +400,11 @@ class Rows:
                     vectors,
                     self.errors[:, start:stop],
                 )
-            self.packed[:, here] = vectors.packed()
+            self._held[:, here] = vectors.packed()
             return
-        grid, codes = self.kind.grid(packed), self.kind.codes(packed)
-        weights, errors = np.ascontiguousarray(self.weights[:, start:stop]), np.ascontiguousarray(self.errors[:, start:stop])
-        hessian = np.ascontiguousarray(self.curvature.hessian[start:stop, start:stop])
+        grid, own = self.kind.grid(packed), slice(start, stop)
+        weights, errors, codes = (np.ascontiguousarray(each[:, own]) for each in (self.weights, self.errors, self._codes))
+        hessian = np.ascontiguousarray(self.curvature.hessian[own, own])
         for _ in range(rounds):
             descend(weights, gradient, hessian, grid.scale, grid.offset, grid.levels, self._uniform, codes, errors)
-        self.packed[:, here], self.errors[:, start:stop] = self.kind.with_codes(packed, codes), errors
+        self._codes[:, own], self.errors[:, own] = codes, errors

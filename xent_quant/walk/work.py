@@ -79,7 +79,7 @@ class Work:
             if together[0].weights:
                 self.reports.phase(said(together[0].weights[0], self.checkpoint.architecture.num_layers))
             self._stage(together, weights)
-            memory.give_back()
+        memory.give_back()
 
     def measure(self, stream: int | None, stage: "Stage") -> Measured:
         """What lanes that listen to a stream are told of a stage's rows."""
