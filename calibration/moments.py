@@ -122,11 +122,7 @@ class Moments:
             for start in range(0, len(own), step):
                 here = slice(start, start + step)
                 jobs.append(partial(_add_product, own[here], rows[:, here].T, turned))
-        if wide.device.type == "cpu":
-            parallel.run(jobs)
-        else:
-            for job in jobs:
-                job()
+        parallel.run(jobs, None if wide.device.type == "cpu" else 1)
 
     def _sum(self, number: int) -> Tensor | None:
         self._add_up()

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import cache, partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -176,13 +175,14 @@ def _solved(rows: F32, triangle: F32, parts: "Parts | None" = None, *, upper: bo
     return found
 
 
-def _parts(by: "Tensor", upper: bool) -> "Parts":
+def _parts(triangle: F32, *, upper: bool) -> "Parts":
     """For SOLVED columns after SOLVED of what solves a triangle, in the order in which they are solved: which they are, which are
-    solved before them, the triangle's part for those [SOLVED, before], and the inverse of their own, transposed."""
+    solved before them, the triangle's part for those [SOLVED, before], and the inverse of their own, transposed. None where there
+    are no more."""
     import torch
 
-    found = []
-    for start in range(0, len(by), SOLVED):
+    by, found = torch.from_numpy(triangle), []
+    for start in range(0, len(by), SOLVED) if len(by) > SOLVED else ():
         here = slice(start, min(start + SOLVED, len(by)))
         before = slice(0, start) if upper else slice(here.stop, len(by))
         inverse = torch.linalg.solve_triangular(by[here, here], torch.eye(here.stop - start), upper=upper)
@@ -232,20 +232,18 @@ class Curvature:
         self.hessian = hessian * np.float32(share)
         """H + λ."""
         diagonal = hessian.diagonal()
-        total = diagonal.sum(dtype=np.float64) / max(1, np.count_nonzero(diagonal))
-        self._damping = np.float32(DAMPING * total)
+        mean = diagonal.sum(dtype=np.float64) / max(1, np.count_nonzero(diagonal))
+        self._damping = np.float32(DAMPING * mean)
         np.fill_diagonal(self.hessian, diagonal + self._damping)
         self._inner: Curvature | None = None
         self._blocks: dict[tuple[int, int], tuple[F32, F32, F32]] = {}
         self._lumps: dict[tuple[int, int], tuple[F32, F32]] = {}
 
     def padded(self, columns: int) -> "Curvature":
-        """The same of inputs that are followed by zeros up to `columns`: what was made of these is not made again."""
-        found = copy(self)
-        for name in ("_root", "_lower", "_upper"):
-            found.__dict__.pop(name, None)
+        """The same of inputs that are followed by zeros up to `columns`; its root is not computed again. Holds this one, too."""
+        found = Curvature.__new__(Curvature)
         found.hessian = _widened(self.hessian, columns, self._damping)
-        found._inner, found._blocks, found._lumps = self, {}, {}
+        found._damping, found._inner, found._blocks, found._lumps = self._damping, self, {}, {}
         return found
 
     @once
@@ -269,17 +267,11 @@ class Curvature:
 
     @once
     def _lower(self) -> "Parts":
-        return self._made_parts(self._root.T, upper=False)
+        return _parts(self._root.T, upper=False)
 
     @once
     def _upper(self) -> "Parts":
-        return self._made_parts(self._root, upper=True)
-
-    @staticmethod
-    def _made_parts(triangle: F32, *, upper: bool) -> "Parts":
-        import torch
-
-        return _parts(torch.from_numpy(triangle), upper) if len(triangle) > SOLVED else []
+        return _parts(self._root, upper=True)
 
     def _half(self, rows: F32) -> F32:
         return _solved(rows, self._root.T, self._lower, upper=False)

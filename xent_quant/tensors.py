@@ -93,8 +93,9 @@ class InputStatistics:
     """What calibration knows of the inputs of one weight [out, in], ready for use: blended for rare experts, floored.
 
     `importance` [in] float32 is the mean x² of each input column; `hessian` [in, in] float32 is the mean x xᵀ (no factor
-    2), or None where it was not asked for; `rows` counts the weight's own rows (tokens), 0 for an expert never reached.
-    `held_out` [n, in] float32 are input rows that neither of them has seen, to judge a method by; None where there are none.
+    2), or None where it was not asked for, or these are `padded`; `rows` counts the weight's own rows (tokens), 0 for an expert
+    never reached. `held_out` [n, in] float32 are input rows that neither of them has seen, to judge a method by; None where there
+    are none.
     """
 
     importance: NDArray[np.float32]

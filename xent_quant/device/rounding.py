@@ -20,9 +20,12 @@ from xent_quant.formats._codes import CodedFormat, SearchedFormat
 from xent_quant.formats._vectors import VectorFormat
 from xent_quant.formats.base import F32, Effort
 from xent_quant.formats.prescaled import InMemory
-from xent_quant.methods.gptq import LAZY, TOGETHER
+from xent_quant.methods.gptq import LAZY
 
 C = TypeVar("C", Coded, Points)
+
+TOGETHER = 64
+"""Columns that pass errors on among themselves, and turn to their gradient, one by one; to others by one matrix product."""
 
 COPIES = 13
 """Of the weights that are under way, about: they, those read ahead, pulls, targets, errors, codes, and what comes out."""

@@ -53,6 +53,9 @@ class DeviceStatistics:
     @classmethod
     def of(cls, known: InputStatistics, device: torch.device) -> "DeviceStatistics | None":
         """The same there; None without a Hessian."""
+        if known.inner is not None:
+            inner = cls.of(known.inner, device)
+            return None if inner is None else inner.padded(len(known.importance))
         if known.hessian is None:
             return None
         held_out = None if known.held_out is None else torch.from_numpy(known.held_out).to(device)

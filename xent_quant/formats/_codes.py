@@ -110,7 +110,7 @@ class CodedFormat(QuantFormat):
     def dequantize_rows(self, packed: U8) -> F32:
         grid, codes = self.grid(packed), self.codes(packed)
         values = np.empty(codes.shape, np.float32)
-        _values(codes, grid.levels, grid.scale, grid.offset, self.group_size, values)
+        _values(codes, self.levels, grid.scale, grid.offset, self.group_size, values)
         return values
 
     def unshrunk(self, packed: U8, weights: F32, importance: F32 | None) -> U8:

@@ -202,7 +202,7 @@ class GPTQ:
     def quantize(
         self, weights: F32, kind: Encoding, statistics: InputStatistics | None, *, name: str, pull: F32 | None = None
     ) -> U8:
-        """See `Method.quantize`. Holds three copies of the weights and two of the Hessian."""
+        """See `Method.quantize`. Holds three copies of the weights, and what `Curvature` holds."""
         curvature = statistics.curvature if statistics else None
         if statistics is None or curvature is None:
             return self._search.quantize(weights, kind, statistics, name=name)
@@ -300,14 +300,15 @@ class Rows:
         self.effort: Effort = effort
         self.name = name
         self.errors = np.zeros_like(weights)
-        self._held = np.zeros((len(weights), kind.row_bytes(weights.shape[1])), np.uint8)
-        self._codes = np.empty(weights.shape if isinstance(kind, CodedFormat) else (0, 0), np.uint8)  # those in `_held` are old
+        self._packed = np.zeros((len(weights), kind.row_bytes(weights.shape[1])), np.uint8)
+        """Bytes whose scales hold; their codes, where the type has some, are in `_codes`."""
+        self._codes = np.empty(weights.shape if isinstance(kind, CodedFormat) else (0, 0), np.uint8)
         self._uniform = isinstance(kind, CodedFormat) and bool((np.diff(kind.levels) == 1).all())
 
     @property
     def packed(self) -> U8:
         """Their bytes."""
-        return self.kind.with_codes(self._held, self._codes) if isinstance(self.kind, CodedFormat) else self._held
+        return self.kind.with_codes(self._packed, self._codes) if isinstance(self.kind, CodedFormat) else self._packed
 
     def _bytes(self, start: int, stop: int) -> slice:
         return slice(start // self.kind.block_size * self.kind.block_bytes, stop // self.kind.block_size * self.kind.block_bytes)
@@ -327,7 +328,7 @@ class Rows:
                 packed, codes, errors = self._round(
                     self.weights[:, first:last], block, factor[own, own], pivots[first:last], packed
                 )
-                self._held[:, self._bytes(first, last)], self.errors[:, first:last] = packed, errors
+                self._packed[:, self._bytes(first, last)], self.errors[:, first:last] = packed, errors
                 if codes is not None:
                     self._codes[:, first:last] = codes
                 if last < stop:
@@ -376,20 +377,20 @@ class Rows:
         # The least of e H eᵀ over these columns alone lies where their gradient vanishes.
         targets = weights - errors + product(pulled, inverted)
         packed, codes, found = self._round(targets, targets.copy(), factor, pivots, self._search(targets, first, last))
-        change = found + weights - targets - errors
-        spread = product(change, self.curvature.hessian[first:last, start : start + gradient.shape[1]])
-        better = np.einsum("ij,ij->i", 2 * pulled + spread[:, own], change) < 0
+        change = found + (weights - targets) - errors
+        moved = product(change, self.curvature.hessian[first:last, start : start + gradient.shape[1]])
+        better = np.einsum("ij,ij->i", 2 * pulled + moved[:, own], change) < 0
         change[~better] = 0
-        spread[~better] = 0
-        self._held[better, self._bytes(first, last)] = packed[better]
+        moved[~better] = 0
+        self._packed[better, self._bytes(first, last)] = packed[better]
         if codes is not None:
             self._codes[better, first:last] = codes[better]
         errors += change
-        gradient += spread
+        gradient += moved
 
     def _descend(self, start: int, stop: int, gradient: F32, rounds: int) -> None:
         here = self._bytes(start, stop)
-        packed = np.ascontiguousarray(self._held[:, here])
+        packed = np.ascontiguousarray(self._packed[:, here])
         if not isinstance(self.kind, CodedFormat):
             vectors = self.kind.vectors(packed)
             for _ in range(rounds):
@@ -400,7 +401,7 @@ class Rows:
                     vectors,
                     self.errors[:, start:stop],
                 )
-            self._held[:, here] = vectors.packed()
+            self._packed[:, here] = vectors.packed()
             return
         grid, own = self.kind.grid(packed), slice(start, stop)
         weights, errors, codes = (np.ascontiguousarray(each[:, own]) for each in (self.weights, self.errors, self._codes))

@@ -13,6 +13,8 @@ ADDED_ROWS = 2048
 """That are added to sums of products at a time, which are read and written each time; what is added waits until then."""
 PIECE = 1 << 20
 """Weights that a thread reads, quantises and writes at a time where no text is run: most of the way they are in its cache."""
+SLICES = 2
+"""Of the head that are worked on at a time on a CPU: beside what one thread does alone for one, others are busy with the next."""
 KEPT_ROWS = 16384
 """Rows of an expert's inner activations that are kept between the looks at them, at most; above, they are computed again."""
 HELD_OUT_ROWS = 1024

@@ -136,9 +136,9 @@ class Pass:
     """`windows` [n_windows, length] of token ids on their way through the model in every one of `streams`.
 
     `dtype` is that of weights and states, `products` of weights where rows are multiplied by them in another one
-    (`linalg.linear`); routing and norms are at least float32. Holds the routing of one layer, `part`
-    rows on their way, an expert's inner rows (`kept_rows` at most) for every stream, and the weights that were given for the
-    stage; of as many experts as run side by side.
+    (`linalg.linear`); routing and norms are at least float32. Holds the routing of one layer, and for every stream `part` rows
+    on their way, an expert's inner rows (`kept_rows` at most), and the weights that were given for the stage; of as many experts
+    as run side by side.
     """
 
     def __init__(
@@ -215,12 +215,14 @@ class Pass:
     def parts(self) -> Iterator[tuple[int, int]]:
         """(first, last + 1) of at most `part` tokens at a time."""
         for start in range(0, self.n_tokens, self.part):
+            check()
             yield start, min(start + self.part, self.n_tokens)
 
     def window_parts(self) -> Iterator[tuple[int, int]]:
         """The same in whole windows, one at least."""
         step = max(1, self.part // self.length) * self.length
         for start in range(0, self.n_tokens, step):
+            check()
             yield start, min(start + step, self.n_tokens)
 
     def tokens(self, start: int, stop: int) -> Tensor:
@@ -233,13 +235,13 @@ class Pass:
 
     def each_stream(self, work: Callable[[int], None]) -> None:
         """Have `work` done for every stream, by its number."""
-        self.side_by_side([partial(work, number) for number in range(len(self.streams))])
+        self.together([partial(work, number) for number in range(len(self.streams))])
 
-    def side_by_side(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+    def together(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """What the jobs return, which are done side by side on the CPU, where each has its share of the threads."""
         threads = numba.get_num_threads()
-        together = min(len(jobs), threads) if self.device.type == "cpu" else 1
-        return run_jobs(jobs, together, each=threads // together) if together > 1 else [job() for job in jobs]
+        most = min(len(jobs), threads) if self.device.type == "cpu" else 1
+        return run_jobs(jobs, most, each=threads // most) if most > 1 else [job() for job in jobs]
 
     def sizes(self, stream: int, tokens: Tensor) -> Tensor:
         """[n] float32, what a norm would divide the states of `tokens` [n] by; no less than SMALLEST of the median."""
@@ -328,8 +330,8 @@ class Mlp:
         """gate and up in every stream."""
         self._kept = [0] * len(run.streams)
         """Tokens whose inner rows of the shared MLP are kept."""
-        self._turns = list(range(run.architecture.num_experts or 0))
-        self._adding = [Turns(len(self._turns)) for _ in run.streams]
+        self._turn_of = list(range(run.architecture.num_experts or 0))
+        self._adding = [Turns(len(self._turn_of)) for _ in run.streams]
 
     @property
     def norm(self) -> Tensor:
@@ -346,19 +348,19 @@ class Mlp:
         counts = self.run.expert_tokens(0)
         order = sorted(range(len(counts)), key=lambda expert: -counts[expert])
         for turn, expert in enumerate(order):
-            self._turns[expert] = turn
+            self._turn_of[expert] = turn
         return order
 
     def add(self, expert: int, stream: int, tokens: Tensor, rows: Tensor) -> None:
         """What an expert makes of some of a stream's tokens, ascending. Experts add to a token's sum in their turn, so that it
         does not depend on who is done first."""
         own = self.run.streams[stream]
-        with self._adding[stream].at(self._turns[expert], int(tokens[-1])):
+        with self._adding[stream].at(self._turn_of[expert], int(tokens[-1])):
             own.y.put(tokens, own.y.take(tokens) + rows)
 
     def added(self, expert: int, stream: int) -> None:
         """An expert has no more to add."""
-        with self._adding[stream].at(self._turns[expert], self.run.n_tokens):
+        with self._adding[stream].at(self._turn_of[expert], self.run.n_tokens):
             pass
 
     def shared_inner(self, stream: int, start: int, stop: int, *, last: bool) -> Tensor:
@@ -527,16 +529,14 @@ class _SharedDown(_MlpStage):
             return
         exact, own = self.run.streams[0], self.run.streams[stream]
         for start, stop in self.run.parts():
-            tokens = self.run.tokens(start, stop)
-            rows, *exact_rows = self.run.side_by_side(
-                [partial(self.mlp.shared_inner, number, start, stop, last=False) for number in ((stream, 0) if stream else (0,))]
-            )
+            tokens, wanted = self.run.tokens(start, stop), sorted({0, stream})
+            inner = self.run.together([partial(self.mlp.shared_inner, number, start, stop, last=False) for number in wanted])
             if not stream:
-                yield Batch(rows, tokens)
+                yield Batch(inner[0], tokens)
                 continue
             ahead = exact.x.read(start, stop) + exact.y.read(start, stop)
             residual = ahead - (own.x.read(start, stop) + own.y.read(start, stop))
-            yield Batch(rows, tokens, exact=exact_rows[0], residual=residual, sizes=self.run.sizes(stream, tokens))
+            yield Batch(inner[1], tokens, exact=inner[0], residual=residual, sizes=self.run.sizes(stream, tokens))
 
     def advance(self, weights: Sequence[Weights]) -> None:
         def advance(number: int) -> None:

@@ -22,7 +22,7 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.formats._lanes import WIDTH
 from xent_quant.formats.base import F32
 from xent_quant.journal import Journal
-from xent_quant.model.sizes import PIECE, Room
+from xent_quant.model.sizes import PIECE, SLICES, Room
 from xent_quant.progress import Progress, Silent
 from xent_quant.tensors import Role, TensorSpec
 from xent_quant.walk.elsewhere import Elsewhere
@@ -42,7 +42,7 @@ LEAST_SECONDS = 2.0
 class Walk:
     """One pass over a checkpoint for any number of lanes. Every tensor of it is read once for each stage that needs it.
 
-    Holds an expert for each thread, one layer's attention or shared MLP, or a slice of `Checkpoint.SLICE` weights, with what each
+    Holds an expert for each thread, one layer's attention or shared MLP, or SLICES of `Checkpoint.SLICE` weights, with what each
     lane makes of it and what its method holds; and what `Streams` holds. Without text a piece of PIECE weights for each thread,
     or a tensor for lanes that take it whole. Raises what reading, measuring and quantising raise.
     """
@@ -165,7 +165,7 @@ class Walk:
         self, tensors: Sequence[TensorSpec], lanes: Sequence[Lane], known: Measured = NOTHING, *, head: bool = False
     ) -> None:
         """Tensors that no stream goes on with: in slices to all lanes that take them, whole to the others. Where no text tells
-        anything of them the slices are small and go side by side."""
+        anything of them the slices are small and there is one for each thread; else SLICES are side by side."""
         if known is NOTHING and self._elsewhere and not self.streams:
             self._elsewhere.weights(tensors, lanes, head=head)
             return
@@ -176,8 +176,10 @@ class Walk:
             for start, read in self.checkpoint.pieces(tensor.name, *size) if sliced else ():
                 jobs.append(partial(self._give, tensor, start, read, sliced, known, head))
         threads = numba.get_num_threads()
-        together = min(len(jobs), self._side_by_side or threads) if known is not NOTHING else threads
-        if together > 1 and self._work.device is None:
+        together = min(len(jobs), threads, SLICES, self._side_by_side or SLICES)
+        if known is NOTHING:
+            parallel.run(jobs)
+        elif together > 1 and self._work.device is None:
             parallel.run(jobs, together, each=threads // together)
         else:
             for job in jobs:

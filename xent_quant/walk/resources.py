@@ -25,6 +25,7 @@ from xent_quant.model.sizes import (
     KEPT_ROWS,
     PART_TOKENS,
     PIECE,
+    SLICES,
     Room,
     state_files,
 )
@@ -84,30 +85,42 @@ def memory(model: Architecture, followers: int, length: int, room: Room) -> int:
     side_by_side = room.experts or threads
     unrouted = [tensor for tensor in in_layer if tensor.expert is None]
     for_all = _stage(unrouted, model, streams, max(PART_TOKENS, length), min(followers, room.streams or threads))
-    experts = 0
+    experts = layer = 0
     if routed:
         inner = 4 * room.kept_rows * model.intermediate_size * streams
         shared = 2 * 4 * model.shared_size * model.hidden_size * streams
         # Σxxᵀ, drift and regression of all tokens, and those of them that are held out.
         layer = followers * 4 * (3 * model.hidden_size**2 + 2 * HELD_OUT_ROWS * model.hidden_size)
         experts = shared + layer + side_by_side * (inner + _stage(routed, model, streams, PART_TOKENS))
-    return int(MARGIN * (rows_of_vocabulary + TORCH + max(for_all, experts)))
+    slices = min(SLICES, side_by_side) * _slice(model)
+    made = _made(model, model.hidden_size, slices) if followers else 4 * 2 * slices
+    head = layer + _rows(model, model.hidden_size, PART_TOKENS) + made
+    return int(MARGIN * (rows_of_vocabulary + TORCH + max(for_all, experts, head)))
 
 
 def _stage(tensors: Sequence[TensorSpec], model: Architecture, streams: int, part: int, measured: int = 1) -> int:
     """Bytes that the largest stage of these tensors holds: weights, `part` rows on their way, and what is made of the rows, of so
     many streams that are `measured` at a time."""
     columns, largest = max(tensor.shape[-1] for tensor in tensors), max(tensor.n_weights for tensor in tensors)
-    rows = 4 * part * (4 * model.hidden_size + 3 * columns)
     weights = 4 * largest * (3 * streams + 1)  # the most that read the same, or gate, up and down; one as stored
-    made = 2 * 3 * largest if streams == 1 else 0  # in bfloat16
-    if streams > 1:
-        # Rows that wait to be added, and their turned ones. Sums: Σxxᵀ, drift, residuals. Ready: Hessian, drift, damped, root,
-        # its parts, factor, and two on the way. Weight, pull, errors, what is solved of the pull, and the bytes.
-        made = 4 * ADDED_ROWS * (4 * columns + model.hidden_size)
-        made += 4 * (2 * columns**2 + columns * model.hidden_size) + 4 * 8 * columns**2 + 4 * 5 * largest
-        made += 4 * HELD_OUT_ROWS * (2 * columns + model.hidden_size)
-    return weights + max(1, measured) * (rows + made)
+    made = _made(model, columns, largest) if streams > 1 else 2 * 3 * largest  # in bfloat16
+    rows = _rows(model, columns, part)
+    threads: int = numba.get_num_threads()
+    return weights + max(max(1, measured) * (rows + made), min(streams, threads) * rows)
+
+
+def _rows(model: Architecture, columns: int, part: int) -> int:
+    """Bytes of `part` rows on their way through a weight of so many columns."""
+    return 4 * part * (4 * model.hidden_size + 3 * columns)
+
+
+def _made(model: Architecture, columns: int, weights: int) -> int:
+    """Bytes of what GPTQ makes of the rows in front of a weight of so many columns, and of so many of its weights."""
+    # Rows that wait to be added, and their turned ones. Sums: Σxxᵀ, drift, residuals. Ready: Hessian, drift, damped, root, what
+    # is made of it to solve and to round, and two on the way. Weight, pull, errors, what is solved of the pull, and the bytes.
+    waiting = 4 * ADDED_ROWS * (4 * columns + model.hidden_size)
+    sums = 4 * (2 * columns**2 + columns * model.hidden_size) + 4 * 8 * columns**2
+    return waiting + sums + 4 * 5 * weights + 4 * HELD_OUT_ROWS * (2 * columns + model.hidden_size)
 
 
 def room(model: Architecture, followers: int, length: int, limit: int | None) -> Room:

@@ -151,7 +151,7 @@ class Work:
                 read = lane.put(tensor, start, weights[start : start + step], known)
                 if read is not None:
                     made.append(read)
-            found.append(made[0] if len(made) == 1 else np.concatenate(made) if made else None)
+            found.append(np.concatenate(made) if len(made) > 1 else np.ascontiguousarray(made[0]) if made else None)
         return found
 
 
