@@ -36,6 +36,9 @@ PROBES, CLEAR = 128, 0.7
 """Products that estimate how far a row is moved, within some ten per cent, and what share of the furthest this may be without a
 closer look."""
 
+MIXED = 256
+"""Mixtures of a layer's held-out rows that every expert's gate and up are multiplied by, twice, to know one number."""
+
 
 def furthest(encodings: Iterable[Encoding]) -> float:
     """Of its norm, that a row of an export in these encodings is moved at most; see FURTHEST."""
@@ -124,7 +127,7 @@ class Correction(Generic[Matrix]):
 @dataclass(frozen=True)
 class Regression(Generic[Matrix]):
     """`matrix` D (H + λ)⁻¹ [in, in] of a layer's tokens, for weights that read some of them; `inputs`, `drifts` and
-    `furthest` as of `Correction`."""
+    `furthest` as of `Correction`, or, of many rows, MIXED Gaussian mixtures of them, whose products add up to theirs, about."""
 
     matrix: Matrix
     inputs: Matrix
@@ -134,7 +137,11 @@ class Regression(Generic[Matrix]):
     @classmethod
     def of(cls, known: Correction[Matrix]) -> "Regression[Matrix]":
         """Of a correction of all of the layer's tokens."""
-        return cls(known.curvature.solve(known.drift), known.inputs, known.drifts, known.furthest)
+        inputs, drifts = known.inputs, known.drifts
+        if len(inputs) > MIXED:
+            mix = gaussian(MIXED, inputs.T) * MIXED**-0.5
+            inputs, drifts = product(mix, inputs), product(mix, drifts)
+        return cls(known.curvature.solve(known.drift), inputs, drifts, known.furthest)
 
     def moved(self, start: int, weights: Matrix) -> tuple[Matrix, Matrix | None]:
         """As `Correction.moved`, with None for P = 0. Goes as far as is best on the held-out rows. Holds another copy of the

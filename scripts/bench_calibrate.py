@@ -2,7 +2,7 @@
 """Prints what calibration costs: seconds, tokens/s and peak memory, each measurement in a process of its own.
 
     scripts/bench_calibrate.py [--model DIR] [--tokens 32k] [--method imatrix gptq] [--measure pass layer command]
-                               [--calib FILE] [--layers N] [--experts N] [--bits 4]
+                               [--calib FILE] [--layers N] [--experts N] [--mix Q4_K_M]
     scripts/bench_calibrate.py --measure stock --model DIR [--imatrix FILE] [--twin DIR] [--threads N]
     scripts/bench_calibrate.py --measure stock-text --model DIR --calib FILE --tokens 32k [--twin DIR] [--threads N]
 
@@ -11,7 +11,7 @@ the number of layers. layer: the first layer alone, its weights quantised (--typ
 the statistics (which run the rows through norms, gates and activations again), the correction of weights for drifted inputs,
 the factorisation and inversion of Hessians, the weighted search, GPTQ's rounding (error feedback and descent; the search of
 blocks within it included), and all else ("forward": weights read, multiplied, and handed on). command:
-`xent-quant MODEL --bits … --format gguf` as a person runs it. stock: `xent-quant DIR --type Q4_K_M` without text, by
+`xent-quant MODEL --type … --format gguf` as a person runs it. stock: `xent-quant DIR --type Q4_K_M` without text, by
 `--method rtn` and with a FILE of statistics (`xent-quant calibrate` makes one), and llama-quantize on as many threads, then its
 seconds over ours. stock-text: `calibrate` beside llama-imatrix on one plain FILE of text; then, unless --method leaves gptq out,
 `xent-quant DIR --type Q4_K_M` with that text beside llama-imatrix and llama-quantize. These are given a BF16 GGUF, which stock's
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="the pass over the first layers only")
     parser.add_argument("--experts", type=int, help="the layer's attention and first experts only")
     parser.add_argument("--type", default="Q4_K", help="of the layer's weights")
-    parser.add_argument("--bits", default="4", help="of the command")
+    parser.add_argument("--mix", default="Q4_K_M", help="--type of the command")
     parser.add_argument("--imatrix", help="of stock: a file of statistics")
     parser.add_argument("--twin", help="of stock: a checkpoint of the model's shapes that llama.cpp's converter reads")
     parser.add_argument("--folder", type=Path, help="of stock: where files are made; default: the system's for temporary files")
@@ -247,7 +247,7 @@ def main() -> None:
             if measure == "command":
                 with tempfile.TemporaryDirectory() as room:
                     command = [sys.executable, "-m", "xent_quant.cli.main", *([options.model] if options.model else [])]
-                    command += ["--bits", options.bits, "--format", "gguf", "--method", method, "--tokens", options.tokens]
+                    command += ["--type", options.mix, "--format", "gguf", "--method", method, "--tokens", options.tokens]
                     command += ["--seqlen", str(options.seqlen), *(f"--calib={text}" for text in options.calib)]
                     command.append("--allow-tokenizer-mismatch")  # of random checkpoints
                     _, facts = child([*command, "--output", room])

@@ -1,5 +1,6 @@
 """Jobs side by side: their order, what becomes of one that fails, and places that are gone over in turn."""
 
+import pickle
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from xent_quant import parallel
-from xent_quant.parallel import Turns
+from xent_quant.parallel import Turns, once
 
 
 @pytest.fixture(params=[1, 2])
@@ -93,3 +94,47 @@ def test_every_place_is_passed_in_the_jobs_order(threads) -> None:
         order = [number for at, number in seen if at == place]
         assert order == sorted(order)
     assert len(seen) > 60
+
+
+class Maker:
+    """Makes a value when two have asked for it, or as many as `fails` says not at all."""
+
+    def __init__(self, fails: int = 0) -> None:
+        self.made, self.fails, self.begun, self.others = 0, fails, threading.Event(), threading.Event()
+
+    @once
+    def value(self) -> list[int]:
+        """What is made."""
+        self.made += 1
+        self.begun.set()
+        if self.made <= self.fails:
+            raise ArithmeticError
+        self.others.wait(5)
+        return [self.made]
+
+
+def test_what_is_made_once_is_waited_for_by_those_who_ask_the_same_object() -> None:
+    maker, other, found = Maker(), Maker(), []
+    asking = [threading.Thread(target=lambda: found.append(maker.value)) for _ in range(2)]
+    for thread in asking:
+        thread.start()
+    assert maker.begun.wait(5)
+    other.others.set()
+    assert other.value == [1]  # nobody waits for another object
+    assert found == []
+    maker.others.set()
+    for thread in asking:
+        thread.join()
+    assert found == [[1], [1]]
+    assert found[0] is found[1] is maker.value
+    assert Maker.value.__doc__ == "What is made."
+
+
+def test_what_failed_is_made_again_and_no_lock_stays() -> None:
+    maker = Maker(fails=1)
+    maker.others.set()
+    with pytest.raises(ArithmeticError):
+        _ = maker.value
+    assert maker.value == [2]
+    del maker.begun, maker.others  # whose locks are the test's own
+    assert pickle.loads(pickle.dumps(maker)).value == [2]

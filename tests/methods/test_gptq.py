@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.reference import gptq as reference
-from xent_quant import formats
+from xent_quant import formats, linalg
 from xent_quant.device.statistics import DeviceStatistics
 from xent_quant.formats._eights import ShiftedFormat
 from xent_quant.formats.base import QuantFormat
@@ -59,12 +59,38 @@ def test_of_few_rows_little_is_believed_beside_the_diagonal(rows) -> None:
     assert known.curvature is not None
     assert device is not None
     assert device.curvature is not None
-    padded = known.padded(96).curvature
-    assert padded is not None
+    padded = known.padded(96)
+    of_device = DeviceStatistics.of(padded, torch.device("cpu"))
+    assert padded.curvature is not None
+    assert of_device is not None
+    assert of_device.curvature is not None
     np.testing.assert_allclose(known.curvature.hessian, wanted, rtol=1e-6)
     np.testing.assert_array_equal(device.curvature.hessian[0].numpy(), known.curvature.hessian)
-    beside = ~np.eye(64, dtype=bool)
-    np.testing.assert_array_equal(padded.hessian[:64, :64][beside], known.curvature.hessian[beside])
+    wider = np.diag(np.full(96, 0.01 * known.hessian.diagonal().mean(dtype=np.float64), np.float32))
+    wider[:64, :64] = known.curvature.hessian
+    np.testing.assert_allclose(padded.curvature.hessian, wider, rtol=1e-6)
+    np.testing.assert_array_equal(of_device.curvature.hessian[0].numpy(), padded.curvature.hessian)
+
+
+@pytest.mark.parametrize("columns", [64, 512])
+def test_what_is_made_of_a_padded_hessian_is_what_a_wider_one_gives(columns: int) -> None:
+    known, wide = statistics(columns), columns + 96
+    ours = known.padded(wide)
+    assert ours.curvature is not None
+    zeros = ((0, 96), (0, 96))
+    theirs = Curvature(np.pad(known.hessian, zeros), linalg.believed(known.rows, known.importance))
+    rows = RANDOM.standard_normal((40, wide)).astype(np.float32)
+    parts = ours.curvature.lump(32, 96), theirs.lump(32, 96)
+    for found, wanted in (
+        (ours.curvature.hessian, theirs.hessian),
+        (ours.curvature.pivots, theirs.pivots),
+        *zip(*parts, strict=True),
+        (ours.curvature.solve(rows), theirs.solve(rows)),
+        (ours.curvature.solve_half(rows), theirs.solve_half(rows)),
+        (ours.reaching, theirs.solve(np.pad(known.held_out, ((0, 0), (0, 96))))),
+    ):
+        assert found.shape == wanted.shape
+        assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
 def loss(rows: Rows) -> np.ndarray:

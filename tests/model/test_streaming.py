@@ -42,8 +42,9 @@ def test_log_probabilities_stream_the_head(checkpoint, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_steps_show_every_weight_every_token_in_the_order_of_the_checkpoint(threads: int, checkpoint, monkeypatch) -> None:
-    """With several threads routed experts are side by side: each one's stages, and all others, keep the order."""
+def test_steps_show_every_weight_every_token_in_order(threads: int, checkpoint, monkeypatch) -> None:
+    """Routed experts have their turns, side by side with several threads: the largest first. Each one's stages, and all others,
+    keep the order of the checkpoint."""
     monkeypatch.setattr("xent_quant.parallel.numba.get_num_threads", lambda: threads)
     source = Checkpoint.open(checkpoint())
     model = source.architecture
@@ -72,7 +73,13 @@ def test_steps_show_every_weight_every_token_in_the_order_of_the_checkpoint(thre
     early = [name for name in finished if "shared_experts" not in name or "down" in name]
     own: dict[int | None, list[str]] = {}
     for name in early:
-        own.setdefault(tensors[name].expert, []).append(name)  # experts have their turns
+        own.setdefault(tensors[name].expert, []).append(name)
+    if threads == 1:
+        for layer in range(model.num_layers):
+            turns = [name for name in finished if ".experts." in name and "down" in name and tensors[name].layer == layer]
+            counts = [rows[name] for name in turns]
+            assert counts == sorted(counts, reverse=True)
+            assert len(set(counts)) > 1
     assert all(names == [name for name in wanted if name in names] for names in own.values())
 
 

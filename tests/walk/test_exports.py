@@ -1,6 +1,7 @@
 """Several exports at once, and one beside another: who gets what, and what the folder says of them."""
 
 import re
+import threading
 from pathlib import Path
 from shutil import copytree, rmtree
 from typing import Any
@@ -94,6 +95,27 @@ def test_an_unfinished_run_by_other_products_is_not_gone_on_with(
     monkeypatch.setattr("calibration.session.multiplies_bfloat16", lambda: False)
     with pytest.raises(ExportError, match=r'products of weights was "torch.bfloat16", is "torch.float32"'):
         export(narrow, tmp_path, type="Q4_0", method="imatrix", **FAST, **text)
+
+
+def test_slices_of_the_head_side_by_side_change_no_byte(model: Path, text: Any, tmp_path: Path, monkeypatch) -> None:
+    """Slices are cut in the same places whatever the number of threads."""
+    monkeypatch.setattr(Checkpoint, "SLICE", 1000)
+    made, under_way = [], []
+    put = Lane.put
+
+    def watched(self: Lane, tensor: Any, *args: Any, **options: Any) -> Any:
+        if options.get("head"):
+            under_way.append(threading.current_thread().name)
+        return put(self, tensor, *args, **options)
+
+    monkeypatch.setattr(Lane, "put", watched)
+    for threads in (1, 2):
+        export(model, tmp_path / str(threads), type="Q4_0", effort="fast", threads=threads, **text)
+        made.append((tree(tmp_path / str(threads)), len(under_way), len(set(under_way))))
+        under_way.clear()
+    assert made[0][0] == made[1][0]
+    assert made[0][1] == made[1][1] > 4
+    assert (made[0][2], made[1][2]) == (1, 2)
 
 
 @pytest.mark.parametrize("formats", [["gguf"], ["onnx", "bnb"]], ids=" ".join)
