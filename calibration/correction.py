@@ -97,9 +97,9 @@ class Correction(Generic[Matrix]):
             far = _squares(product(pull, self._probes.T))
             some = ~(far < (CLEAR * self.furthest) ** 2 * _squares(weights))
             if some.any():
-                moved = pull[some]
-                _keep_within(self.furthest, weights[some], self.curvature.solve(moved), moved)
-                pull[some] = moved
+                far_reaching = pull[some]
+                _keep_within(self.furthest, weights[some], self.curvature.solve(far_reaching), far_reaching)
+                pull[some] = far_reaching
         return weights, pull
 
     @once

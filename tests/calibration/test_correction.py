@@ -117,6 +117,23 @@ def test_what_drifted_in_a_layer_moves_the_weights_of_all_its_experts() -> None:
     np.testing.assert_array_equal(misled.moved(0, weights)[0], weights)
 
 
+def test_mixtures_of_many_rows_know_about_how_far_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    correction, *_ = corrected(60, 0.3, False)
+    correction = replace(correction, drifts=np.float32(0.4) * correction.drifts)  # held-out rows drift less: not all the way
+    weights = RANDOM.normal(size=(200, COLUMNS)).astype(np.float32)
+    of_all = Regression.of(correction)
+    monkeypatch.setattr("calibration.correction.MIXED", 64)
+    mixed = Regression.of(correction)
+    assert (len(of_all.inputs), len(mixed.inputs), len(mixed.drifts)) == (100, 64, 64)
+    all_the_way, shares = weights @ of_all.matrix, []
+    for known in (of_all, mixed):
+        change = known.moved(0, weights)[0] - weights
+        shares.append((change * all_the_way).sum() / np.square(all_the_way).sum())
+        np.testing.assert_allclose(change, shares[-1] * all_the_way, atol=1e-5)
+    assert 0.1 < shares[0] < 0.95
+    assert abs(shares[1] / shares[0] - 1) < 0.15
+
+
 def test_weights_whose_inputs_have_no_energy_stay() -> None:
     moments = Moments(COLUMNS, hessian=True)
     moments.add(Batch(torch.zeros(64, COLUMNS), torch.arange(64), exact=torch.zeros(64, COLUMNS)), torch.arange(64) > 50)

@@ -20,7 +20,7 @@ from xent_quant.formats._codes import CodedFormat, SearchedFormat
 from xent_quant.formats._vectors import VectorFormat
 from xent_quant.formats.base import F32, Effort
 from xent_quant.formats.prescaled import InMemory
-from xent_quant.methods.gptq import LAZY
+from xent_quant.methods.gptq import lumps
 
 C = TypeVar("C", Coded, Points)
 
@@ -73,17 +73,12 @@ class Rows(ABC, Generic[C]):
         self.errors = torch.zeros_like(weights)
         self.weighting, self._step = weighting, kind.block_size
 
-    def _lumps(self) -> list[tuple[int, int]]:
-        columns, block = self.weights.shape[1], self._step
-        size = max(block, LAZY // block * block)
-        return [(start, min(start + size, columns)) for start in range(0, columns, size)]
-
     def feed(self) -> None:
         """The first pass: fills `chosen` and `errors`."""
         step, factor, pivots = self._step, self.curvature.factor, self.curvature.pivots
         pulled = self.weights if self.pull is None else self.weights + self.curvature.solve_half(self.pull)
         found = []
-        for start, stop in self._lumps():
+        for start, stop in lumps(self.weights.shape[1], self._step):
             targets = pulled[:, start:stop] + factor[:, :start, start:stop].mT @ self.errors[:, :start]
             for first in range(start, stop, step):
                 last, here = first + step, slice(first, first + step)
@@ -100,7 +95,7 @@ class Rows(ABC, Generic[C]):
         """The second pass, over what `feed` made, with so many rounds of coordinate descent; changes it where that lowers the
         loss."""
         step, hessian = self._step, self.curvature.hessian
-        for start, stop in self._lumps():
+        for start, stop in lumps(self.weights.shape[1], self._step):
             gradient = hessian[:, start:stop] @ self.errors  # H e at these columns
             if self.pull is not None:
                 gradient += self.pull[:, start:stop]

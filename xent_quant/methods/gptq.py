@@ -228,7 +228,7 @@ class GPTQ:
         pull: F32 | None,
     ) -> U8:
         """Packed rows of `kind`; within the scales of rows that are `scaled` already."""
-        curvature.prepare(lumps(kind, weights.shape[1]), kind.block_size if EFFORTS[self.effort][0] else 0)
+        curvature.prepare(lumps(weights.shape[1], kind.block_size), kind.block_size if EFFORTS[self.effort][0] else 0)
         if pull is not None:
             _ = statistics.reaching
         work = partial(self._rows, kind=kind, statistics=statistics, curvature=curvature, name=name)
@@ -272,9 +272,9 @@ def held_out_error(errors: F32, statistics: InputStatistics, pulled: F32 | None 
     return found
 
 
-def lumps(kind: Gridded, columns: int) -> list[tuple[int, int]]:
-    """Where so many columns are cut, see LAZY: (first, last + 1)."""
-    size = max(kind.block_size, LAZY // kind.block_size * kind.block_size)
+def lumps(columns: int, block: int) -> list[tuple[int, int]]:
+    """Where so many columns are cut, in whole blocks of so many, see LAZY: (first, last + 1)."""
+    size = max(block, LAZY // block * block)
     return [(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
@@ -317,7 +317,7 @@ class Rows:
         """The first pass."""
         step, pivots = self.kind.block_size, self.curvature.pivots
         pulled = self.weights if self.pull is None else self.weights + self.curvature.solve_half(self.pull)
-        for start, stop in lumps(self.kind, self.weights.shape[1]):
+        for start, stop in lumps(self.weights.shape[1], self.kind.block_size):
             before, factor = self.curvature.lump(start, stop)
             targets = pulled[:, start:stop] + product(self.errors[:, :start], before)
             for first in range(start, stop, step):
@@ -337,7 +337,7 @@ class Rows:
     def sweep(self, rounds: int) -> None:
         """The second pass."""
         step = self.kind.block_size
-        for start, stop in lumps(self.kind, self.weights.shape[1]):
+        for start, stop in lumps(self.weights.shape[1], self.kind.block_size):
             gradient = product(self.errors, self.curvature.hessian[start:stop].T)  # e H at these columns, H being symmetric
             if self.pull is not None:
                 gradient += self.pull[:, start:stop]
