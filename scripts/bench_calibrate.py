@@ -2,7 +2,7 @@
 """Prints what calibration costs: seconds, tokens/s and peak memory, each measurement in a process of its own.
 
     scripts/bench_calibrate.py [--model DIR] [--tokens 32k] [--method imatrix gptq] [--measure pass layer command]
-                               [--calib FILE] [--layers N] [--experts N] [--mix Q4_K_M]
+                               [--calib FILE] [--layers N] [--experts N] [--mix Q4_K_M] [--beside TREE]
     scripts/bench_calibrate.py --measure stock --model DIR [--imatrix FILE] [--twin DIR] [--threads N]
     scripts/bench_calibrate.py --measure stock-text --model DIR --calib FILE --tokens 32k [--twin DIR] [--threads N]
 
@@ -11,7 +11,8 @@ the number of layers. layer: the first layer alone, its weights quantised (--typ
 the statistics (which run the rows through norms, gates and activations again), the correction of weights for drifted inputs,
 the factorisation and inversion of Hessians, the weighted search, GPTQ's rounding (error feedback and descent; the search of
 blocks within it included), and all else ("forward": weights read, multiplied, and handed on). command:
-`xent-quant MODEL --type … --format gguf` as a person runs it. stock: `xent-quant DIR --type Q4_K_M` without text, by
+`xent-quant MODEL --type … --format gguf` as a person runs it, and with --beside after that the same of another checkout of this
+project (`git worktree add --detach TREE COMMIT`), its figures over ours. stock: `xent-quant DIR --type Q4_K_M` without text, by
 `--method rtn` and with a FILE of statistics (`xent-quant calibrate` makes one), and llama-quantize on as many threads, then its
 seconds over ours. stock-text: `calibrate` beside llama-imatrix on one plain FILE of text; then, unless --method leaves gptq out,
 `xent-quant DIR --type Q4_K_M` with that text beside llama-imatrix and llama-quantize. These are given a BF16 GGUF, which stock's
@@ -163,21 +164,12 @@ class Stock:
         os.remove(files[1])
         return facts
 
-    def show(self, name: str, ours: dict[str, float], stock: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
-        """Prints and yields ours, each of stock's steps, and the ratio of their sum to ours."""
-        both = ("whole s", "CPU s")
-        ratios = {key: sum(step[key] for step in stock.values()) / ours[key] for key in both}
-        for side, values in (("ours", ours), *stock.items(), ("ratio", ratios)):
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            print(f"{name:8} {side:14} {shown}", flush=True)
-            yield {"command": name, "of": side, **values}
-
     def without_text(self) -> Iterator[dict[str, Any]]:
         known = ["--imatrix", self.options.imatrix] if self.options.imatrix else []
         converter = {"converter": self.converter} if self.converter else {}
         for name, ours, theirs in [("rtn", ["--method", "rtn"], []), *([("imatrix", known, known)] if known else [])]:
             steps = {"llama-quantize": self.quantize(*theirs), **converter}
-            yield from self.show(name, self.ours("--type", "Q4_K_M", *ours), steps)
+            yield from show(name, self.ours("--type", "Q4_K_M", *ours), steps)
 
     def with_text(self) -> Iterator[dict[str, Any]]:
         options, found = self.options, [str(self.room / f"{side}-imatrix.gguf") for side in ("ours", "stock")]
@@ -188,19 +180,40 @@ class Stock:
         command = [str(self.bin / "llama-imatrix"), "-m", str(self.float), "-f", text, "-o", found[1], "--no-ppl"]
         command += ["-c", str(options.seqlen), "--chunks", str(tokens // options.seqlen), "-t", options.threads]
         imatrix = {"llama-imatrix": child(command, stderr=subprocess.DEVNULL)[1]}
-        yield from self.show("calibrate", calibrate, imatrix)
+        yield from show("calibrate", calibrate, imatrix)
         if "gptq" not in options.method:
             return
         steps = imatrix | {"llama-quantize": self.quantize("--imatrix", found[1])}
         steps |= {"converter": self.converter} if self.converter else {}
-        yield from self.show("gptq", self.ours("--type", "Q4_K_M", *read[:6]), steps)
+        yield from show("gptq", self.ours("--type", "Q4_K_M", *read[:6]), steps)
 
 
-def child(command: list[str], stderr: int | None = None) -> tuple[str, dict[str, float]]:
-    """Standard output, and seconds, seconds of CPU and peak RSS in GiB of the whole process."""
+def show(name: str, ours: dict[str, float], others: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
+    """Prints and yields ours, each step of the other side's, and the ratio of their sum to ours."""
+    both = ("whole s", "CPU s")
+    ratios = {key: sum(step[key] for step in others.values()) / ours[key] for key in both}
+    for side, values in (("ours", ours), *others.items(), ("ratio", ratios)):
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        print(f"{name:8} {side:14} {shown}", flush=True)
+        yield {"command": name, "of": side, **values}
+
+
+def command(options: argparse.Namespace, method: str, tree: Path | None = None) -> dict[str, float]:
+    """What the command of this project, or of another `tree` of it, takes."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as room:
+        words = [sys.executable, "-m", "xent_quant.cli.main", *([options.model] if options.model else [])]
+        words += ["--type", options.mix, "--format", "gguf", "--method", method, "--tokens", options.tokens]
+        words += ["--seqlen", str(options.seqlen), *(f"--calib={text}" for text in options.calib)]
+        words.append("--allow-tokenizer-mismatch")  # of random checkpoints
+        return child([*words, "--output", room], tree=tree)[1]
+
+
+def child(command: list[str], stderr: int | None = None, tree: Path | None = None) -> tuple[str, dict[str, float]]:
+    """Standard output, and seconds, seconds of CPU and peak RSS in GiB of the whole process; `tree`: its modules come first."""
+    environment = os.environ | ({"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"} if tree else {})
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=stderr)
+        process = subprocess.Popen(command, stdout=output, stderr=stderr, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(os.waitstatus_to_exitcode(status))
@@ -222,9 +235,10 @@ def main() -> None:
     parser.add_argument("--experts", type=int, help="the layer's attention and first experts only")
     parser.add_argument("--type", default="Q4_K", help="of the layer's weights")
     parser.add_argument("--mix", default="Q4_K_M", help="--type of the command")
+    parser.add_argument("--beside", type=Path, metavar="TREE", help="another checkout, whose command runs after this one's")
     parser.add_argument("--imatrix", help="of stock: a file of statistics")
     parser.add_argument("--twin", help="of stock: a checkpoint of the model's shapes that llama.cpp's converter reads")
-    parser.add_argument("--folder", type=Path, help="of stock: where files are made; default: the system's for temporary files")
+    parser.add_argument("--folder", type=Path, help="where files are made; default: the system's for temporary files")
     parser.add_argument("--threads", default="2", help="of stock")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--child", choices=MEASURES, help=argparse.SUPPRESS)
@@ -245,12 +259,11 @@ def main() -> None:
             continue
         for method in options.method:
             if measure == "command":
-                with tempfile.TemporaryDirectory() as room:
-                    command = [sys.executable, "-m", "xent_quant.cli.main", *([options.model] if options.model else [])]
-                    command += ["--type", options.mix, "--format", "gguf", "--method", method, "--tokens", options.tokens]
-                    command += ["--seqlen", str(options.seqlen), *(f"--calib={text}" for text in options.calib)]
-                    command.append("--allow-tokenizer-mismatch")  # of random checkpoints
-                    _, facts = child([*command, "--output", room])
+                facts = command(options, method)
+                if options.beside:
+                    others = {options.beside.name: command(options, method, options.beside.resolve(strict=True))}
+                    found += show(method, facts, others)
+                    continue
             else:
                 output, whole = child([sys.executable, *sys.argv, "--child", measure, "--method", method])
                 facts = json.loads(output) | whole
