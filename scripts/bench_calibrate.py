@@ -3,6 +3,7 @@
 
     scripts/bench_calibrate.py [--model DIR] [--tokens 32k] [--method imatrix gptq] [--measure pass layer command]
                                [--calib FILE] [--layers N] [--experts N] [--mix Q4_K_M] [--beside TREE]
+                               [--also onnx]
     scripts/bench_calibrate.py --measure stock --model DIR [--imatrix FILE] [--twin DIR] [--threads N]
     scripts/bench_calibrate.py --measure stock-text --model DIR --calib FILE --tokens 32k [--twin DIR] [--threads N]
 
@@ -11,8 +12,9 @@ the number of layers. layer: the first layer alone, its weights quantised (--typ
 the statistics (which run the rows through norms, gates and activations again), the correction of weights for drifted inputs,
 the factorisation and inversion of Hessians, the weighted search, GPTQ's rounding (error feedback and descent; the search of
 blocks within it included), and all else ("forward": weights read, multiplied, and handed on). command:
-`xent-quant MODEL --type … --format gguf` as a person runs it, and with --beside after that the same of another checkout of this
-project (`git worktree add --detach TREE COMMIT`), its figures over ours. stock: `xent-quant DIR --type Q4_K_M` without text, by
+`xent-quant MODEL --type … --format gguf` as a person runs it; after that, with --beside, the same of another checkout of this
+project (`git worktree add --detach TREE COMMIT`), and with --also the same with a second format, their figures over the first's.
+stock: `xent-quant DIR --type Q4_K_M` without text, by
 `--method rtn` and with a FILE of statistics (`xent-quant calibrate` makes one), and llama-quantize on as many threads, then its
 seconds over ours. stock-text: `calibrate` beside llama-imatrix on one plain FILE of text; then, unless --method leaves gptq out,
 `xent-quant DIR --type Q4_K_M` with that text beside llama-imatrix and llama-quantize. These are given a BF16 GGUF, which stock's
@@ -198,13 +200,13 @@ def show(name: str, ours: dict[str, float], others: dict[str, dict[str, float]])
         yield {"command": name, "of": side, **values}
 
 
-def command(options: argparse.Namespace, method: str, tree: Path | None = None) -> dict[str, float]:
-    """What the command of this project, or of another `tree` of it, takes."""
+def command(options: argparse.Namespace, method: str, *also: str, tree: Path | None = None) -> dict[str, float]:
+    """What the command of this project, or of another `tree` of it, takes; `also`: formats beside GGUF."""
     with tempfile.TemporaryDirectory(dir=options.folder) as room:
         words = [sys.executable, "-m", "xent_quant.cli.main", *([options.model] if options.model else [])]
         words += ["--type", options.mix, "--format", "gguf", "--method", method, "--tokens", options.tokens]
         words += ["--seqlen", str(options.seqlen), *(f"--calib={text}" for text in options.calib)]
-        words.append("--allow-tokenizer-mismatch")  # of random checkpoints
+        words += ["--allow-tokenizer-mismatch", *(f"--format={name}" for name in also)]  # of random checkpoints
         return child([*words, "--output", room], tree=tree)[1]
 
 
@@ -236,6 +238,7 @@ def main() -> None:
     parser.add_argument("--type", default="Q4_K", help="of the layer's weights")
     parser.add_argument("--mix", default="Q4_K_M", help="--type of the command")
     parser.add_argument("--beside", type=Path, metavar="TREE", help="another checkout, whose command runs after this one's")
+    parser.add_argument("--also", metavar="FORMAT", help="of the command: with this format beside GGUF, after GGUF alone")
     parser.add_argument("--imatrix", help="of stock: a file of statistics")
     parser.add_argument("--twin", help="of stock: a checkpoint of the model's shapes that llama.cpp's converter reads")
     parser.add_argument("--folder", type=Path, help="where files are made; default: the system's for temporary files")
@@ -261,8 +264,11 @@ def main() -> None:
             if measure == "command":
                 facts = command(options, method)
                 if options.beside:
-                    others = {options.beside.name: command(options, method, options.beside.resolve(strict=True))}
-                    found += show(method, facts, others)
+                    tree = options.beside.resolve(strict=True)
+                    found += show(method, facts, {tree.name: command(options, method, tree=tree)})
+                if options.also:
+                    found += show(method, facts, {f"gguf+{options.also}": command(options, method, options.also)})
+                if options.beside or options.also:
                     continue
             else:
                 output, whole = child([sys.executable, *sys.argv, "--child", measure, "--method", method])
