@@ -17,7 +17,7 @@ project (`git worktree add --detach TREE COMMIT`), and with --also the same with
 stock: `xent-quant DIR --type Q4_K_M` without text, by
 `--method rtn` and with a FILE of statistics (`xent-quant calibrate` makes one), and llama-quantize on as many threads, then its
 seconds over ours. stock-text: `calibrate` beside llama-imatrix on one plain FILE of text; then, unless --method leaves gptq out,
-`xent-quant DIR --type Q4_K_M` with that text beside llama-imatrix and llama-quantize. These are given a BF16 GGUF, which stock's
+`xent-quant DIR --type …` with that text (--mix; XENT4 is what --bits 4 takes) beside llama-imatrix and llama-quantize to Q4_K_M. These are given a BF16 GGUF, which stock's
 converter does not make of XVERSE's mixtures. What it takes is measured with --twin, a checkpoint of the same shapes that it reads
 (`make_checkpoint.py --config scripts/shapes/a42b-as-ling.json --layers N`; --model may be the same one), and added to the side of
 llama-quantize, else left out.
@@ -27,6 +27,7 @@ first run compiles kernels: run twice.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -187,7 +188,8 @@ class Stock:
             return
         steps = imatrix | {"llama-quantize": self.quantize("--imatrix", found[1])}
         steps |= {"converter": self.converter} if self.converter else {}
-        yield from show("gptq", self.ours("--type", "Q4_K_M", *read[:6]), steps)
+        for mix in options.mix:
+            yield from show(f"gptq {mix}", self.ours("--type", mix, *read[:6]), steps)
 
 
 def show(name: str, ours: dict[str, float], others: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
@@ -196,15 +198,15 @@ def show(name: str, ours: dict[str, float], others: dict[str, dict[str, float]])
     ratios = {key: sum(step[key] for step in others.values()) / ours[key] for key in both}
     for side, values in (("ours", ours), *others.items(), ("ratio", ratios)):
         shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-        print(f"{name:8} {side:14} {shown}", flush=True)
+        print(f"{name:12} {side:14} {shown}", flush=True)
         yield {"command": name, "of": side, **values}
 
 
-def command(options: argparse.Namespace, method: str, *also: str, tree: Path | None = None) -> dict[str, float]:
+def command(options: argparse.Namespace, method: str, mix: str, *also: str, tree: Path | None = None) -> dict[str, float]:
     """What the command of this project, or of another `tree` of it, takes; `also`: formats beside GGUF."""
     with tempfile.TemporaryDirectory(dir=options.folder) as room:
         words = [sys.executable, "-m", "xent_quant.cli.main", *([options.model] if options.model else [])]
-        words += ["--type", options.mix, "--format", "gguf", "--method", method, "--tokens", options.tokens]
+        words += ["--type", mix, "--format", "gguf", "--method", method, "--tokens", options.tokens]
         words += ["--seqlen", str(options.seqlen), *(f"--calib={text}" for text in options.calib)]
         words += ["--allow-tokenizer-mismatch", *(f"--format={name}" for name in also)]  # of random checkpoints
         return child([*words, "--output", room], tree=tree)[1]
@@ -236,7 +238,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="the pass over the first layers only")
     parser.add_argument("--experts", type=int, help="the layer's attention and first experts only")
     parser.add_argument("--type", default="Q4_K", help="of the layer's weights")
-    parser.add_argument("--mix", default="Q4_K_M", help="--type of the command")
+    parser.add_argument("--mix", nargs="+", default=["Q4_K_M"], help="--type of the command with text")
     parser.add_argument("--beside", type=Path, metavar="TREE", help="another checkout, whose command runs after this one's")
     parser.add_argument("--also", metavar="FORMAT", help="of the command: with this format beside GGUF, after GGUF alone")
     parser.add_argument("--imatrix", help="of stock: a file of statistics")
@@ -260,22 +262,23 @@ def main() -> None:
                     sys.exit(f"bench_calibrate: {error}")
                 found += stock.without_text() if measure == "stock" else stock.with_text()
             continue
-        for method in options.method:
+        for method, mix in itertools.product(options.method, options.mix if measure == "command" else [""]):
             if measure == "command":
-                facts = command(options, method)
+                facts = command(options, method, mix)
                 if options.beside:
                     tree = options.beside.resolve(strict=True)
-                    found += show(method, facts, {tree.name: command(options, method, tree=tree)})
+                    found += show(f"{method} {mix}", facts, {tree.name: command(options, method, mix, tree=tree)})
                 if options.also:
-                    found += show(method, facts, {f"gguf+{options.also}": command(options, method, options.also)})
+                    both = command(options, method, mix, options.also)
+                    found += show(f"{method} {mix}", facts, {f"gguf+{options.also}": both})
                 if options.beside or options.also:
                     continue
             else:
                 output, whole = child([sys.executable, *sys.argv, "--child", measure, "--method", method])
                 facts = json.loads(output) | whole
             shown = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
-            print(f"{measure:8} {method:8} {shown}", flush=True)
-            found.append({"measure": measure, "method": method, **facts})
+            print(f"{measure:8} {method:8} {mix:8} {shown}", flush=True)
+            found.append({"measure": measure, "method": method, **({"mix": mix} if mix else {}), **facts})
     if options.json:
         options.json.write_text(json.dumps(found, indent=1), "utf-8")
 
