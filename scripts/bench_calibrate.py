@@ -11,19 +11,18 @@ pass: the calibration pass alone, statistics made and dropped, no weight quantis
 the number of layers. layer: the first layer alone, its weights quantised (--type, one type for all of them); seconds apart for
 the statistics (which run the rows through norms, gates and activations again), the correction of weights for drifted inputs,
 the factorisation and inversion of Hessians, the weighted search, GPTQ's rounding (error feedback and descent; the search of
-blocks within it included), and all else ("forward": weights read, multiplied, and handed on). command:
-`xent-quant MODEL --type … --format gguf` as a person runs it; after that, with --beside, the same of another checkout of this
-project (`git worktree add --detach TREE COMMIT`), and with --also the same with a second format, their figures over the first's.
-stock: `xent-quant DIR --type Q4_K_M` without text, by
-`--method rtn` and with a FILE of statistics (`xent-quant calibrate` makes one), and llama-quantize on as many threads, then its
-seconds over ours. stock-text: `calibrate` beside llama-imatrix on one plain FILE of text; then, unless --method leaves gptq out,
-`xent-quant DIR --type …` with that text (--mix; XENT4 is what --bits 4 takes) beside llama-imatrix and llama-quantize to Q4_K_M. These are given a BF16 GGUF, which stock's
-converter does not make of XVERSE's mixtures. What it takes is measured with --twin, a checkpoint of the same shapes that it reads
-(`make_checkpoint.py --config scripts/shapes/a42b-as-ling.json --layers N`; --model may be the same one), and added to the side of
-llama-quantize, else left out.
-Nothing is padded on stock's side: rows that 256 does not divide get Q5_0 and Q8_0, which it makes faster. "whole", "CPU" and
-"peak" (ru_maxrss) are of the child process, imports included; seconds of CPU hardly change where other jobs run beside it. The
-first run compiles kernels: run twice.
+blocks within it included), and all else ("forward": weights read, multiplied, and handed on). command: `xent-quant MODEL
+--type … --format gguf` as a person runs it; after that, with --beside, the same of another checkout of this project (`git
+worktree add --detach TREE COMMIT`), and with --also the same with a second format, their figures over the first's. stock:
+`xent-quant DIR --type Q4_K_M` without text, by `--method rtn` and with a FILE of statistics (`xent-quant calibrate` makes
+one), and llama-quantize on as many threads, then its seconds over ours. stock-text: `calibrate` beside llama-imatrix on one
+plain FILE of text; then, unless --method leaves gptq out, `xent-quant DIR --type …` with that text (--mix; XENT4 is what
+--bits 4 takes) beside llama-imatrix and llama-quantize to Q4_K_M. These are given a BF16 GGUF, which stock's converter does
+not make of XVERSE's mixtures. What it takes is measured with --twin, a checkpoint of the same shapes that it reads
+(`make_checkpoint.py --config scripts/shapes/a42b-as-ling.json --layers N`; --model may be the same one), and added to the side
+of llama-quantize, else left out. Nothing is padded on stock's side: rows that 256 does not divide get Q5_0 and Q8_0, which it
+makes faster. "whole", "CPU" and "peak" (ru_maxrss) are of the child process, imports included; seconds of CPU hardly change
+where other jobs run beside it. The first run compiles kernels: run twice.
 """
 
 import argparse

@@ -5,9 +5,10 @@
 
 Runs `xent-quant MODEL --output OUTPUT OPTION ...` as a person does, in a process of its own, until so many layers are in its
 journal (all of them and the head where N is none), then interrupts it and removes OUTPUT. --resume: first a run that nobody
-stops, then one that is killed (SIGKILL) after N layers, and the same command again, whose seconds over the first's are printed, and
-whether the bytes are the same. A first line is of what comes before the first layer. "peak" is of VmRSS, looked at five times a second, of the step alone; the last line's is VmHWM, the whole
-process's. Seconds of CPU hardly change where other jobs run beside it. Linux only.
+stops, then one that is killed (SIGKILL) after N layers, and the same command again, whose seconds over the first's are
+printed, and whether the bytes are the same. A first line is of what comes before the first layer. "peak" is of VmRSS, looked
+at five times a second, of the step alone; the last line's is VmHWM, the whole process's. Seconds of CPU hardly change where
+other jobs run beside it. Linux only.
 """
 
 import argparse
@@ -121,9 +122,8 @@ def main() -> None:
         found["killed"] = watch(command, output, layers, signal.SIGKILL)
         found["resumed"] = watch(command, output, None, signal.SIGINT)
         share = found["resumed"][-1]["clock s"] / found["run"][-1]["clock s"]
-        print(
-            f"resumed behind layer {layers - 1}: {share:.3f} of the time, {'same' if alone == published(output) else 'OTHER'} bytes"
-        )
+        bytes_ = "same" if published(output) == alone else "OTHER"
+        print(f"resumed behind layer {layers - 1}: {share:.3f} of the time, {bytes_} bytes")
     shutil.rmtree(output)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1), "utf-8")
