@@ -122,8 +122,8 @@ def main() -> None:
         found["killed"] = watch(command, output, layers, signal.SIGKILL)
         found["resumed"] = watch(command, output, None, signal.SIGINT)
         share = found["resumed"][-1]["clock s"] / found["run"][-1]["clock s"]
-        bytes_ = "same" if published(output) == alone else "OTHER"
-        print(f"resumed behind layer {layers - 1}: {share:.3f} of the time, {bytes_} bytes")
+        content = "same" if published(output) == alone else "OTHER"
+        print(f"resumed behind layer {layers - 1}: {share:.3f} of the time, {content} bytes")
     shutil.rmtree(output)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1), "utf-8")
