@@ -29,6 +29,10 @@ SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 LARGEST_TEMPLATE = 1 << 24
 
 
+TODAY = datetime(2026, 11, 1)
+"""For templates that print the day: the same text makes the same tokens on all of them."""
+
+
 class Refused(Exception):
     """A conversation that the template does not take, with its reason."""
 
@@ -141,7 +145,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
         environment.filters["tojson"] = tojson  # jinja2's escapes HTML
         environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.globals["strftime_now"] = TODAY.strftime
         try:
             return environment.from_string(self._source or "")
         except (TemplateError, RecursionError, MemoryError, ValueError, SyntaxError) as error:

@@ -202,13 +202,14 @@ class Session:
             return "cpu"
         return ON_CPU if self.device.type == "cpu" else self.device.type
 
-    def keys(self) -> dict[str, str | int]:
-        """What a GGUF file says of the statistics that it was made with."""
+    def keys(self, hessian: bool) -> dict[str, str | int]:
+        """What a GGUF file says of the statistics that it was made with. Of how many windows where only Hessians are, since for
+        an importance more may be run."""
         measured = {llama_name(spec) for spec in self.checkpoint.architecture.tensors().values() if spec.measured}
         return {
             "quantize.imatrix.dataset": ", ".join(self.text.names),
             "quantize.imatrix.entries_count": len(measured),
-            "quantize.imatrix.chunks_count": len(self.text.windows),
+            **({"quantize.imatrix.chunks_count": len(self.text.windows)} if hessian or not len(self.text.spare) else {}),
         }
 
 

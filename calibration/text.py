@@ -23,6 +23,7 @@ from calibration.presets import HUB, PREFIX, download, passages
 from xent_quant.checkpoint.hub import failures, reason
 from xent_quant.errors import CalibrationError
 from xent_quant.plain import plain
+from xent_quant.units import human_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -49,6 +50,9 @@ CHINESE_SHARE = 0.25
 
 CARDS = ["README.md", "dataset_infos.json", "*/.*", ".*"]
 """Files of a Hub dataset that describe it."""
+
+LARGEST = 4 << 30
+"""Bytes of a data set on the Hub that are downloaded at most."""
 
 CHARACTERS_PER_TOKEN = 16
 """Text that is read for every token wanted, so that the seed has something to choose from."""
@@ -133,7 +137,9 @@ def sources(calib: Sequence[str], mix: str | None, chinese: bool, seed: int = 0)
     """
     weights = weights_of(mix, chinese)
     named = [(item, PRESETS.get(item.removeprefix(PREFIX), ())) for item in calib or ("entertainment",)]
-    mixed = {key for _, suites in named for suite in suites for key in (suite, *suite.split("-"))}
+    mixed = {
+        key for _, suites in named for suite in suites or SUITES for key in (suite, *suite.split("-"))
+    }  # own text, supplemented
     if mix and (idle := {key for key, weight in weights.items() if weight} - mixed):
         raise CalibrationError(f"--calib-mix {min(idle)}: has no effect, since it is in no preset of --calib; drop it")
     found: list[Source] = []
@@ -175,6 +181,7 @@ def _dataset(item: str) -> Path:
 
     try:
         kinds = [f"*{suffix}" for suffix in SUFFIXES]
+        _refuse_large(item, kinds)
         return Path(snapshot_download(item, repo_type="dataset", allow_patterns=kinds, ignore_patterns=CARDS))
     except RepositoryNotFoundError as error:
         raise CalibrationError(f"--calib {item}: no such file or folder here, and no such public dataset on the Hub") from error
@@ -182,6 +189,24 @@ def _dataset(item: str) -> Path:
         raise CalibrationError(
             f"--calib {item}: no such file or folder here, and the Hub could not be reached ({reason(error)})"
         ) from error
+
+
+def _refuse_large(item: str, kinds: Sequence[str]) -> None:
+    """Raise CalibrationError for a data set on the Hub whose files of text are more than anyone wants to download for this."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    try:
+        files = HfApi().dataset_info(item, files_metadata=True).siblings or []
+    except failures():  # then what is in the cache will do, or the download says why not
+        return
+    text = filter_repo_objects(files, allow_patterns=list(kinds), ignore_patterns=CARDS, key=lambda file: file.rfilename)
+    nbytes = sum(file.size or 0 for file in text)
+    if nbytes > LARGEST:
+        raise CalibrationError(
+            f"--calib {item}: its files of text are {human_bytes(nbytes)}; a few thousand pages will do: download some of them "
+            f"(hf download --repo-type dataset {item} FILE --local-dir FOLDER) and give that folder"
+        )
 
 
 def load(
@@ -223,9 +248,12 @@ def load(
         streams.append(stream)
     if not any(streams):
         raise CalibrationError(f"--calib {', '.join(source.name for source in found)}: no text in it; give some")
-    shares = _shares([len(stream) for stream in streams], [source.weight / total for source in found], tokens)
+    weights = [source.weight / total for source in found]
+    shares = _shares([len(stream) for stream in streams], weights, tokens)
     chosen = _cut([stream[:share] for stream, share in zip(streams, shares, strict=True)], length)
-    rest = _cut([stream[share:] for stream, share in zip(streams, shares, strict=True)], length)[: spare // length]
+    left = [stream[share:] for stream, share in zip(streams, shares, strict=True)]
+    more = _shares([len(stream) for stream in left], weights, spare)
+    rest = _mixed([stream[:share] for stream, share in zip(left, more, strict=True)], length)
     if not len(chosen):
         there = sum(map(len, streams))
         remedy = "give more text" if there <= tokens else "raise --tokens"
@@ -235,6 +263,14 @@ def load(
         )
     names = tuple(plain(f"{source.name} ({source.origin})" if source.origin else source.name) for source in found)
     return CalibrationText(chosen, rest, names).told(*notes.lines())
+
+
+def _mixed(streams: Sequence[Sequence[int]], length: int) -> NDArray[np.int64]:
+    """Windows [n, length] of each stream, so that the first of them have as much of each in proportion as all."""
+    windows = [_cut([stream], length) for stream in streams]
+    places = np.concatenate([(np.arange(len(each)) + 0.5) / max(1, len(each)) for each in windows])
+    found: NDArray[np.int64] = np.concatenate(windows)[np.argsort(places, kind="stable")]
+    return found
 
 
 def _first(texts: Iterator[str], room: int) -> list[str]:

@@ -70,7 +70,7 @@ class Layout:
             try:
                 return least_bytes(groups, goal.max_kl)
             except Infeasible as none:
-                raise unreachable(goal.max_kl, none.least) from None
+                raise unreachable(goal.max_kl, none.least, "--bits 16") from None
         problem = Problem((Part(groups),), (self._limit(goal) - self.kept,))
         chosen = least_loss([problem])
         if chosen is None:
@@ -127,11 +127,11 @@ def notes(name: str, loss: float, source: str, method: str = "") -> Sequence[str
     return said
 
 
-def unreachable(max_kl: float, least: float) -> ExportError:
-    """No kinds lose as little as `max_kl`; `least` is what those of most bits lose."""
+def unreachable(max_kl: float, least: float, remedy: str) -> ExportError:
+    """No kinds lose as little as `max_kl`; `least` is what those of most bits lose, `remedy` asks for floats."""
     return ExportError(
         f"--max-kl {max_kl:g}: the least that is expected with types of up to 8 bits is {least:.2g}; give as much or more, "
-        "or --bits 16"
+        f"or {remedy}"
     )
 
 

@@ -8,7 +8,6 @@ from xent_quant.checkpoint.chat_template import chat_template
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.checkpoint.tokenizer import load_tokenizer, settings, tokenizer_json
 
-REPETITION_PENALTY = 1.1
 COPIED = (
     "special_tokens_map.json",
     "added_tokens.json",
@@ -25,13 +24,14 @@ def json_bytes(value: dict[str, Any]) -> bytes:
 
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's defaults, and the repetition penalty that the model's authors generate with."""
-    folder = checkpoint.path
+    """The checkpoint's defaults, and the repetition penalty that the family's authors generate with, if they have one."""
+    folder, usual = checkpoint.path, checkpoint.architecture.family.repetition_penalty
     special = special_tokens.read(folder, load_tokenizer(folder), checkpoint.architecture.vocab_size)
     tokens: dict[str, Any] = {f"{role}_token_id": special.ids[role] for role in ROLES if role in special.ids}
     if len(special.ends) > 1:
         tokens["eos_token_id"] = list(special.ends)
-    return {**tokens, "repetition_penalty": REPETITION_PENALTY, **settings(folder, "generation_config.json")}
+    penalty = {} if usual is None else {"repetition_penalty": usual}
+    return {**tokens, **penalty, **settings(folder, "generation_config.json")}
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:

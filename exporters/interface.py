@@ -151,6 +151,11 @@ def type_totals(tensors: Sequence[tuple[str, int, int]]) -> list[TypeRow]:
     return sorted(rows.values(), key=lambda row: -row.nbytes)
 
 
+def usual_context(model: Architecture) -> int:
+    """CONTEXT, or the model's own where that is shorter."""
+    return min(CONTEXT, model.max_position_embeddings)
+
+
 def kv_cache_bytes(model: Architecture, context: int, item: float = 2) -> int:
     """Keys and values of `context` tokens, in numbers of `item` bytes."""
     return int(2 * item * context * model.num_layers * model.num_kv_heads * model.head_dim)

@@ -97,6 +97,8 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line at every multiplication
     model = resolve(options.model)
+    if options.corpus and not list(options.corpus.glob("*.jsonl")):
+        parser.error(f"--corpus {options.corpus}: no .jsonl in it")
     kinds = ["bf16", *(kind for kind in options.kinds if kind != "bf16")] if options.corpus else options.kinds
     measured: dict[str, dict[str, np.ndarray]] = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -250,6 +250,11 @@ def main() -> None:
     if options.child:
         print(json.dumps(MEASURES[options.child](options, options.method[0])))
         return
+    beside_stock = {"stock", "stock-text"} & {*options.measure}
+    if beside_stock and not options.model:
+        parser.error(f"--measure {min(beside_stock)}: of which --model?")
+    if "stock-text" in beside_stock and len(options.calib) != 1:
+        parser.error("--measure stock-text: with one file of plain text, --calib FILE")
     found: list[dict[str, Any]] = []
     # Nothing heavy is imported here: a child's ru_maxrss begins with its parent's size.
     for measure in options.measure:

@@ -90,11 +90,11 @@ def watch(command: list[str], output: Path, layers: int | None, stop: int) -> li
 
 
 def published(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a result, by name."""
+    """SHA-256 of every file of a result, by where it lies."""
     digests = {}
-    for file in filter(Path.is_file, folder.iterdir()):
+    for file in filter(Path.is_file, sorted(folder.rglob("*"))):
         with file.open("rb") as stream:
-            digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            digests[str(file.relative_to(folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests
 
 

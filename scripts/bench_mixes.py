@@ -23,6 +23,7 @@ import torch
 from make_checkpoint import PRESETS
 from transformers import PreTrainedTokenizerFast
 
+from calibration.documents import documents
 from calibration.session import Windows
 from exporters.gguf.export import GGUFExporter
 from exporters.gguf.plan import plan
@@ -44,7 +45,7 @@ def token_windows(folder: Path, tokenizer: PreTrainedTokenizerFast, per_suite: i
     """[n, CONTEXT] token ids, the same number from each text."""
     parts = []
     for path in sorted(folder.glob("*.txt")):
-        ids = tokenizer(path.read_text("utf-8"), add_special_tokens=False)["input_ids"]
+        ids = tokenizer("\n\n".join(documents(path)), add_special_tokens=False)["input_ids"]
         parts.append(windows(ids, CONTEXT)[:per_suite])
     return np.concatenate(parts)
 

@@ -145,6 +145,8 @@ def main() -> None:
         except stock_llama.Missing as error:
             parser.error(f"--stock-programs: {error}")
 
+    if options.corpus and (lacking := [part for part in ("calib", "valid") if not [*(options.corpus / part).glob("*.jsonl")]]):
+        parser.error(f"--corpus {options.corpus}: no .jsonl in {' and '.join(lacking)}")
     checkpoint = Checkpoint.open(resolve(options.model))
     tokenizer, bos = load_tokenizer(checkpoint.path), checkpoint.architecture.bos_token_id
     if options.corpus:

@@ -220,6 +220,8 @@ def main() -> None:
             chosen = product(amounts[text], options.types, [method], options.seeds, options.picks)
             runs += [Run(text, *rest, f"{on} {','.join(texts[text])}") for rest in chosen]
 
+    if not list((options.corpus / "valid").glob("*.jsonl")):
+        parser.error(f"--corpus {options.corpus}: no .jsonl in valid")
     bench = Bench(options.model, options.corpus, options.seqlen, texts, options.calib_mix)
     lines = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     done = {of(line) for line in lines}

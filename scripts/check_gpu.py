@@ -37,6 +37,7 @@ from xent_quant.checkpoint.hub import miniature
 from xent_quant.device import method as methods
 from xent_quant.device.choice import ON_CPU, choose
 from xent_quant.device.method import Job, OnDevice
+from xent_quant.errors import ConfigError
 from xent_quant.formats.base import QuantFormat
 from xent_quant.formats.int_group import int_group
 from xent_quant.linalg import linear
@@ -349,7 +350,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     name = ON_CPU if options.device == "cpu" else options.device
-    device = choose(name)
+    try:
+        device = choose(name)
+    except ConfigError as error:
+        sys.exit(f"check_gpu: {error}")
     assert device is not None
     small = device.type == "cpu" and not options.real_sizes
     options.tokens = options.tokens or ("2k" if small else "32k")

@@ -29,6 +29,7 @@ from bench_layers import steps_done
 
 JOB = b"ray::_call"
 """What a worker's process is called while it does a job."""
+PROGRAM = Path(sys.executable).with_name("ray")
 QUIET = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
 PATIENCE = 120
 
@@ -40,7 +41,7 @@ def cluster(workers: int) -> Iterator[str]:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="ray-") as folder, open(Path(folder) / "log", "w+") as log:
-        command = [Path(sys.executable).with_name("ray"), "start", "--head", f"--num-cpus={workers}", f"--port={port}", "--block"]
+        command = [PROGRAM, "start", "--head", f"--num-cpus={workers}", f"--port={port}", "--block"]
         command += ["--include-dashboard=false", f"--temp-dir={folder}/r", "--node-ip-address=127.0.0.1"]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=QUIET, start_new_session=True)
         until = time.monotonic() + PATIENCE
@@ -125,6 +126,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--scaling", type=int, nargs="*", default=[])
     options = parser.parse_args()
+    if not PROGRAM.is_file():
+        parser.error(f"{PROGRAM}: not there; scripts/setup ray installs it")
     wrong, chance = False, random.Random(0)
 
     def show(name: str, same: bool, what: str) -> None:

@@ -121,7 +121,7 @@ def main() -> None:
     results = []
     for name, types in plans.items():
         by_name = {tensor.name: types[places(tensor, model)] for tensor in known.tensors if tensor.role not in KEPT_ROLES}
-        chosen = planned_recipe(name, by_name)
+        chosen = planned_recipe(name, by_name, {tensor.name: tensor.n_weights for tensor in known.tensors})
         tensors = layout(model, chosen, width)
         made = replace(plan(model, chosen, pad="never"), tensors=tensors, expert_width=width)
         row = [sum(known.loss(where, kind) for where, kind in types.items())]

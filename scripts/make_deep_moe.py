@@ -159,6 +159,8 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, help="text; default: an eighth of the tokens of the other one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.output.exists():
+        parser.error(f"--output {options.output}: exists")
     checkpoint = Checkpoint.open(options.dense)
     tokenizer = Tokenizer.from_file(str(options.dense / "tokenizer.json"))
     count = CalibrationOptions(tokens=options.tokens).n_tokens // LENGTH

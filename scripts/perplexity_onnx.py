@@ -21,6 +21,7 @@ import torch
 from onnxruntime.capi import _pybind_state as stock
 
 import xent_quant
+from calibration.documents import documents
 from calibration.session import Windows
 from exporters.onnx.export import ONNXExporter
 from exporters.onnx.plan import Settings, plan
@@ -99,7 +100,7 @@ def texts(folder: Path) -> Iterator[tuple[str, str]]:
             lines = path.read_text("utf-8").split("\n")
             yield path.stem, "\n\n".join(json.loads(line)["text"] for line in lines if line.strip())
         elif path.suffix == ".txt":
-            yield path.stem, path.read_text("utf-8")
+            yield path.stem, "\n\n".join(documents(path))
 
 
 def write(checkpoint: Checkpoint, variant: Variant, windows: torch.Tensor, output: Path) -> OnnxModel:
@@ -135,6 +136,8 @@ def main() -> None:
             return measures.windows(reference.tokenize(text), arguments.context)[:count]
 
         suites = {name: cut(text, arguments.windows) for name, text in texts(arguments.corpus)}
+        if not suites:
+            parser.error(f"--corpus {arguments.corpus}: no .jsonl and no .txt in it")
         calibration = [cut(text, arguments.calibration_windows) for _, text in texts(arguments.calibration)]
         windows = torch.from_numpy(np.concatenate(calibration))
         # Held to the end, hence float32: 4 MB a window of the miniature.

@@ -3,7 +3,8 @@
 importance and after GPTQ that follows a model quantised in this type, how many blocks would be called damaged if their scale
 were doubled, and how far llama.cpp is from the exact path.
 
-    scripts/validation_bounds.py [--weights-only] [TYPE …]
+    scripts/validation_bounds.py [MIX …]
+    scripts/validation_bounds.py --weights-only
     scripts/validation_bounds.py --weights-only --model DIR --tensors 'layers.0.*(self_attn|experts.7.)'
 
 Without --model it is the bundled miniature. Calibrates on two of the validation suites: errors of weights are wanted here, not
@@ -137,6 +138,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.model and not arguments.weights_only:
         parser.error("--model goes with --weights-only")
+    if arguments.weights_only and arguments.mixes is not MIXES:
+        parser.error("mixes are for the runtime, which --weights-only leaves out")
     checkpoint = Checkpoint.open(resolve(arguments.model))
     weight_errors(checkpoint, arguments.tensors)
     if not arguments.weights_only:

@@ -1,7 +1,9 @@
 """What a machine says of itself, by answers in the form that nvidia-smi, sysctl and the kernel's files have."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -133,3 +135,35 @@ def test_this_machine_itself() -> None:
     assert (installed(System()) or 0) > 2**28
     assert machine._read_bandwidth() > 1e8
     assert Machine().seconds((360e9, 51.2e9)) == 2
+
+
+def test_every_bandwidth_that_is_measured_can_be_planned_with(system: System) -> None:
+    for measured, said in ((9.96e9, "10GB/s"), (41.7e9, "42GB/s"), (123.4e9, "120GB/s"), (1.21e12, "1200GB/s")):
+        of = replace(system, read_bandwidth=lambda found=measured: found)
+        found, _ = read(fit=False, ram=True, beside_ram=True, measure=True, system=of)
+        assert found["ram_bandwidth"] == said
+        assert Options(**found).bandwidths == {"ram_bandwidth": float(said.removesuffix("GB/s")) * 1e9}
+
+
+def test_a_card_without_memory_of_its_own_is_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library(ModuleType):
+        class NVMLError(Exception):
+            pass
+
+        def nvmlInit(self) -> None:
+            pass
+
+        def nvmlDeviceGetCount(self) -> int:
+            return 1
+
+        def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+            return index
+
+        def nvmlDeviceGetName(self, handle: int) -> str:
+            return "NVIDIA GB10"
+
+        def nvmlDeviceGetMemoryInfo(self, handle: int) -> None:
+            raise self.NVMLError("Not Supported")
+
+    monkeypatch.setitem(sys.modules, "pynvml", Library("pynvml"))
+    assert machine._nvml() == []

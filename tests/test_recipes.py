@@ -5,7 +5,7 @@ import pytest
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ConfigError
-from xent_quant.recipes import BITS, MIXES, OWN, Layers, Role, fitting, recipe
+from xent_quant.recipes import BITS, MIXES, OWN, Layers, Role, fitting, planned_recipe, recipe
 
 
 def model(layers: int = 28, heads: int = 32, kv_heads: int = 32, experts: int = 64) -> Architecture:
@@ -338,6 +338,12 @@ def test_own_mixes_tell_what_every_token_uses_from_what_few_do(name: str, expert
     for role in (Role.ATTENTION_Q, Role.ATTENTION_K, Role.ATTENTION_V, Role.ATTENTION_OUTPUT, Role.EMBEDDING, Role.HEAD):
         assert chosen.type_of("x.weight", role, 3, model()) == active
     assert chosen.type_of("blk.3.ffn_gate_inp.weight", Role.ROUTER, 3, model()) == "F32"
+
+
+def test_a_plan_is_called_by_the_type_of_most_weights() -> None:
+    types, weights = {"a": "Q6_K", "b": "Q6_K", "c": "Q3_K"}, {"a": 10, "b": 10, "c": 100}
+    assert planned_recipe("12GiB", types, weights).mix.number == MIXES["Q3_K_S"].number
+    assert planned_recipe("12GiB", types, weights | {"c": 19}).mix.number == MIXES["Q6_K"].number
 
 
 def test_overrides_come_first_and_the_first_wins() -> None:

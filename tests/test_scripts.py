@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-OURS = {"calibration", "exporters", "xent_quant", *(path.stem for path in SCRIPTS.glob("*.py"))}
+OURS = {"calibration", "exporters", "scripts", "tests", "xent_quant", *(path.stem for path in SCRIPTS.glob("*.py"))}
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)

@@ -22,10 +22,10 @@ PACKAGES = ("torch", "numpy", "numba", "tokenizers", "bitsandbytes")
 
 @dataclass
 class Journal:
-    """`identity` is what the bytes depend on; `done` counts the finished steps (the embedding is the first, the head the last);
-    `swapped` tells which of a stream's two files holds the states; `room` is `model.sizes.Room` of a run on a device, where
-    it may decide last bits; `experts` are those that stay of each layer where others are dropped; the rest is what the steps
-    behind the next one must know."""
+    """`identity` is what the bytes depend on; `done` counts the finished steps (the embedding is the first, the head the
+    last); `swapped` tells which of a stream's two files holds the states; `room` is `model.sizes.Room` of a run on a device,
+    where it may decide last bits; `experts` are those that stay of each layer where others are dropped, and `exports` what is
+    then planned for these; the rest is what the steps behind the next one must know."""
 
     path: Path
     identity: Mapping[str, Any]
@@ -38,6 +38,7 @@ class Journal:
     measured: list[int] = field(default_factory=list)
     seconds: float = 0.0
     experts: list[list[int]] | None = None
+    exports: list[dict[str, Any]] = field(default_factory=list)
 
     def layers(self, count: int) -> int:
         """How many of the model's `count` layers are done."""
@@ -59,14 +60,17 @@ class Journal:
         if whole is None:
             raise ExportError(f"{path}: damaged, so the run that it is of cannot be gone on with; remove its folder")
         before = cls(path, **json.loads(whole))
-        now = json.loads(json.dumps(identity, default=str))
-        if differing := list(_differences("", before.identity, now)):
+        before.check("", before.identity, identity)
+        return before
+
+    def check(self, label: str, before: Any, now: Any) -> None:
+        """Raise ExportError, naming what differs, where something of the run was not what it is now."""
+        if differing := list(_differences(label, before, json.loads(json.dumps(now, default=str)))):
             what = "; ".join(differing[:3])
             raise ExportError(
-                f"{path.parent}: an unfinished run lies here that was not this one ({what}); repeat that command to go on with "
-                "it, or add --restart to begin anew"
+                f"{self.path.parent}: an unfinished run lies here that was not this one ({what}); repeat that command to go on "
+                "with it, or add --restart to begin anew"
             )
-        return before
 
 
 def _differences(label: str, before: Any, now: Any) -> Iterator[str]:

@@ -97,16 +97,16 @@ def _nvml() -> list[tuple[str, int, int]]:
         import pynvml
     except ImportError:
         return []
+    found = []
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            name, memory = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
+            found.append((name if isinstance(name, str) else name.decode(), int(memory.total), int(memory.free)))
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:  # also of cards that have no memory of their own
         return []
-    found = []
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        name, memory = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
-        found.append((name if isinstance(name, str) else name.decode(), int(memory.total), int(memory.free)))
-    pynvml.nvmlShutdown()
     return found
 
 
@@ -241,7 +241,7 @@ def read(*, fit: bool, ram: bool, beside_ram: bool, measure: bool, system: Syste
         found["ram"] = _gib(nbytes)
         said.append(f"{found['ram']} of RAM")
     if measure:
-        found["ram_bandwidth"] = f"{asked.read_bandwidth() / 1e9:.2g}GB/s"
+        found["ram_bandwidth"] = f"{float(f'{asked.read_bandwidth() / 1e9:.2g}'):g}GB/s"
         said.append(f"which is read with {found['ram_bandwidth']}, measured")
     return found, f"This machine: {', '.join(said)}."
 

@@ -76,10 +76,11 @@ class _Choices:
 
 
 def _quantity(option: str, text: int | str, base: int, what: str) -> int:
-    """Digits, or a number with K, M, G or T in powers of `base`. Raises ConfigError."""
-    match = re.fullmatch(r"(\d{1,18})|(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT])(?:i?B)?", str(text).strip(), re.IGNORECASE)
+    """Digits, or a number with K, M, G or T in powers of `base`; KB to TB are powers of 1000. Raises ConfigError."""
+    match = re.fullmatch(r"(\d{1,18})|(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT])(i?B)?", str(text).strip(), re.IGNORECASE)
     number = 0
     if match:
+        base = 1000 if (match[4] or "").upper() == "B" else base
         number = int(match[1]) if match[1] else int(float(match[2]) * base ** " KMGT".index(match[3].upper()))
     if number < 1:
         raise ConfigError(f"--{option}: {str(text)[:40]!r} is not {what}")
@@ -449,6 +450,11 @@ def _unless_dropping(need: Need) -> Need:
     return lambda options: "" if options.drop_experts is not None else need(options)
 
 
+def _unless_dropping_by_cpu(need: Need) -> Need:
+    """An option of devices, which find no experts to drop where nothing else is measured."""
+    return lambda options: "" if options.drop_experts is not None and options.device == "cpu" else need(options)
+
+
 def _no_hessian(options: Options) -> str:
     if options.method != "gptq":
         return ""
@@ -544,9 +550,10 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "effort": (_effort,),
     "drop_experts": (_text,),
     **dict.fromkeys(
-        ("calib", "calib_mix", "text_field", "tokens", "seqlen", "seed", "device", "vram"),
+        ("calib", "calib_mix", "text_field", "tokens", "seqlen", "seed"),
         tuple(map(_unless_dropping, (_quantised, _statistics, _text))),
     ),
+    **dict.fromkeys(("device", "vram"), tuple(map(_unless_dropping_by_cpu, (_quantised, _statistics, _text)))),
     "imatrix": (_quantised, _statistics, _no_hessian),
     "method": (_method,),
     "type": (_only("gguf", instead="give --bits instead"), _planned("type")),

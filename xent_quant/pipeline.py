@@ -116,6 +116,11 @@ def plan(model: str | Path | None = None, **options: Any) -> tuple["PlanSummary"
     return tuple(replace(exporter.summary, notes=(*prepared.notes, *exporter.summary.notes)) for exporter in prepared.exporters)
 
 
+def _hessians(exporters: "Sequence[Exporter]") -> list[bool]:
+    """Which of them have a method that needs Hessians."""
+    return [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
+
+
 @takes(Options)
 def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resources, tuple[str, ...]]":
     """What `quantize` would take with the same options: memory, disk, and time by a few seconds' measurement on this machine;
@@ -128,7 +133,7 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
     prepared = _prepare(model, wanted)
     session = _session(prepared, wanted)
     architecture, exporters = prepared.checkpoint.architecture, prepared.exporters
-    hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
+    hessian = _hessians(exporters)
     followers, tokens = sum(hessian) if session else 0, session.text.windows.size if session else 0
     if not prepared.measure:  # no more of it is run than what says which experts stay
         tokens = min(tokens, SALIENCY_TOKENS)
@@ -150,18 +155,27 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
         seconds=None if vram or wanted.ray else resources.seconds(architecture, exporters, tokens, hessian, products),
         vram=vram,
     )
-    return taken, _said(prepared, session)
+    said = _said(prepared, session)
+    if session and prepared.measure and not any(hessian) and len(session.text.spare):
+        most = tokens + session.text.spare.size
+        said += (
+            f"Where experts are rarely chosen, up to {most:,} tokens are run, not {tokens:,}: time and disk grow with them.",
+        )
+    return taken, said
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A checkpoint with exporters that are planned; `matrix` is a file of statistics, `measure` tells that text is to be run for
-    some. Where experts are dropped it is a view without any of so many, until it is known which they are."""
+    """A checkpoint with exporters that are planned; `matrix` is a file of statistics, `measure` tells that text is to be run
+    for some, `options` are those asked for with what this machine has, of which something is `said`. Where experts are
+    dropped it is a view without any of so many, until it is known which they are."""
 
     checkpoint: "Checkpoint"
     exporters: "list[Exporter]"
     matrix: "Imatrix | None"
     measure: bool
+    options: Options
+    said: tuple[str, ...]
 
     @property
     def runs_text(self) -> bool:
@@ -177,15 +191,16 @@ class _Prepared:
 
 def _prepare(model: str | Path | None, wanted: Options) -> _Prepared:
     """Names are checked and targets planned before the text is read, which takes torch."""
-    from xent_quant.targets import Methods, exporters_of
+    from xent_quant.targets import Methods, exporters_of, with_this_machine
 
     methods = Methods(wanted)
     checkpoint = _open(model)
+    wanted, said = with_this_machine(wanted)
     matrix = _read_imatrix(wanted, checkpoint)
     if wanted.drop_experts is not None:
         checkpoint = _without_some(checkpoint, wanted)
-    exporters = exporters_of(checkpoint, wanted, methods)
-    return _Prepared(checkpoint, exporters, matrix, matrix is None and methods.use_statistics)
+    exporters = exporters_of(checkpoint, wanted, methods, said)
+    return _Prepared(checkpoint, exporters, matrix, matrix is None and methods.use_statistics, wanted, said)
 
 
 def _without_some(checkpoint: "Checkpoint", wanted: Options) -> "Checkpoint":
@@ -208,11 +223,14 @@ def _without_some(checkpoint: "Checkpoint", wanted: Options) -> "Checkpoint":
 
 
 def _session(prepared: _Prepared, wanted: CalibrationOptions) -> "Session | None":
-    """The text, of the whole checkpoint."""
+    """The text, of the whole checkpoint; on the CPU where it is run for nothing but which experts stay."""
     if not prepared.runs_text:
         return None
     from calibration.session import Session
 
+    if not prepared.measure:
+        settings = {field.name: getattr(wanted, field.name) for field in fields(CalibrationOptions)}
+        wanted = CalibrationOptions(**(settings | {"device": "cpu"}))
     checkpoint = prepared.checkpoint
     return Session(checkpoint.whole or checkpoint, wanted, spare=prepared.measure)
 
@@ -222,15 +240,16 @@ def _said(prepared: _Prepared, session: "Session | None") -> tuple[str, ...]:
     return () if session is None else session.notes if prepared.measure else session.text.notes
 
 
-def _dropping(prepared: _Prepared, session: "Session", wanted: Options) -> "Dropping":
+def _dropping(prepared: _Prepared, session: "Session") -> "Dropping":
     """For `job.run`: how the experts that stay are found, and everything planned anew for those."""
     from xent_quant.checkpoint.dropping import KeptExperts, keep
     from xent_quant.targets import Methods, exporters_of
     from xent_quant.walk.saliency import Dropping
 
     def view(kept: KeptExperts) -> "tuple[Checkpoint, Sequence[Exporter], Session | None]":
-        smaller = keep(session.checkpoint, kept)
-        return smaller, exporters_of(smaller, wanted, Methods(wanted)), session.of(smaller) if prepared.measure else None
+        smaller, options = keep(session.checkpoint, kept), prepared.options
+        exporters = exporters_of(smaller, options, Methods(options), prepared.said)
+        return smaller, exporters, session.of(smaller) if prepared.measure else None
 
     return Dropping(session, prepared.checkpoint.architecture.num_experts, view)
 
@@ -257,7 +276,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
     session = _session(prepared, wanted)
     dropping = None
     if session and checkpoint.kept:
-        dropping = _dropping(prepared, session, wanted)
+        dropping = _dropping(prepared, session)
         identity |= {"--drop-experts": str(checkpoint.kept.dropped), **session.identity}
     text = session if prepared.measure else None
     for note in _said(prepared, session):
@@ -272,7 +291,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
         wanted.folder,
         statistics=matrix,
         text=text,
-        provenance=matrix.keys() if matrix else text.keys() if text else {},
+        provenance=matrix.keys() if matrix else text.keys(all(_hessians(exporters))) if text else {},
         identity=identity,
         dropping=dropping,
         force=wanted.force,

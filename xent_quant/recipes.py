@@ -6,7 +6,8 @@ know under that name. Routers and norms stay F32.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -363,12 +364,20 @@ def recipe(
     return Recipe(name, mix, tuple(overrides), imatrix)
 
 
-def planned_recipe(name: str, types: Mapping[str, str]) -> Recipe:
-    """The recipe of a plan: every tensor's type by its name in the file. llama.cpp's file type is that of the mix whose base most
-    tensors have."""
-    most = max(sorted(set(types.values())), key=list(types.values()).count)
+def planned_recipe(name: str, types: Mapping[str, str], weights: Mapping[str, int]) -> Recipe:
+    """The recipe of a plan: every tensor's type, and how many weights it has, by its name in the file. llama.cpp's file type is
+    that of the mix whose base most weights have."""
+    most = most_common((kind, weights[tensor]) for tensor, kind in types.items())
     number = next(mix.number for mix in MIXES.values() if mix.base == most)
     return Recipe(name, Mix(number, most), types=types)
+
+
+def most_common(counted: Iterable[tuple[str, int]]) -> str:
+    """The type that most weights have, of types and how many weights have them; of equal ones the first by name."""
+    total: Counter[str] = Counter()
+    for kind, weights in counted:
+        total[kind] += weights
+    return max(sorted(total), key=total.__getitem__)
 
 
 def has_no_fallback(kind: str) -> bool:

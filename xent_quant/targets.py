@@ -42,17 +42,19 @@ class Methods:
         return METHODS[self.name](self._effort)
 
 
-def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods) -> "list[Exporter]":
-    """One exporter for each format asked for, and of GGUF for each type, in that order. Raises what planning raises: what can be
-    refused is refused here."""
+def exporters_of(checkpoint: "Checkpoint", options: Options, methods: Methods, said: tuple[str, ...] = ()) -> "list[Exporter]":
+    """One exporter for each format asked for, and of GGUF for each type, in that order; plans have `said` what is known of this
+    machine. Raises what planning raises: what can be refused is refused here."""
     from exporters.base_model import BaseModel
 
     fewer = f"-drop{checkpoint.kept.dropped}" if checkpoint.kept else ""
     name = plain(BaseModel.of(checkpoint.path).name + fewer if options.name is None else options.name)
-    for option, said in (("--name", name), *([("--output", plain(options.file.name))] if options.file else ())):
-        if not said or said.startswith(".") or any(character in said for character in "/\\<>"):
-            raise ExportError(f"{option} '{said}': not a file name; give one without slashes, < > and control characters")
-    exporters = [exporter for kind in options.formats for exporter in FORMATS[kind].plan(checkpoint, options, name, methods)]
+    for option, given in (("--name", name), *([("--output", plain(options.file.name))] if options.file else ())):
+        if not given or given.startswith(".") or any(character in given for character in "/\\<>"):
+            raise ExportError(f"{option} '{given}': not a file name; give one without slashes, < > and control characters")
+    exporters = [
+        exporter for kind in options.formats for exporter in FORMATS[kind].plan(checkpoint, options, name, methods, said)
+    ]
     _refuse_the_model_itself(checkpoint.path, options.folder, exporters)
     return exporters
 
@@ -83,7 +85,7 @@ def _told(plan: Plan, kept: "KeptExperts | None", said: tuple[str, ...] = ()) ->
     return replace(plan, notes=tuple(notes))
 
 
-def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
+def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods, said: tuple[str, ...]) -> "Iterator[Exporter]":
     from exporters.gguf import budget
     from exporters.gguf.export import GGUFExporter
     from exporters.gguf.plan import plan
@@ -102,8 +104,8 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
             allow_tokenizer_mismatch=options.allow_tokenizer_mismatch,
         )
 
-    if known := _Budget.of(checkpoint, options):
-        model, asked, options = checkpoint.architecture, known, known.options
+    if known := _Budget.of(checkpoint, options, said):
+        model, asked = checkpoint.architecture, known
         for_machine = options.fit is not None or options.ram is not None
         goal = budget.Goal(
             **(vars(known.goal) | {"vram": None}),
@@ -135,31 +137,29 @@ def _gguf(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
 
 @dataclass(frozen=True)
 class _Budget:
-    """What a plan is made of: its goal, what it stands on, what is to be said of the machine, and the options with what that
-    machine has."""
+    """What a plan is made of: its goal, what it stands on, and what is to be said of the machine."""
 
     goal: "Goal"
     sensitivity: "Sensitivity"
-    options: Options
     said: tuple[str, ...]
 
     @classmethod
-    def of(cls, checkpoint: "Checkpoint", options: Options) -> "_Budget | None":
+    def of(cls, checkpoint: "Checkpoint", options: Options, said: tuple[str, ...]) -> "_Budget | None":
         """None where the options ask for no plan."""
         if not options.planned:
             return None
         from exporters.budgets import Goal
-        from exporters.interface import CONTEXT
+        from exporters.interface import usual_context
         from xent_quant import sensitivities
 
-        options, said = _with_this_machine(options)
-        context = options.context or min(CONTEXT, checkpoint.architecture.max_position_embeddings)
+        context = options.context or usual_context(checkpoint.architecture)
         goal = Goal(name=options.planned, size=options.size_bytes, max_kl=options.max_kl, vram=options.fit_bytes, context=context)
-        return cls(goal, sensitivities.of(checkpoint.whole or checkpoint, options.sensitivity), options, said)
+        return cls(goal, sensitivities.of(checkpoint.whole or checkpoint, options.sensitivity), said)
 
 
-def _with_this_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
-    """The options with what this machine has where they ask for it, and what is to be said of that."""
+def with_this_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
+    """The options with what this machine has where they ask for it, and what is to be said of that. Once for a run: a measured
+    bandwidth is another the next time."""
     asked = {field for field in ("fit", "ram") if getattr(options, field) == AUTO}
     if not asked:
         return options, ()
@@ -174,7 +174,7 @@ def _with_this_machine(options: Options) -> tuple[Options, tuple[str, ...]]:
     return Options(**found | kept), (said,)
 
 
-def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
+def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods, said: tuple[str, ...]) -> "Iterator[Exporter]":
     try:
         from exporters.onnx.export import ONNXExporter
     except ModuleNotFoundError as error:
@@ -186,7 +186,7 @@ def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
 
     model = checkpoint.architecture
     settings = Settings(bits=options.n_bits, **{field.name: getattr(options, field.name) for field in fields(OnnxOptions)})
-    known = _Budget.of(checkpoint, options)
+    known = _Budget.of(checkpoint, options, said)
 
     def within(header: int) -> "ONNXPlan":
         assert known is not None
@@ -197,12 +197,12 @@ def _onnx(checkpoint: "Checkpoint", options: Options, name: str, methods: Method
     yield ONNXExporter(checkpoint, usual, options.folder, name, methods.new(), within if known else None)
 
 
-def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods) -> "Iterator[Exporter]":
+def _bnb(checkpoint: "Checkpoint", options: Options, name: str, methods: Methods, said: tuple[str, ...]) -> "Iterator[Exporter]":
     from exporters.bitsandbytes import budget
     from exporters.bitsandbytes.export import BnbExporter
     from exporters.bitsandbytes.plan import plan
 
-    model, known = checkpoint.architecture, _Budget.of(checkpoint, options)
+    model, known = checkpoint.architecture, _Budget.of(checkpoint, options, said)
     kinds: dict[str, Any] = {"bits": options.n_bits, "bnb_type": options.bnb_type, "pad": options.pad}
     method = methods.new() if "bnb" in options.quantised else None
 
@@ -222,7 +222,7 @@ class FileFormat:
     """A format that can be asked for: `plan` makes its exporters; `kinds` is what `validate` takes its files for, by whether
     they are quantised."""
 
-    plan: "Callable[[Checkpoint, Options, str, Methods], Iterator[Exporter]]"
+    plan: "Callable[[Checkpoint, Options, str, Methods, tuple[str, ...]], Iterator[Exporter]]"
     kinds: "dict[bool, Kind]"
 
     def kind(self, bits: int) -> "Kind":

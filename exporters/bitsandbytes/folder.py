@@ -7,6 +7,7 @@ from exporters.base_model import BaseModel
 from exporters.bitsandbytes.plan import BnbPlan, PlannedTensor
 from exporters.card import PROMPT, opening, table, tags
 from exporters.hub_files import generation_config, json_bytes, tokenizer_files
+from xent_quant.checkpoint.chat_template import chat_template
 from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.tensors import ATTENTION_ROLES, Role
 from xent_quant.units import human_bytes
@@ -38,7 +39,7 @@ def files(checkpoint: Checkpoint, plan: BnbPlan, name: str) -> dict[str, bytes]:
         **tokenizer_files(checkpoint),
         **{file: (package / file).read_bytes() for file in (modelling.files if modelling else ())},
         **licences,
-        "README.md": _readme(BaseModel.of(checkpoint.path), plan, name).encode(),
+        "README.md": _readme(BaseModel.of(checkpoint.path), plan, name, chat=chat_template(checkpoint.path) is not None).encode(),
     }
 
 
@@ -55,7 +56,7 @@ def _config(checkpoint: Checkpoint, plan: BnbPlan) -> dict[str, Any]:
     }
 
 
-def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
+def _readme(base: BaseModel, plan: BnbPlan, name: str, *, chat: bool) -> str:
     own_code = plan.architecture.family.modelling is not None
     trust = ", trust_remote_code=True" if own_code else ""
     needed = "torch transformers accelerate" + (" bitsandbytes" if plan.bits < 16 else "")
@@ -67,6 +68,7 @@ def _readme(base: BaseModel, plan: BnbPlan, name: str) -> str:
             f"{name}-{plan.name or plan.type}",
             f"for transformers 4.57 and 5 in {KINDS[plan.type]}{', some modules in bfloat16' if plan.whole else ''}: "
             f"{human_bytes(plan.nbytes)}",
+            chat=chat,
         ),
         *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors),
         *(f"{note}\n" for note in plan.notes),

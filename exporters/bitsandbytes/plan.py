@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, Literal
 
 from exporters.bitsandbytes.kinds import BLOCK, FourBit, Int8, Part, Whole
-from exporters.interface import CONTEXT, Expected, Slot, kv_cache_bytes
+from exporters.interface import CONTEXT, Expected, Slot, kv_cache_bytes, usual_context
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ConfigError, UnsupportedError
@@ -145,7 +145,7 @@ def plan(model: Architecture, *, bits: int = 4, bnb_type: str = "nf4", pad: str 
         _planned(tensor, model, width, kinds[16] if left and module(tensor) in left else quantised)
         for tensor in model.tensors().values()
     )
-    return BnbPlan(model, bits, bnb_type, width, tensors, tuple(notes), tuple(whole))  # type: ignore[arg-type]
+    return BnbPlan(model, bits, bnb_type, width, tensors, tuple(notes), tuple(whole), context=usual_context(model))  # type: ignore[arg-type]
 
 
 def _planned(tensor: TensorSpec, model: Architecture, width: int, quantised: Encoding) -> PlannedTensor:

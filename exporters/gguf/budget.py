@@ -163,8 +163,9 @@ class Candidate:
         """As any other recipe's."""
         of = self.layout
         by_place = zip(self.order, chosen.choices, strict=True)
-        types = {tensor.name: choice.type for where, choice in by_place for tensor in of.together[where]}
-        chosen_recipe = planned_recipe(goal.name, types)
+        chosen_types = [(tensor, choice.type) for where, choice in by_place for tensor in of.together[where]]
+        types = {tensor.name: kind for tensor, kind in chosen_types}
+        chosen_recipe = planned_recipe(goal.name, types, {tensor.name: tensor.n_weights for tensor, _ in chosen_types})
         tensors = layout(of.model, chosen_recipe, of.width)
         llama = of.model.family.gguf(of.model, of.width)
         return GGUFPlan(
@@ -343,7 +344,7 @@ def _smallest(of: Sequence[Layout], goal: Goal, header: int) -> tuple[Candidate,
         except Infeasible as none:
             least.append(none.least)
     if not found:
-        raise unreachable(goal.max_kl, min(least))
+        raise unreachable(goal.max_kl, min(least), "--type BF16")
     return min(found, key=lambda each: each[0])[1:]
 
 

@@ -4,11 +4,11 @@ import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from exporters.base_model import BaseModel
 from exporters.card import PROMPT, calibrated, opening, table, tags
 from exporters.gguf.plan import GGUFPlan, PlannedTensor
-from exporters.hub_files import REPETITION_PENALTY
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.errors import ExportError
 from xent_quant.plain import markdown, plain
@@ -16,7 +16,15 @@ from xent_quant.tensors import Role
 from xent_quant.units import human_bytes
 
 TAGS = ("gguf", "quantized")
-CARDS_GB = (8, 12, 16, 24)
+CARDS_GIB = (8, 12, 16, 24)
+SAMPLING = {
+    "repetition_penalty": ("--repeat-penalty", "repeat_penalty"),
+    "temperature": ("--temp", "temperature"),
+    "top_k": ("--top-k", "top_k"),
+    "top_p": ("--top-p", "top_p"),
+    "min_p": ("--min-p", "min_p"),
+}
+"""By generation_config.json's names llama.cpp's options and ollama's parameters."""
 SECTION = re.compile(r"<!-- xent-quant: (.+?) -->\n(.*?)\n<!-- /xent-quant -->", re.DOTALL)
 """What a README.md says of one export, and its name."""
 SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
@@ -28,9 +36,16 @@ def _group(tensor: PlannedTensor) -> str:
 
 
 def section(
-    plan: GGUFPlan, files: Sequence[Path], stem: str, modelfile: str, provenance: Mapping[str, str | int], *, chat: bool
+    plan: GGUFPlan,
+    files: Sequence[Path],
+    stem: str,
+    modelfile: str,
+    provenance: Mapping[str, str | int],
+    *,
+    chat: bool,
+    sampling: Mapping[str, float],
 ) -> str:
-    """What the model card says of one export; `files` are its GGUF files in order."""
+    """What the model card says of one export; `files` are its GGUF files in order, `sampling` its `sampling`."""
     first, modelfile = shlex.quote(plain(files[0].name)), shlex.quote(plain(modelfile))
     lines = [
         f"## {markdown(stem)}",
@@ -41,8 +56,9 @@ def section(
         *table((_group(tensor), tensor.type, tensor.nbytes) for tensor in plan.tensors if tensor.role is not Role.NORM),
         *(f"{note}\n" for note in plan.notes),
         "```",
-        f"llama-completion -m {first} {'' if chat else '-no-cnv '}--repeat-penalty {REPETITION_PENALTY} "
-        f'-c {plan.context} -p "{PROMPT}"',
+        f"llama-completion -m {first} {'' if chat else '-no-cnv '}"
+        + "".join(f"{SAMPLING[key][0]} {value:g} " for key, value in sampling.items())
+        + f'-c {plan.context} -p "{PROMPT}"',
         server(plan, first),
         "```",
         "",
@@ -66,10 +82,10 @@ def section(
             "| VRAM | option |",
             "|---|---|",
         ]
-        for size in CARDS_GB:
-            moved = plan.least_cpu_layers(size * 10**9)
+        for size in CARDS_GIB:
+            moved = plan.least_cpu_layers(size << 30)
             advice = "too small, lower `-ngl`" if moved is None else f"`--n-cpu-moe {moved}`" if moved else "none, it fits"
-            lines.append(f"| {size} GB | {advice} |")
+            lines.append(f"| {size} GiB | {advice} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -78,7 +94,7 @@ def check_readme(path: Path, force: bool) -> None:
     """Raise ExportError where the card is not one of ours and `force` is False, or is something that is never replaced."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ExportError(f"{path}: is a link or a folder, where the card is to be written; move it away")
-    if path.is_file() and not force and "xent-quant" not in path.read_text("utf-8", errors="replace"):
+    if path.is_file() and not force and not SECTION.search(path.read_text("utf-8", errors="replace")):
         raise ExportError(
             f"{path}: exists already and is not xent-quant's; add --force to replace it, or choose another --output"
         )
@@ -105,9 +121,15 @@ def server(plan: GGUFPlan, file: str) -> str:
     return f"llama-server -m {file} {layers} -c {plan.context} -np 1{cache}"
 
 
-def modelfile(plan: GGUFPlan, files: Sequence[Path], stem: str, *, chat: bool) -> str:
-    """ollama's recipe: the base model's generation defaults, and raw completion unless there is a `chat` template, which ollama
-    takes from the file. It wants one file, so shards must be merged into `stem`.gguf first."""
+def sampling(generation: Mapping[str, Any]) -> dict[str, float]:
+    """Of a generation_config.json what llama.cpp and ollama have too, by its names."""
+    found = {key: generation.get(key) for key in SAMPLING}
+    return {key: value for key, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def modelfile(plan: GGUFPlan, files: Sequence[Path], stem: str, *, chat: bool, sampling: Mapping[str, float]) -> str:
+    """ollama's recipe: the base model's generation defaults (`sampling`), and raw completion unless there is a `chat` template,
+    which ollama takes from the file. It wants one file, so shards must be merged into `stem`.gguf first."""
     parts = f"{shlex.quote(plain(files[0].name))} {shlex.quote(stem)}.gguf"
     head = [f"# First: llama-gguf-split --merge {parts}"] if len(files) > 1 else []
     if plan.placement.cpu_layers:
@@ -119,7 +141,7 @@ def modelfile(plan: GGUFPlan, files: Sequence[Path], stem: str, *, chat: bool) -
             *head,
             f"FROM ./{stem}.gguf",
             *([] if chat else ['TEMPLATE "{{ .Prompt }}"']),
-            f"PARAMETER repeat_penalty {REPETITION_PENALTY}",
+            *(f"PARAMETER {SAMPLING[key][1]} {value:g}" for key, value in sampling.items()),
             f"PARAMETER num_ctx {plan.context}",
             "",
         ]

@@ -16,6 +16,7 @@ from exporters.base_model import BaseModel
 from exporters.gguf import card, metadata, tokenizer, tokenizer_check
 from exporters.gguf.plan import ALIGNMENT, GGUFPlan, GGUFSlot, PlannedTensor
 from exporters.gguf.plan import plan as plan_tensors
+from exporters.hub_files import generation_config
 from exporters.interface import Exported, PlanSummary, TensorRow
 from xent_quant import formats
 from xent_quant.checkpoint.chat_template import chat_template
@@ -236,11 +237,10 @@ class GGUFWriter:
         """See `Writer.finish`."""
         exporter = self._exporter
         modelfile = self._folder / exporter.modelfile.name
-        replace_bytes(modelfile, card.modelfile(exporter.plan, exporter.files, exporter.stem, chat=exporter.chat).encode())
+        known: dict[str, Any] = {"chat": exporter.chat, "sampling": card.sampling(generation_config(exporter.checkpoint))}
+        replace_bytes(modelfile, card.modelfile(exporter.plan, exporter.files, exporter.stem, **known).encode())
         moves = [Move(self._folder / path.name, path) for path in exporter.files]
-        section = card.section(
-            exporter.plan, exporter.files, exporter.stem, exporter.modelfile.name, self._provenance, chat=exporter.chat
-        )
+        section = card.section(exporter.plan, exporter.files, exporter.stem, exporter.modelfile.name, self._provenance, **known)
         joined = partial(card.joined, exporter.base, exporter.plan.architecture, exporter.chat, exporter.stem, section)
         readme = Shared(exporter.output / "README.md", joined)
         return Exported(

@@ -6,7 +6,7 @@ from math import prod
 
 import gguf
 
-from exporters.interface import CONTEXT, Expected, Slot, kv_cache_bytes
+from exporters.interface import CONTEXT, Expected, Slot, kv_cache_bytes, usual_context
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.families.interface import GGUF
@@ -319,7 +319,8 @@ def plan(model: Architecture, recipe: Recipe, pad: str = "auto") -> GGUFPlan:
     for asked, got in sorted({(tensor.asked, tensor.type) for tensor in tensors if tensor.asked != tensor.type}):
         stock = "where llama-quantize stops" if got == LAST_RESORT and has_no_fallback(asked) else "as llama-quantize does"
         notes.append(f"{asked} does not divide some rows: {got} there, {stock}.")
-    return GGUFPlan(model.family.gguf(model, width), model, recipe, width, tensors, tuple(notes))
+    llama, context = model.family.gguf(model, width), usual_context(model)
+    return GGUFPlan(llama, model, recipe, width, tensors, tuple(notes), context=context)
 
 
 def _check_overrides(tensors: Sequence[PlannedTensor], recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from exporters import budgets
 from exporters.budgets import Goal, Layout
 from exporters.interface import kv_cache_bytes
-from exporters.onnx.plan import ALIGNMENT, RUNTIME_BYTES, ONNXPlan, Settings, Weight, node, plan
+from exporters.onnx.plan import ALIGNMENT, RUNTIME_BYTES, ONNXPlan, Settings, Weight, node, of_experts, plan
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.planning import Choice, Group
 from xent_quant.sensitivities import HEAD, Sensitivity, place
@@ -30,7 +30,7 @@ MIXES = {
     "INT4": (4, 8),
     "INT4-active4": (4, 4),
 }
-"""What there is without a plan: bits of the experts, and of all else."""
+"""What there is without a plan: bits of the experts (see `of_experts`), and of all else."""
 
 
 def planned(
@@ -68,9 +68,8 @@ def _layout(model: Architecture, sensitivity: Sensitivity, goal: Goal, settings:
     at_work = kv_cache_bytes(model, goal.context, item) + RUNTIME_BYTES
     mixes: dict[str, dict[str, str]] = {}
     for name, of in MIXES.items():
-        kinds = {label: str(of[".experts" not in label]) for label in groups}
-        if kinds not in mixes.values():  # a dense model has no experts
-            mixes[name] = kinds
+        kinds = {label: str(of[not of_experts(model, label)]) for label in groups}
+        mixes[name] = kinds
     return Layout(groups, kept, at_work - header, mixes)
 
 

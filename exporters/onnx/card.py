@@ -5,6 +5,7 @@ from pathlib import Path
 from exporters.base_model import BaseModel
 from exporters.card import PROMPT, opening, table, tags
 from exporters.onnx.plan import ONNXPlan
+from xent_quant.checkpoint.chat_template import chat_template
 from xent_quant.units import human_bytes
 
 MINIMUM = (1, 31)
@@ -37,19 +38,22 @@ print(tokenizer.decode(generator.get_sequence(0).tolist()))
 
 def files(folder: Path, plan: ONNXPlan, name: str) -> dict[str, bytes]:
     """File name to content; `folder` is the checkpoint's."""
-    return {"README.md": _readme(BaseModel.of(folder), plan, name).encode(), "run_onnx.py": RUN.encode()}
+    readme = _readme(BaseModel.of(folder), plan, name, chat=chat_template(folder) is not None)
+    return {"README.md": readme.encode(), "run_onnx.py": RUN.encode()}
 
 
-def _readme(base: BaseModel, plan: ONNXPlan, name: str) -> str:
-    settings = plan.settings
+def _readme(base: BaseModel, plan: ONNXPlan, name: str, *, chat: bool) -> str:
+    settings, model = plan.settings, plan.architecture
+    operator = f"The experts run in the operator `com.microsoft::{'QMoE' if settings.bits < 16 else 'MoE'}`. "
     lines = [
         *opening(
             base,
             "onnxruntime",
-            ("onnx", "quantized", *tags(plan.architecture)),
+            ("onnx", "quantized", *tags(model)),
             f"{name}-{plan.name}-ONNX",
             f"for stock ONNX Runtime ({MINIMUM[0]}.{MINIMUM[1]} or newer) and onnxruntime-genai: {human_bytes(plan.data_bytes)}, "
             f"computing in {settings.onnx_dtype}",
+            chat=chat,
         ),
         *table((_group(weight.name), weight.type, weight.nbytes if weight.pieces else 0) for weight in plan.weights.values()),
         *(f"{note}\n" for note in plan.notes),
@@ -72,9 +76,8 @@ def _readme(base: BaseModel, plan: ONNXPlan, name: str) -> str:
         "Encode with the Hugging Face tokenizer, as the script does: that of onnxruntime-genai splits some texts differently. "
         "Batches are padded on the right. The key-value cache is allocated for `max_length` tokens: set it.",
         "",
-        f"The experts run in the operator `com.microsoft::{'QMoE' if settings.bits < 16 else 'MoE'}`. config.json says `mixtral` "
-        f"because optimum opens only types that it knows; the graph is {plan.architecture.family.title}'s, and "
-        "`source_model_type` says so.",
+        f"{operator if model.num_experts else ''}config.json says `mixtral` because optimum opens only types that it knows; the "
+        f"graph is {model.family.title}'s, and `source_model_type` says so.",
         "",
     ]
     return "\n".join(lines)

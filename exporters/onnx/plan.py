@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from exporters.interface import CONTEXT, Expected, Slot, kv_cache_bytes
+from exporters.interface import CONTEXT, Expected, Slot, kv_cache_bytes, usual_context
 from xent_quant import formats
 from xent_quant.checkpoint.architecture import Architecture, Swiglu
 from xent_quant.errors import ConfigError, UnsupportedError
@@ -161,6 +161,11 @@ def node(weight: str) -> str:
     return weight.rsplit(".", 1)[0] if ".experts." in weight else weight
 
 
+def of_experts(model: Architecture, weight: str) -> bool:
+    """Whether a weight, or the operator that reads it, has the bits that --bits says: experts', and a dense model's MLPs'."""
+    return ".experts" in weight or (not model.num_experts and ".mlp." in weight)
+
+
 def plan(model: Architecture, settings: Settings, bits: Mapping[str, int] | None = None) -> ONNXPlan:
     """Lay everything out; by `node`, some may have other `bits` than the settings say.
 
@@ -206,7 +211,8 @@ def plan(model: Architecture, settings: Settings, bits: Mapping[str, int] | None
     item = formats.get(kind).block_bytes
     half = model.head_dim // 2
     cos, sin = (place(Part(name, kind, (model.max_position_embeddings, half), half * item)) for name in ("cos", "sin"))
-    return ONNXPlan(model, settings, width, shared, placed, (cos, sin), offset, tuple(notes), settings.name)
+    context = usual_context(model)
+    return ONNXPlan(model, settings, width, shared, placed, (cos, sin), offset, tuple(notes), settings.name, context=context)
 
 
 def _up(size: int, step: int) -> int:
@@ -217,7 +223,7 @@ def _weights(model: Architecture, settings: Settings, bits: Mapping[str, int], w
     hidden, attended, kv = model.hidden_size, model.attention_size, model.kv_size
 
     def matrix(name: str, rows: int, columns: int, pieces: tuple[Piece, ...], experts: int = 0, **how: bool) -> Weight:
-        usual = settings.experts if experts else settings.active
+        usual = settings.experts if of_experts(model, name) else settings.active
         kind = settings.kind(bits[node(name)]) if node(name) in bits else usual
         return _matrix(name, kind, rows, columns, pieces, experts, **how)
 

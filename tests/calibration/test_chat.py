@@ -155,3 +155,8 @@ def test_windows_of_conversations_have_one_bos_each_and_notes(tmp_path: Path) ->
     assert any("'messages' is taken" in note for note in made.notes)
     there = 2 * len(small_tokenizer().encode(of_transformers(STRICT, talk)).ids)
     assert made.windows.size == there // 8 * 8
+
+
+def test_the_day_is_always_the_same(tmp_path: Path) -> None:
+    """Or the same text would be other tokens tomorrow, and a run that was interrupted today could not go on."""
+    assert model(tmp_path, "{{ strftime_now('%d %B %Y') }}").render(TALK, 99) == "01 November 2026"

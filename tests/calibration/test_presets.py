@@ -223,3 +223,25 @@ def test_nothing_of_a_line_that_is_longer_than_a_passage_is_lost() -> None:
     found = list(presets._cut(f"first\n{line}\nlast"))
     assert time.process_time() - began < 2
     assert "".join(part.replace("\n", "") for part in found) == f"first{line}last"
+
+
+def test_a_data_set_that_is_too_large_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.hf_api import DatasetInfo
+
+    files = [{"rfilename": f"part-{number}.jsonl", "size": 3 << 30} for number in range(2)]
+    files += [{"rfilename": "pictures.tar", "size": 1 << 40}, {"rfilename": "unknown.txt"}]
+
+    def of(*parts: dict[str, Any]) -> None:
+        info = DatasetInfo(id="a/b", siblings=list(parts), private=False, downloads=0, likes=0, tags=[], sha="0" * 40)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: info)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: "/snapshot/1234")
+    of(*files)
+    with pytest.raises(
+        CalibrationError, match=r"--calib a/b: its files of text are 6\.0\d* GiB; .*hf download --repo-type dataset a/b"
+    ):
+        sources(("a/b",), None, False)
+    of(*files[1:])
+    (found,) = sources(("a/b",), None, False)
+    assert found.path == Path("/snapshot/1234")

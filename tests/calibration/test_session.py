@@ -206,6 +206,8 @@ def test_more_text_is_drawn_for_rare_experts(checkpoint) -> None:
     session = Session(Checkpoint.open(folder), SMALL)
     assert len(session.text.spare) > len(session.text.windows)
     assert len(session.windows(0)) == len(session.text.windows)
+    count = {"quantize.imatrix.chunks_count": len(session.text.windows)}
+    assert session.keys(hessian=True) == session.keys(hessian=False) | count
     assert len(session.windows(10**6)) == len(session.text.windows) + len(session.text.spare)
 
 

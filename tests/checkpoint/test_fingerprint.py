@@ -52,9 +52,12 @@ def test_changes_with_weights_config_and_tokenizer(folder: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_text((folder / name).read_text() + " ")
         found.add(of(folder))
-    (folder / "tokenizer_config.json").write_text("{}")
-    found.add(of(folder))
-    assert len(found) == 7
+    (folder / "additional_chat_templates").mkdir()
+    beside = ("generation_config.json", "tokenizer.model", "chat_template.jinja", "additional_chat_templates/rag.jinja")
+    for name in ("tokenizer_config.json", *beside):  # exports say something of all of these
+        (folder / name).write_text("{}")
+        found.add(of(folder))
+    assert len(found) == 11
 
 
 def test_a_model_is_known_by_its_weights_and_what_they_compute(folder: Path, tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def test_card_and_modelfile(checkpoint, tmp_path: Path) -> None:
     assert "| router | F32 |" in text
     assert "llama-completion -m Tiny-Q4_K_M.gguf" in text
     assert (tmp_path / "out" / "Tiny-Q4_K_M.Modelfile").read_text() == (
-        'FROM ./Tiny-Q4_K_M.gguf\nTEMPLATE "{{ .Prompt }}"\nPARAMETER repeat_penalty 1.1\nPARAMETER num_ctx 8192\n'
+        'FROM ./Tiny-Q4_K_M.gguf\nTEMPLATE "{{ .Prompt }}"\nPARAMETER repeat_penalty 1.1\nPARAMETER num_ctx 512\n'
     )
 
 
@@ -322,3 +322,14 @@ def test_base_model_is_found(tmp_path: Path, folder: str, repository: str | None
     assert BaseModel.of(path).repository == repository
     (path / "README.md").write_text("---\nlicense: [\n---\n")
     assert "README.md: its header is not YAML" in BaseModel.of(path).notes[0]
+
+
+def test_notes_of_a_persons_own_are_not_replaced(checkpoint, tmp_path: Path) -> None:
+    model, notes = checkpoint(num_hidden_layers=1), tmp_path / "README.md"
+    notes.write_text("# Notes\n\nFiles of xent-quant, and what I think of them.\n")
+    with pytest.raises(ExportError, match=r"README\.md: exists already and is not xent-quant's; add --force"):
+        xent_quant.quantize(model, method="rtn", type="Q8_0", output=tmp_path, name="Tiny")
+    notes.unlink()
+    for kind in ("Q8_0", "Q4_0"):  # its own goes on
+        xent_quant.quantize(model, method="rtn", type=kind, output=tmp_path, name="Tiny")
+    assert notes.read_text().count("<!-- xent-quant: ") == 2

@@ -186,3 +186,19 @@ def test_the_files_have_the_size_that_was_asked_for(tmp_path: Path) -> None:
     assert f"-{size}-ONNX" in (made / "README.md").read_text()
     types = {tensor.type for tensor in summary.tensors if "experts" not in tensor.name}
     assert {"INT4_G64_F16", "INT8_G64_F16"} <= types
+
+
+def test_bits_are_of_a_dense_models_mlps() -> None:
+    """They are what a mixture's experts are; else --bits would change nothing there."""
+    dense = architecture(num_hidden_layers=2, num_experts=0, num_shared_experts=0)
+    assert bits(plan(dense, Settings(bits=4))) == {
+        "embedding": 8,
+        "head": 8,
+        **{f"layers.{layer}.attention.{name}": 8 for layer in range(2) for name in ("qkv", "output")},
+        **{f"layers.{layer}.mlp.{name}": 4 for layer in range(2) for name in ("gate_up", "down")},
+    }
+    assert set(bits(plan(dense, Settings(bits=8))).values()) == {8}
+    mixture = bits(plan(MODEL, Settings(bits=4)))
+    assert {name.split(".")[2] for name, each in mixture.items() if each == 4} == {"experts"}
+    sizes = {each.name: each.nbytes for each in made(dense, size=10**10).expected.beside}
+    assert sizes["INT4-active4"] < sizes["INT4"] < sizes["INT8"]

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 import xent_quant
 from exporters.gguf import tokenizer_check
 from exporters.hub_files import generation_config, tokenizer_files
+from tests import families as of_families
 from tests.exporters import tokenizer_families as families
 from xent_quant.checkpoint import special_tokens
 from xent_quant.checkpoint.chat_template import chat_template
@@ -304,3 +305,31 @@ def test_an_exported_file_holds_all_of_it(checkpoint, tmp_path: Path) -> None:
         assert stock.chat_template() == TEMPLATE * 2000
         assert stock.ends(0)
         assert stock.special("bos") == 2
+
+
+def test_generation_is_the_checkpoints_and_else_the_authors(checkpoint, tmp_path: Path) -> None:
+    source = checkpoint(num_hidden_layers=1)
+    assert generation_config(Checkpoint.open(source))["repetition_penalty"] == 1.1
+    llama = of_families.write(tmp_path / "llama", "llama")
+    assert "repetition_penalty" not in generation_config(Checkpoint.open(llama))
+    told = {"repetition_penalty": 1.05, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "do_sample": True, "min_p": None}
+    (source / "generation_config.json").write_text(json.dumps(told))
+    xent_quant.quantize(source, method="rtn", type="Q8_0", output=tmp_path / "out", name="Tiny")
+    wanted = ["repeat_penalty 1.05", "temperature 0.7", "top_k 20", "top_p 0.9", "num_ctx 512"]
+    lines = (tmp_path / "out" / "Tiny-Q8_0.Modelfile").read_text().splitlines()
+    assert [line.removeprefix("PARAMETER ") for line in lines if line.startswith("PARAMETER")] == wanted
+    command = "llama-completion -m Tiny-Q8_0.gguf -no-cnv --repeat-penalty 1.05 --temp 0.7 --top-k 20 --top-p 0.9 -c 512 -p"
+    assert command in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_every_card_says_whether_there_is_a_template(template: str | None, checkpoint, tmp_path: Path) -> None:
+    source = checkpoint(num_hidden_layers=1)
+    if template:
+        (source / "chat_template.jinja").write_text(template)
+    options = {"method": "rtn", "formats": ["gguf", "onnx", "bnb"], "bits": 8, "output": tmp_path / "out"}
+    xent_quant.quantize(source, **options)
+    said = "It has a chat template." if template else "A base model: it continues text, there is no chat template."
+    cards = [*(tmp_path / "out").rglob("README.md")]
+    assert len(cards) == 3
+    assert all(said in card.read_text() for card in cards)

@@ -19,9 +19,7 @@ KNOWN = InputStatistics(np.square(INPUTS).mean(0).astype(np.float32), None, len(
 
 
 @pytest.mark.parametrize("method", [Search("fast"), RoundToNearest()], ids=lambda method: method.name)
-@pytest.mark.parametrize(
-    "name", ["IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q3_K", "Q2_K", "TQ2_0", "Q1_0"]
-)
+@pytest.mark.parametrize("name", FEW_BITS)
 def test_few_bits_do_not_make_weights_smaller(name: str, method: Method) -> None:
     """Least squares does, all in one direction: of inputs that have one in common, as weights have, it loses more."""
     kind, importance = formats.get(name), KNOWN.importance if method.name == "imatrix" else None

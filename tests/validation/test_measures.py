@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from xent_quant.errors import ValidationError
-from xent_quant.validation import measures
+from xent_quant.validation import measures, scoring
 
 
 def draw(n: int, vocab: int, noise: float, seed: int = 0, spread: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
@@ -171,3 +171,15 @@ def test_paired_error_of_a_ratio_covers_the_truth() -> None:
         hits += abs(ratio.value - math.exp(0.02)) < 2 * ratio.error
     assert 0.89 < hits / rounds < 0.98
     assert ratio.error < 0.05 * measures.window_mean(reference).error
+
+
+def test_tokenizers_that_differ_are_compared_in_parts() -> None:
+    ours = [index % 50 for index in range(20_000)]
+    assert scoring.agreement(ours, ours) == 1
+    inserted = ours[:1000] + [99] * 7 + ours[1000:9000] + [98] + ours[9000:]
+    assert scoring.agreement(ours, inserted) == pytest.approx(20_000 / 20_008, abs=1e-4)
+    replaced = [99 if index % 10 == 0 else token for index, token in enumerate(ours)]
+    assert scoring.agreement(ours, replaced) == pytest.approx(0.9, abs=1e-3)
+    assert scoring.agreement(ours, [token + 1000 for token in ours]) == 0
+    assert scoring.agreement(ours, ours[:15_000]) == pytest.approx(0.75, abs=1e-3)
+    assert scoring.agreement(ours, []) == 0

@@ -352,8 +352,40 @@ def test_one_window_cannot_decide(export: Export, mini: Checkpoint, cache: Path)
     found = run(export("Q8_0"), mini, cache, runtime="torch", suites=[beginning("XfictionEN")], max_tokens=512)
     assert found.verdict == "undecided"
     assert any("One window" in note for note in found.notes)
-    json.dumps(found.to_json(), allow_nan=False)
+    assert found.suites[0].tokenizer is None  # of a GGUF it is llama.cpp that has one
+    value = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    _conforms(value, *[json.loads((Path(xent_quant.validation.report.__file__).parent / "report.schema.json").read_text())] * 2)
     page(found)
+
+
+def test_a_validation_that_goes_on_tells_of_all_layers(
+    export: Export, mini: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"runtime": "torch", "suites": [beginning("XfictionEN")], "max_tokens": 512}
+    whole = run(export("Q8_0"), mini, cache, **options)
+    assert len(whole.coverage) == mini.architecture.num_layers
+    original = reference.replace_bytes
+
+    def stopping(path: Path, content: bytes) -> None:
+        if path.name == "layer-1.npy":
+            raise KeyboardInterrupt
+        original(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reference, "replace_bytes", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(export("Q8_0"), mini, cache, **options)
+    again = run(export("Q8_0"), mini, cache, **options)
+    assert (again.coverage, again.suites) == (whole.coverage, whole.suites)
+
+
+def test_a_text_is_read_as_far_as_it_is_scored(mini: Checkpoint) -> None:
+    long = Suite("long", bundled("XfictionEN").text)
+    (part,), (whole,) = (tokenize(mini, [long], 64, limit) for limit in (640, None))
+    assert len(part.text) < len(whole.text) / 4
+    assert part.windows.tolist() == whole.windows[:10].tolist()
+    assert part.n_bytes < whole.n_bytes
+    assert (part.targets == whole.targets[:10]).all()
 
 
 def _other_model(file: Path, mini: Checkpoint, tmp_path: Path) -> Report:
@@ -435,8 +467,12 @@ def test_another_tokenizer_is_refused(export: Export, mini: Checkpoint, tmp_path
     vocab = value["model"]["vocab"]
     vocab["e"], vocab["a"] = vocab["a"], vocab["e"]
     (folder / "tokenizer.json").write_text(json.dumps(value))
+    other = {"suites": [beginning("XfictionEN")], "max_tokens": 1024}
     with pytest.raises(ValidationError, match=r"tokenizer agrees with the reference's on \d+\.\d%"):
-        run(export("Q8_0"), Checkpoint.open(folder), tmp_path, suites=[beginning("XfictionEN")], max_tokens=1024)
+        run(export("Q8_0"), Checkpoint.open(folder), tmp_path, **other)
+    with pytest.raises(ValidationError, match=r"tokenizer agrees with the reference's on \d+\.\d%"):
+        run(folder, mini, tmp_path, runtime="torch", **other)
+    assert run(mini.path, mini, tmp_path, runtime="torch", **other).suites[0].tokenizer == 1
 
 
 def test_suites(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import xent_quant
 from tests.walk.conftest import CONFIG, LAYERS, export, tree
-from xent_quant.errors import CheckpointError, ConfigError
+from xent_quant.errors import ConfigError, ExportError
 from xent_quant.walk import cluster, elsewhere
 from xent_quant.walk.cluster import Kept
 
@@ -110,6 +110,19 @@ def test_interrupted_and_gone_on_with_alone(model: Path, text: Any, tmp_path: Pa
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
+def test_a_cluster_that_is_gone_costs_nothing_of_what_is_done(model: Path, text: Any, tmp_path: Path, interrupt: Any) -> None:
+    options = CASES["two types"] | text
+    export(model, tmp_path / "here", **options)
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        export(model, tmp_path / "there", **options)
+    interrupt(None)
+    with pytest.raises(ConfigError, match=r"[Rr]ay"):
+        export(model, tmp_path / "there", ray="127.0.0.1:1", **options)
+    assert export(model, tmp_path / "there", **options).resumed == 1
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+
+
 def test_other_software(model: Path, tmp_path: Path, pickled: Pickled, monkeypatch: pytest.MonkeyPatch) -> None:
     same, keep = elsewhere.software, pickled.keep
 
@@ -118,7 +131,7 @@ def test_other_software(model: Path, tmp_path: Path, pickled: Pickled, monkeypat
         return keep(value)
 
     monkeypatch.setattr(pickled, "keep", older)
-    with pytest.raises(ConfigError, match=r"--ray: .+ has another torch; install the same on all machines"):
+    with pytest.raises(ExportError, match=r"--ray: .+ has another torch; install the same on all machines"):
         export(model, tmp_path / "out", ray="somewhere", **CASES["rtn"])
 
 
@@ -132,7 +145,7 @@ def test_a_checkpoint_that_is_not_there(case: str, model: Path, text: Any, tmp_p
         return call(*job)
 
     monkeypatch.setattr(cluster, "_call", without)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: No such file or directory; it must lie under the same path"):
+    with pytest.raises(ExportError, match=r"model\.safetensors: No such file or directory; it must lie under the same path"):
         export(folder, tmp_path / "out", ray="somewhere", **CASES[case], **({} if case in NO_TEXT else text))
 
 

@@ -164,3 +164,33 @@ def test_what_cannot_be_left_out_is_refused(tmp_path: Path) -> None:
     config = {**CONFIG, "num_experts": 0}
     with pytest.raises(ConfigError, match="has no experts, it is dense"):
         xent_quant.plan(write_checkpoint(tmp_path / "dense", config, random_weights(config)), drop_experts=1)
+
+
+@pytest.mark.parametrize("options", [{"method": "rtn", "type": "Q4_0"}, {"formats": ["bnb"]}])
+def test_a_cpu_finds_which_stay_where_nothing_else_is_measured(
+    options: dict[str, Any], model: Path, text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibration.session.choose", lambda name: {"cpu": None}[name])
+    assert export(model, tmp_path, **options, **DROP, **text).exports
+    assert xent_quant.resources(model, **options, **DROP, **text)[0].vram is None
+
+
+def test_a_plan_that_is_another_when_the_run_goes_on_is_refused(
+    model: Path, text: Any, tmp_path: Path, interrupt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bandwidth of RAM is measured anew, and the first plan may be the same while the one of what stays is not."""
+    options = {"type": "Q4_0", **FAST, **DROP, **text}
+    interrupt(2)
+    with pytest.raises(Interrupted):
+        export(model, tmp_path / "out", **options)
+    interrupt(None)
+    applied = saliency.Dropping.applied
+
+    def other(dropping: Any, numbers: Any) -> Any:
+        checkpoint, exporters, session = applied(dropping, numbers)
+        monkeypatch.setattr(type(exporters[0]), "identity", property(lambda exporter: {"plan": "another"}))
+        return checkpoint, exporters, session
+
+    monkeypatch.setattr(saliency.Dropping, "applied", other)
+    with pytest.raises(ExportError, match="an unfinished run lies here that was not this one"):
+        export(model, tmp_path / "out", **options)

@@ -246,3 +246,11 @@ def test_the_prior_spreads_a_projections_loss_over_the_layers(model: Path) -> No
     whole = sum(told[f"blk.{layer}.attn_v"]["Q4_K"] for layer in range(2))
     assert found["blk.1.attn_v"]["Q4_K"] == pytest.approx(whole / shape.num_layers)
     assert found["output"]["Q4_K"] == told["output"]["Q4_K"]
+
+
+@pytest.mark.parametrize(("windows", "judged"), [(7, 0), (8, 1), (31, 3), (64, 8), (79, 8), (250, 8), (1000, 8)])
+def test_the_judged_windows_are_of_all_of_the_text(windows: int, judged: int) -> None:
+    places = [index for index, chosen in enumerate(sensing.judged_windows(windows)) if chosen]
+    assert len(places) == judged
+    assert windows - max(places, default=0) <= max(8, windows // 8)
+    assert len(set(np.diff(places))) <= 1

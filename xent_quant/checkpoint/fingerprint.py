@@ -7,16 +7,25 @@ from xent_quant.checkpoint.reader import Checkpoint
 from xent_quant.errors import CheckpointError
 
 BLOCKS, BLOCK_BYTES = 64, 4096
+BESIDE = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""Files besides weights that exports say something of; and templates."""
 ROWS = 64
 """Weights of which a row tells models apart."""
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash that changes with the weights: config and tokenizer whole; of each weight file its name, size, inode, time of
+    """A hash that changes with the model: what lies beside the weights whole; of each weight file its name, size, inode, time of
     change and 64 blocks of 4 KiB. Reading 51 GB whole would take longer than many a job. Raises OSError."""
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        path = checkpoint.path / name
+    for path in (*(checkpoint.path / name for name in BESIDE), *sorted(checkpoint.path.glob("**/*.jinja"))):
         digest.update(path.read_bytes() if path.is_file() else b"-")
     for file in sorted({location.file for location in checkpoint.locations.values()}):
         facts = file.stat()

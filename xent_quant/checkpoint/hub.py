@@ -6,7 +6,9 @@ from pathlib import Path
 
 from xent_quant.errors import CheckpointError
 
-PATTERNS = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.model", "README.md", "LICENSE*"]
+PATTERNS = ["*.json", "*.jinja", "merges.txt", "*.safetensors", "pytorch_model*.bin", "*.model", "README.md", "LICENSE*"]
+UNREAD = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]
+"""Weights that `files.locate` passes over."""
 
 
 def miniature() -> Path:
@@ -48,6 +50,17 @@ def reason(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def _twice(model: str) -> list[str]:
+    """Patterns of weights that a repository has in another form too, which is the one that is read."""
+    from huggingface_hub import HfApi
+
+    try:
+        names = [file.rfilename for file in HfApi().model_info(model).siblings or []]
+    except failures():  # then what is in the cache will do, or the download says why not
+        return []
+    return ["pytorch_model*.bin"] if {"model.safetensors", "model.safetensors.index.json"} & {*names} else []
+
+
 def resolve(model: str | Path | None) -> Path:
     """The checkpoint folder; downloads a Hub id through huggingface_hub's cache. Raises CheckpointError."""
     if model is None:
@@ -63,7 +76,7 @@ def resolve(model: str | Path | None) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=PATTERNS))
+        return Path(snapshot_download(model, allow_patterns=PATTERNS, ignore_patterns=[*UNREAD, *_twice(model)]))
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{model}: no such folder here, and no such public model on the Hub") from error
     except failures() as error:

@@ -193,7 +193,7 @@ def result(done: "QuantizeResult") -> None:
     weights = sum(plan.n_weights for plan in done.plans)
     out.print(
         f"{human_bytes(done.source_bytes)} → {human_bytes(done.nbytes)} in {done.seconds:.1f} s "
-        f"({human_count(weights / max(done.seconds, 1e-9))} weights/s, {done.threads} threads)",
+        f"({human_count(weights / max(done.walk_seconds, 1e-9))} weights/s, {done.threads} threads)",
     )
     if done.coverage:
         coverage(done.coverage)

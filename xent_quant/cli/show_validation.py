@@ -41,7 +41,7 @@ def report(found: "Report", folder: Path | None) -> None:
             f"{result.kl_99:.3f}",
             f"{result.kl_max:.3f}",
             f"{result.bits_per_byte:.3f}",
-            f"{result.tokenizer:.1%}",
+            "–" if result.tokenizer is None else f"{result.tokenizer:.1%}",
         )
         rows.add_row(
             result.name,

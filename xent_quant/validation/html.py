@@ -147,7 +147,7 @@ def _suites(report: Report) -> str:
             f"{result.reference_bits_per_byte:.3f}",
             f"{result.kl_99:.3f}",
             f"{result.kl_max:.3f}",
-            f"{result.tokenizer:.1%}",
+            "–" if result.tokenizer is None else f"{result.tokenizer:.1%}",
             verdict,
         )
         rows.append(

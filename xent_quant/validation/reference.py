@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ from xent_quant.validation import measures
 from xent_quant.validation.measures import F64, I64, Summary
 from xent_quant.validation.suites import Suite
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 log = logging.getLogger(__name__)
 
 F32 = NDArray[np.float32]
@@ -43,6 +47,8 @@ enough for malloc to use the same pages again: larger ones are mapped and zeroed
 arithmetic."""
 STREAMED_LOGITS = 64 * 1024 * 1024
 """Logits held as float32 for one pass over the head, which is read from disk anew for each."""
+MARGIN = 64
+"""Tokens: how far from where a text is cut off its ids are no others than the whole text's."""
 LAYER_POSITIONS = 48
 """Positions of a suite at which the residual stream is compared."""
 
@@ -51,7 +57,7 @@ LAYER_POSITIONS = 48
 class SuiteTokens:
     """A suite in the model's tokens: `windows` [n, context] as the model sees them, `targets` [n, per window] as scored.
 
-    `ids` is the whole text, with a BOS before it if `has_bos`; `n_bytes` the UTF-8 bytes that the scored tokens spell.
+    `ids` are those of `text`, with a BOS before them if `has_bos`; `n_bytes` the UTF-8 bytes that the scored tokens spell.
     """
 
     name: str
@@ -92,7 +98,8 @@ def tokenize(checkpoint: Checkpoint, suites: Sequence[Suite], context: int, max_
     bos = special.ids["bos"] if special.add_bos else None
     found = []
     for suite in suites:
-        encoding = tokenizer.encode(suite.text, add_special_tokens=False)
+        text = suite.text if max_tokens is None else _beginning(tokenizer, suite.text, max_tokens)
+        encoding = tokenizer.encode(text, add_special_tokens=False)
         ids, ends = list(encoding.ids), [end for _, end in encoding.offsets]
         if bos is not None:
             ids, ends = [bos, *ids], [0, *ends]
@@ -104,11 +111,23 @@ def tokenize(checkpoint: Checkpoint, suites: Sequence[Suite], context: int, max_
             raise ValidationError(f"suite {suite.name}: {error}") from None
         _, target = measures.scored(context)
         plain = np.array(ids[: windows.size]).reshape(windows.shape)
-        width = np.concatenate([[0], np.cumsum([len(char.encode()) for char in suite.text])])  # bytes before each character
+        width = np.concatenate([[0], np.cumsum([len(char.encode()) for char in text])])  # bytes before each character
         end_bytes = width[np.array(ends[: windows.size])].reshape(windows.shape)
         n_bytes = int((end_bytes[:, -1] - end_bytes[:, target.start - 1]).sum())
-        found.append(SuiteTokens(suite.name, suite.text, ids, windows, plain[:, target], n_bytes, bos is not None))
+        found.append(SuiteTokens(suite.name, text, ids, windows, plain[:, target], n_bytes, bos is not None))
     return found
+
+
+def _beginning(tokenizer: "Tokenizer", text: str, tokens: int) -> str:
+    """As much of a text as has so many tokens, and MARGIN behind them: an end that is cut off changes ids only near it."""
+    room = tokens + MARGIN
+    while True:
+        room *= 4
+        ends = [end for _, end in tokenizer.encode(text[:room], add_special_tokens=False).offsets]
+        if len(ends) > tokens + 2 * MARGIN:
+            return text[: ends[tokens + MARGIN]]
+        if room >= len(text):
+            return text
 
 
 def _key(model: str, suite: SuiteTokens) -> str:

@@ -24,8 +24,8 @@ class Finding:
 @dataclass(frozen=True)
 class SuiteResult:
     """One suite, or the average of several. KL divergences and `nll` in nats per token; `kl_99` and `kl_max` over its tokens;
-    `kl_histogram` counts tokens by the decade edges of `KL_EDGES`. `tokenizer` is the share of token ids that the runtime's own
-    tokenizer agrees on. Averages have the verdict None: every suite is gated on its own."""
+    `kl_histogram` counts tokens by the decade edges of `KL_EDGES`. `tokenizer` is the share of token ids that the export's own
+    tokenizer agrees on, None where it was not asked. Averages have the verdict None: every suite is gated on its own."""
 
     name: str
     tokens: int
@@ -40,7 +40,7 @@ class SuiteResult:
     kl_99: float
     kl_max: float
     top1: Finding
-    tokenizer: float
+    tokenizer: float | None
     kl_histogram: tuple[int, ...]
 
     @property

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import time
@@ -18,10 +19,13 @@ from xent_quant.checkpoint import dropping
 from xent_quant.checkpoint.architecture import EXPERTS_KEY, Architecture
 from xent_quant.checkpoint.headers import read_json
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.errors import ValidationError
+from xent_quant.checkpoint.tokenizer import load_tokenizer
+from xent_quant.errors import ExportError, ValidationError
 from xent_quant.model.stages import Stage
 from xent_quant.model.streaming import StreamingModel
 from xent_quant.progress import Progress, Silent
+from xent_quant.recipes import most_common
+from xent_quant.storage import read_bytes, replace_bytes, sealed, unsealed
 from xent_quant.tensors import Role
 from xent_quant.validation import gates, measures, runtimes, weights
 from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
@@ -114,9 +118,8 @@ def open_export(path: Path, kind: runtimes.Kind, whole: Checkpoint) -> Exported:
         source = BnbSource(path, reference)
     _check_same(path, source.architecture, reference)
     files = tuple(sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".data", ".onnx", ".bin")))
-    layer = reference.layer(0)
-    most = layer.expert(0) if layer.router else layer.mlp
-    mix = source.type(most.gate.name) if most else None
+    in_layers = [spec for spec in reference.tensors().values() if spec.layer is not None and spec.measured]
+    mix = most_common((source.type(spec.name), spec.n_weights) for spec in in_layers)
     return Exported(kind, _Finite(path, source), checkpoint, mix, files)
 
 
@@ -176,7 +179,7 @@ def validate(
         joined = Summary.joined([item.summary for item in known])
         scores = Comparison.of(exact.run.logits(report), _targets(texts), joined).split(texts)
         report.finish()
-        agreed, check, version = [1.0] * len(texts), None, str(torch.__version__)
+        agreed, check, version = _own_tokenizer(exported, texts), None, str(torch.__version__)
     else:
         scores, agreed, check, version = _in_runtime(used, exported, texts, known, exact, context, threads, report)
 
@@ -249,20 +252,32 @@ def _print(opened: Exported) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
 
 
+def _counted(folder: Path, layer: int) -> Path:
+    """Of a layer how many tokens chose each expert."""
+    return folder / f"experts-{layer}.json"
+
+
 def _exact(source: TypedSource, texts: Sequence[SuiteTokens], folder: Path | None, progress: Progress) -> _Exact:
     """Over everything in a `folder`, else over the first window of every text."""
     everything = folder is not None
-    counts: list[tuple[int, ...]] = []
+    counts: dict[int, tuple[int, ...]] = {}
 
     def count(stage: Stage) -> None:
         first = stage.weights[0] if stage.weights else None
-        if first and first.expert == 0 and first.role is Role.GATE:
-            counts.append(tuple(stage.run.expert_tokens(0)))
+        if first and first.expert == 0 and first.role is Role.GATE and first.layer is not None:
+            counts[first.layer] = tuple(stage.run.expert_tokens(0))
+            if folder:  # for a run that goes on behind this layer
+                replace_bytes(_counted(folder, first.layer), sealed(json.dumps(counts[first.layer]).encode()))
 
     chosen = [text.windows if everything else text.windows[:1] for text in texts]
     firsts = np.cumsum([0, *map(len, chosen)])[:-1].tolist()
     done = stream(StreamingModel(source), np.concatenate(chosen), firsts, progress, count, folder)
-    coverage = tuple(counts)
+    for layer in range(source.architecture.num_layers):
+        if folder and layer not in counts and (raw := read_bytes(_counted(folder, layer))) is not None:
+            if (whole := unsealed(raw)) is None:
+                raise ExportError(f"{_counted(folder, layer)}: damaged; remove its folder")
+            counts[layer] = tuple(json.loads(whole))
+    coverage = tuple(counts[layer] for layer in sorted(counts))
     if everything:
         return _Exact(done, coverage, np.empty(0), None)
     targets = np.concatenate([text.targets[:1].ravel() for text in texts])
@@ -272,6 +287,28 @@ def _exact(source: TypedSource, texts: Sequence[SuiteTokens], folder: Path | Non
         nll[where] = measures.nll(log_q, targets[where])
         parts.append(measures.summarise(log_q, offsets=offsets[where]))
     return _Exact(done, coverage, nll, Summary.joined(parts))
+
+
+def _own_tokenizer(path: Path, texts: Sequence[SuiteTokens]) -> Sequence[float | None]:
+    """What no runtime says of an export: `_agreed` of the tokenizer in its folder; None of each text where there is none."""
+    if not (path / "tokenizer.json").is_file():
+        return [None] * len(texts)
+    tokenizer = load_tokenizer(path)
+    return _agreed(path, texts, lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _agreed(path: Path, texts: Sequence[SuiteTokens], tokenize: Callable[[str], Sequence[int]]) -> list[float]:
+    """Of every text the share of token ids that an export's tokenizer agrees on. Raises ValidationError where it is another."""
+    agreed = []
+    for text in texts:
+        same = agreement(text.ids, [*text.ids[: text.has_bos], *tokenize(text.text)])
+        if same < TOKENIZER_AGREEMENT:
+            raise ValidationError(
+                f"{path}: its tokenizer agrees with the reference's on {same:.1%} of the tokens of {text.name}; "
+                "they do not match, export it again from this checkpoint"
+            )
+        agreed.append(same)
+    return agreed
 
 
 def _in_runtime(
@@ -285,22 +322,14 @@ def _in_runtime(
     progress: Progress,
 ) -> tuple[list[Scores], list[float], CrossCheck, str]:
     """Score every suite in the runtime, its first window against the exact path too."""
-    scores, agreed, first_kl, first_nll = [], [], [], []
+    scores, first_kl, first_nll = [], [], []
     with runtimes.opened(used, path, context, threads) as model:
         vocab = exact.run.model.architecture.vocab_size
         if model.vocab_size != vocab:
             raise ValidationError(
                 f"{path}: {model.vocab_size} tokens in its vocabulary, the reference has {vocab}: another model"
             )
-        for text in texts:
-            bos = text.ids[: text.has_bos]
-            same = agreement(text.ids, [*bos, *model.tokenize(text.text)])
-            if same < TOKENIZER_AGREEMENT:
-                raise ValidationError(
-                    f"{path}: its tokenizer agrees with the reference's on {same:.1%} of the tokens of {text.name}; "
-                    "they do not match, export it again from this checkpoint"
-                )
-            agreed.append(same)
+        agreed = _agreed(path, texts, model.tokenize)
         progress.start(f"Running {model.name}", sum(text.targets.size for text in texts), "tokens")
         per_window = texts[0].targets.shape[1]
         for index, (text, reference) in enumerate(zip(texts, known, strict=True)):
@@ -321,7 +350,7 @@ def _in_runtime(
         return scores, agreed, check, model.version
 
 
-def _result(text: SuiteTokens, reference: Reference, scores: Scores, agreed: float, bounds: gates.Tier) -> SuiteResult:
+def _result(text: SuiteTokens, reference: Reference, scores: Scores, agreed: float | None, bounds: gates.Tier) -> SuiteResult:
     flat = scores.kl.ravel()
     ratio, kl = measures.perplexity_ratio(scores.nll, reference.nll), measures.window_mean(scores.kl)
     top1 = measures.window_mean(scores.agree)
@@ -365,6 +394,7 @@ def _averages(results: Sequence[SuiteResult], bounds: gates.Tier) -> list[SuiteR
         nll = together(lambda r: Estimate(r.nll, r.perplexity.error / r.perplexity.value))
         value, perplexity = measures.exponential(d.value), measures.exponential(nll.value)
         ratio = Estimate(value, value * d.error)
+        agreed = [r.tokenizer for r in members if r.tokenizer is not None]
         kl, top1 = together(lambda r: r.kl.value), together(lambda r: r.top1.value)
         found.append(
             SuiteResult(
@@ -381,7 +411,7 @@ def _averages(results: Sequence[SuiteResult], bounds: gates.Tier) -> list[SuiteR
                 kl_99=mean(lambda r: r.kl_99),
                 kl_max=max(r.kl_max for r in members),
                 top1=Finding(top1, bounds.top1, gates.judge(top1, bounds.top1, at_most=False)),
-                tokenizer=mean(lambda r: r.tokenizer),
+                tokenizer=sum(agreed) / len(agreed) if agreed else None,
                 kl_histogram=tuple(sum(column) for column in zip(*(r.kl_histogram for r in members), strict=True)),
             )
         )

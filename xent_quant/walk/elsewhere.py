@@ -16,7 +16,7 @@ import numba
 from calibration.correction import NOTHING
 from exporters.interface import Slot
 from xent_quant.checkpoint.reader import Checkpoint
-from xent_quant.errors import CheckpointError, ConfigError
+from xent_quant.errors import ExportError
 from xent_quant.formats.base import F32, U8
 from xent_quant.journal import software
 from xent_quant.methods.interface import Method
@@ -141,7 +141,7 @@ def _check(run: Run) -> None:
     if run.version != software():
         here = socket.gethostname()
         changed = [name for name, number in software().items() if run.version.get(name) != number]
-        raise ConfigError(f"--ray: {here} has another {', '.join(changed) or 'version'}; install the same on all machines")
+        raise ExportError(f"--ray: {here} has another {', '.join(changed) or 'version'}; install the same on all machines")
     numba.set_num_threads(1)
 
 
@@ -151,12 +151,12 @@ def _lanes(run: Run, slots: Sequence[Slots]) -> list[Lane]:
 
 
 def _here(work: Callable[[], None]) -> None:
-    """Raises CheckpointError, naming this machine, where files of the checkpoint are not there."""
+    """Raises ExportError, naming this machine, where files of the checkpoint are not there."""
     try:
         work()
     except OSError as error:
         what = f"{error.filename or 'the checkpoint'}: {error.strerror or error}"
-        raise CheckpointError(f"{socket.gethostname()}: {what}; it must lie under the same path on all machines") from None
+        raise ExportError(f"{socket.gethostname()}: {what}; it must lie under the same path on all machines") from None
 
 
 def _result(lanes: Sequence[Lane], rows: Sequence[F32]) -> Result:

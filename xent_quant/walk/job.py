@@ -117,6 +117,7 @@ def run(
                 if room != earlier:
                     report.note(f"{device} has less memory left than before: other last bits than in one run are possible.")
             journal.room = vars(room).copy()
+        cluster = files.enter_context(_cluster(ray, report))  # before `kept`: there may be one the next time
         files.enter_context(kept(work, journal))
         if device is not None:
             files.enter_context(_memory_of(device, vram))
@@ -126,7 +127,11 @@ def run(
             if fresh:
                 journal.save()
             checkpoint, exporters, text = dropping.applied(journal.experts)
-        cluster = files.enter_context(_cluster(ray, report))
+            planned = [dict(exporter.identity) for exporter in exporters]
+            if fresh:
+                journal.exports = planned
+            else:
+                journal.check("exports", journal.exports, planned)
         opened = files.enter_context(ExitStack())
         lanes = []
         for number, exporter in enumerate(exporters):

@@ -51,8 +51,7 @@ def measure(session: Session, target: Path, *, force: bool, progress: Progress |
     takes lies beside it until then. Raises what running the model raises, CalibrationError where the text is too short, and
     ExportError for what cannot be written."""
     checkpoint, windows = session.checkpoint, torch.from_numpy(session.text.windows)
-    apart = torch.zeros(len(windows), dtype=torch.bool)
-    apart[JUDGED - 1 : JUDGED**2 : JUDGED] = True
+    apart = judged_windows(len(windows))
     text, judged = windows[~apart], windows[apart]
     if not len(judged):
         raise CalibrationError(
@@ -75,6 +74,13 @@ def measure(session: Session, target: Path, *, force: bool, progress: Progress |
                     work.clear()
             raise
     return found
+
+
+def judged_windows(count: int) -> torch.Tensor:
+    """Which of `count` windows are kept for judging: evenly over the text, which lies source by source."""
+    apart, step = torch.zeros(count, dtype=torch.bool), max(JUDGED, count // JUDGED)
+    apart[step - 1 :: step] = True
+    return apart
 
 
 def _disk(model: Architecture, text: int, judged: int) -> int:

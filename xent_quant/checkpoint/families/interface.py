@@ -92,5 +92,7 @@ class Family:
     modelling: Modelling | None = None
     no_bnb: Mapping[int, str] = field(default_factory=dict)
     """Bits in which bitsandbytes and transformers cannot hold the model, with the reason."""
+    repetition_penalty: float | None = None
+    """With which the model's authors generate, where generation_config.json names none."""
     released: Mapping[str, str] = field(default_factory=dict)
     """Models by the name of their folder, with their id on the Hub."""

@@ -52,5 +52,6 @@ FAMILY = Family(
             "AutoModelForCausalLM": "modeling_xverse.XverseForCausalLM",
         },
     ),
+    repetition_penalty=1.1,
     released={"XVERSE-Ent-A4.2B": "xverse/XVERSE-Ent-A4.2B", "XVERSE-Ent-A5.7B": "xverse/XVERSE-Ent-A5.7B"},
 )
