@@ -44,6 +44,10 @@ class Measuring:
         count, length = windows.shape
         mask = _held_out(count, length) if hessian else torch.zeros(count, dtype=torch.bool)
         self._held_out = mask.repeat_interleave(length).to(windows.device)  # by token
+        some = -(
+            -int(mask.sum()) * length // HELD_OUT_ROWS
+        )  # or the first of them alone would be kept: those of one kind of text
+        self._judged = self._held_out & (self._held_out.cumsum(0) % max(1, some) == 0)
         self._layer: Moments | None = None  # of all tokens in front of the current layer's experts
         self.drifted: Regression[Any] | None = None
         """What drifted there: for the router, and for every expert's gate and up."""
@@ -51,7 +55,7 @@ class Measuring:
     def of(self, tokens: Tensor) -> "Measuring":
         """The same for a pass over some of the tokens [n], ascending, in the same layer."""
         found = copy(self)
-        found._held_out = self._held_out[tokens]
+        found._held_out, found._judged = self._held_out[tokens], self._judged[tokens]
         return found
 
     def fewest(self, columns: int) -> int:
@@ -63,7 +67,8 @@ class Measuring:
         first = stage.weights[0]
         moments = Moments(first.shape[-1], self._hessian, self._device)
         for batch in stage.batches(self.stream):
-            moments.add(batch, self._held_out[batch.tokens], self._gated)
+            judged = self._judged[batch.tokens] if first.expert is None else None  # of an expert's there are few
+            moments.add(batch, self._held_out[batch.tokens], self._gated, judged=judged)
         if not torch.isfinite(moments.squares).all():
             raise CalibrationError(f"{first.name}: its inputs are NaN or infinite; the checkpoint is damaged")
         if first.expert is not None and first.role is not Role.DOWN:
@@ -100,7 +105,7 @@ def _held_out(windows: int, length: int) -> Tensor:
     there are two or more)."""
     mask = torch.zeros(windows, dtype=torch.bool)
     if windows > 1:
-        share = max(min(HELD_OUT_SHARE, windows), windows * length // (4 * HELD_OUT_ROWS))
+        share = min(windows, max(HELD_OUT_SHARE, windows * length // (4 * HELD_OUT_ROWS)))
         mask[share - 1 :: share] = True
     return mask
 

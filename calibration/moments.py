@@ -56,9 +56,10 @@ class Moments:
     def __post_init__(self) -> None:
         self.squares = torch.zeros(self.columns, dtype=torch.float64)
 
-    def add(self, batch: Batch, held_out: Tensor | None = None, gated: bool = False) -> None:
+    def add(self, batch: Batch, held_out: Tensor | None = None, gated: bool = False, *, judged: Tensor | None = None) -> None:
         """The rows of a batch, whose weights are, if `gated`, multiplied by the square of their gates; those of the mask
-        `held_out` [n] are kept instead, times the root of their weight."""
+        `held_out` [n] are left out, and HELD_OUT_ROWS of them (of those of the mask `judged` [n]) kept instead, times the root of
+        their weight."""
         wide, exact, residual = batch.inputs.float(), batch.exact, batch.residual
         gates = batch.gates if gated else None
         weight = torch.ones(len(wide), device=wide.device) if gates is None else gates.float()
@@ -69,10 +70,11 @@ class Moments:
             wide = wide * weight[:, None]
             drift, residual = (None if rows is None else rows * weight[:, None] for rows in (drift, residual))
         if held_out is not None and held_out.any():
-            room = max(0, HELD_OUT_ROWS - sum(len(kept) for kept in self.held_out))
+            chosen = (held_out if judged is None else judged).nonzero()[:, 0]
+            chosen = chosen[: max(0, HELD_OUT_ROWS - sum(len(kept) for kept in self.held_out))]
             for rows, kept in ((wide, self.held_out), (drift, self.held_out_drift), (residual, self.held_out_residual)):
-                if rows is not None:
-                    kept.append(rows[held_out][:room].float().to(self.device or CPU))
+                if rows is not None and len(chosen):
+                    kept.append(rows[chosen].float().to(self.device or CPU))
             wide, weight = wide[~held_out], weight[~held_out]
             drift, residual = (None if rows is None else rows[~held_out] for rows in (drift, residual))
         if not len(wide):
@@ -153,10 +155,11 @@ class Moments:
         missing = missing_rows(self.rows, fewest_rows(self.columns, self.hessian)) if layer is not None and layer.rows else 0.0
         total = self.rows + missing
         own = self.rows / self.weight / total if self.weight else 0.0
-        return own, missing / layer.rows / total if layer is not None and missing else 0.0
+        return own, missing / layer.weight / total if layer is not None and missing else 0.0
 
     def statistics(self, layer: "Moments | None" = None) -> InputStatistics | DeviceStatistics | None:
-        """Means over the rows, made up to `fewest_rows` with the mean of `layer`; None where neither has any row.
+        """Means over the rows, made up to `fewest_rows` with the mean of `layer`, whose held-out rows serve where there are none;
+        None where neither has any row.
 
         See `calibration.rare`; the diagonal of the Hessian keeps the floor too.
         """
@@ -176,7 +179,7 @@ class Moments:
                 hessian = part if hessian is None else hessian.add_(part)
         hessian = torch.zeros(self.columns, self.columns, device=there) if hessian is None else _mirrored(hessian)
         hessian.diagonal().copy_(torch.from_numpy(floored(hessian.diagonal().cpu().numpy())))
-        rows = self.held_out or (layer.held_out if theirs and layer is not None else [])
+        rows = self.held_out or (layer.held_out if layer is not None else [])
         held_out = torch.cat(rows) if rows else None
         if self.device is not None:
             return DeviceStatistics(importance, hessian, self.rows, held_out)

@@ -182,11 +182,12 @@ def _parts(triangle: F32, *, upper: bool) -> "Parts":
     import torch
 
     by, found = torch.from_numpy(triangle), []
-    for start in range(0, len(by), SOLVED) if len(by) > SOLVED else ():
-        here = slice(start, min(start + SOLVED, len(by)))
-        before = slice(0, start) if upper else slice(here.stop, len(by))
-        inverse = torch.linalg.solve_triangular(by[here, here], torch.eye(here.stop - start), upper=upper)
-        found.append((here, before, by[before, here].T.contiguous(), inverse.T.contiguous()))
+    with parallel.one_thread():  # as in `root`, so that bits do not depend on how many there are
+        for start in range(0, len(by), SOLVED) if len(by) > SOLVED else ():
+            here = slice(start, min(start + SOLVED, len(by)))
+            before = slice(0, start) if upper else slice(here.stop, len(by))
+            inverse = torch.linalg.solve_triangular(by[here, here], torch.eye(here.stop - start), upper=upper)
+            found.append((here, before, by[before, here].T.contiguous(), inverse.T.contiguous()))
     return found if upper else found[::-1]
 
 

@@ -229,9 +229,9 @@ class Pass:
         return torch.arange(start, stop, device=self.device)
 
     def sampled(self, count: int) -> Tensor:
-        """At most `count` tokens, evenly spaced."""
-        every = self.tokens(0, self.n_tokens)
-        return every[:: max(1, len(every) // count)][:count]
+        """At most `count` tokens, evenly spaced from the first on."""
+        count = min(count, self.n_tokens)
+        return self.tokens(0, count) * self.n_tokens // max(1, count)
 
     def each_stream(self, work: Callable[[int], None]) -> None:
         """Have `work` done for every stream, by its number."""

@@ -156,7 +156,9 @@ def run(
         publish(work, [move for each in exported for move in each.moves], [one for each in exported for one in each.shared])
     coverage = None
     if text and model.num_experts:
-        coverage = Coverage(model.num_layers, model.num_experts, fewest_rows(model.intermediate_size, any(hessian)))
+        coverage = Coverage(
+            model.num_layers, model.num_experts, fewest_rows(max(model.hidden_size, model.intermediate_size), any(hessian))
+        )
         coverage.tokens = journal.coverage
     return Done(tuple(exported), tuple(exporter.summary for exporter in exporters), coverage, resumed, journal.seconds)
 
