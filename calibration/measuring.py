@@ -44,9 +44,8 @@ class Measuring:
         count, length = windows.shape
         mask = _held_out(count, length) if hessian else torch.zeros(count, dtype=torch.bool)
         self._held_out = mask.repeat_interleave(length).to(windows.device)  # by token
-        some = -(
-            -int(mask.sum()) * length // HELD_OUT_ROWS
-        )  # or the first of them alone would be kept: those of one kind of text
+        # Else the first of them alone would be kept, which are of one kind of text.
+        some = -(-int(mask.sum()) * length // HELD_OUT_ROWS)
         self._judged = self._held_out & (self._held_out.cumsum(0) % max(1, some) == 0)
         self._layer: Moments | None = None  # of all tokens in front of the current layer's experts
         self.drifted: Regression[Any] | None = None

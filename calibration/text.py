@@ -20,7 +20,7 @@ from calibration.chat import ChatTemplate
 from calibration.documents import SUFFIXES, TEXT_FIELD, documents, have_fields
 from calibration.notes import Notes
 from calibration.presets import HUB, PREFIX, download, passages
-from xent_quant.checkpoint.hub import failures, reason
+from xent_quant.checkpoint.hub import failures, is_hub_id, reason
 from xent_quant.errors import CalibrationError
 from xent_quant.plain import plain
 from xent_quant.units import human_bytes
@@ -137,9 +137,8 @@ def sources(calib: Sequence[str], mix: str | None, chinese: bool, seed: int = 0)
     """
     weights = weights_of(mix, chinese)
     named = [(item, PRESETS.get(item.removeprefix(PREFIX), ())) for item in calib or ("entertainment",)]
-    mixed = {
-        key for _, suites in named for suite in suites or SUITES for key in (suite, *suite.split("-"))
-    }  # own text, supplemented
+    # Text of one's own is supplemented with any of them.
+    mixed = {key for _, suites in named for suite in suites or SUITES for key in (suite, *suite.split("-"))}
     if mix and (idle := {key for key, weight in weights.items() if weight} - mixed):
         raise CalibrationError(f"--calib-mix {min(idle)}: has no effect, since it is in no preset of --calib; drop it")
     found: list[Source] = []
@@ -170,7 +169,7 @@ def sources(calib: Sequence[str], mix: str | None, chinese: bool, seed: int = 0)
 
 
 def _dataset(item: str) -> Path:
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", item):
+    if not is_hub_id(item):
         presets = ", ".join(PRESETS)
         raise CalibrationError(
             f"--calib {item[:200]!r}: no such file or folder, not a Hub dataset id, and no preset; there are {presets}, "
@@ -194,7 +193,7 @@ def _dataset(item: str) -> Path:
 def _refuse_large(item: str, kinds: Sequence[str]) -> None:
     """Raise CalibrationError for a data set on the Hub whose files of text are more than anyone wants to download for this."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     try:
         files = HfApi().dataset_info(item, files_metadata=True).siblings or []

@@ -44,7 +44,7 @@ def become(*command):
 def setup(extras):
     """Make .venv with the CPU build of torch that constraints.txt pins, and install the project with these extras. What was
     installed with the same files and extras before is left alone."""
-    if not Path(PYTHON).exists():
+    if not (Path(PYTHON).exists() and list(Path(PYTHON).parent.glob("pip*"))):  # pip comes last: one may be half made
         run(sys.executable, "-m", "venv", str(VENV))
     wanted = ",".join(extras or ["llama"])
     inputs = (ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes() + (wanted + "\n").encode()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,7 @@ def _ram() -> int | None:
         return None
 
 
+@cache
 def _read_bandwidth() -> float:
     """Bytes a second at which all cores together read RAM, the best of a few tries; takes a fraction of a second."""
     cores = os.cpu_count() or 1

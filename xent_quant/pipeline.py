@@ -279,7 +279,7 @@ def quantize(model: str | Path | None = None, *, progress: Progress | None = Non
         dropping = _dropping(prepared, session)
         identity |= {"--drop-experts": str(checkpoint.kept.dropped), **session.identity}
     text = session if prepared.measure else None
-    for note in _said(prepared, session):
+    for note in (*prepared.said, *_said(prepared, session)):
         (progress or Silent()).note(note)
     if session or any(exporter.method is None for exporter in exporters):  # bitsandbytes runs on torch
         import torch
@@ -448,6 +448,11 @@ def validate(
         raise ValidationError(f"--report {folder}: is a file; name a folder for report.html and report.json")
     if json and Path(json).is_dir():
         raise ValidationError(f"--json {json}: is a folder; name the file to write")
+    from xent_quant.storage import can_be_written
+
+    for option, name, file in (("--report", folder, folder and folder / "report.html"), ("--json", json, json and Path(json))):
+        if file and not can_be_written(file):
+            raise ValidationError(f"{option} {name}: nothing can be written there; choose another")
     used = _set_threads(wanted.threads)
     checkpoint = _open(reference)
     from xent_quant.validation import suites, validate, write

@@ -105,7 +105,7 @@ def test_windows_keep_shares_order_and_seed(tmp_path: Path) -> None:
     the = tokenizer.token_to_id("▁the")
     assert (one.windows[:12] == the).any(1).all()
     assert not (one.windows[12:] == the).any()
-    assert np.array_equal((made(spare=1600).spare == the).any(1), [True, False, True, True] * 8)  # in the same shares, mixed
+    assert np.array_equal((made(spare=800).spare == the).any(1), [True, True, False, True] * 4)  # in the same shares, mixed
     assert np.array_equal(one.windows, made().windows)
     assert not np.array_equal(one.windows, made(seed=1).windows)
     scarce = load([found[0], Source("b", files[1], 99.0)], tokenizer, tokens=10**6, length=50)

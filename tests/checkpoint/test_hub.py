@@ -8,9 +8,11 @@ import pytest
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import filter_repo_objects
 
+from calibration.text import sources
 from exporters.hub_files import COPIED
 from xent_quant.checkpoint.fingerprint import BESIDE
 from xent_quant.checkpoint.hub import resolve
+from xent_quant.errors import CalibrationError, CheckpointError
 
 TEXTS = {*COPIED, *BESIDE, "README.md", "LICENSE", "additional_chat_templates/rag.jinja"}
 
@@ -44,3 +46,13 @@ def test_all_that_is_read_and_no_weights_twice(monkeypatch: pytest.MonkeyPatch) 
     both = TEXTS | {"model.safetensors", "pytorch_model.bin"}
     assert downloaded(both, monkeypatch) == both - {"pytorch_model.bin"}
     assert downloaded(both, monkeypatch, offline=True) == both
+
+
+@pytest.mark.parametrize("typed", ["模型/XVERSE", "out/my--model", "data/a..b", "x/y.git", "a/b-", "~nobody-at-all/b", "a"])
+def test_a_path_that_is_not_there_is_not_asked_for_on_the_hub(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(CheckpointError, match="no such folder, and not a Hub id"):
+        resolve(typed)
+    if typed != "a":
+        with pytest.raises(CalibrationError, match="no such file or folder, not a Hub dataset id"):
+            sources((typed,), None, False)

@@ -18,6 +18,14 @@ from xent_quant.validation.suites import Suite, bundled
 QUICK = ("--max-tokens", 1024, "--threads", 1, "--suite", "XfictionEN")
 
 
+def test_json_takes_no_option_for_its_file(command: Command, export: Callable[[str], Path]) -> None:
+    for typed in (["--json", "--max-tokens=2048"], ["--json", "-v"]):
+        result = command("validate", export("Q8_0"), *QUICK, "--reference", miniature(), *typed)
+        assert result.returncode == 2, result.stderr
+        assert "--json" in result.stderr
+        assert "takes a file, or - for stdout" in result.stderr
+
+
 def test_exit_3_and_the_reports(export: Callable[[str], Path], tmp_path: Path) -> None:
     own = tmp_path / "mine.txt"
     own.write_text("The lamp in the window went out, and nobody came. " * 120, "utf-8")
@@ -53,6 +61,9 @@ def test_errors_are_one_line(command: Command, export: Callable[[str], Path], tm
     fails(command("validate", file, *options, "--max-tokens", -9), "--max-tokens -9")
     fails(command("validate", file, "--reference", miniature(), "--report", file), "--report", "is a file", "name a folder")
     fails(command("validate", file, "--reference", miniature(), "--json", tmp_path), "--json", "is a folder", "name the file")
+    for option in ("--json", "--report"):  # before the work, not behind it
+        there = ("--reference", miniature(), option, file / "below")
+        fails(command("validate", file, *there), f"{option} {file / 'below'}", "nothing can be written there")
     (tmp_path / "empty.txt").touch()
     fails(command("validate", file, *options, "--suite-file", f"mine={tmp_path / 'empty.txt'}"), "suite mine is empty")
 

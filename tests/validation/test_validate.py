@@ -348,6 +348,16 @@ def _conforms(value: Any, schema: dict[str, Any], root: dict[str, Any], where: s
     return None
 
 
+def test_a_page_of_figures_that_are_all_their_bounds(mini: Checkpoint, cache: Path) -> None:
+    """Of a copy that is judged exactly: the axis has no length then. And a long name is cut where there is no room."""
+    suite = Suite("my-favourite-novel-chapter-1", beginning("XfictionEN").text)
+    found = run(mini.path, mini, cache, runtime="torch", tolerance="ppl=1,kld=0.001,top1=1", suites=[suite])
+    assert found.verdict == "within"
+    text = page(found)
+    assert ">my-favourite-no…</text>" in text
+    assert "<title>my-favourite-novel-chapter-1: " in text
+
+
 def test_one_window_cannot_decide(export: Export, mini: Checkpoint, cache: Path) -> None:
     found = run(export("Q8_0"), mini, cache, runtime="torch", suites=[beginning("XfictionEN")], max_tokens=512)
     assert found.verdict == "undecided"

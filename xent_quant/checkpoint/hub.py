@@ -50,6 +50,18 @@ def reason(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a repository on the Hub could be called so."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text, re.ASCII) is not None
+
+
 def _twice(model: str) -> list[str]:
     """Patterns of weights that a repository has in another form too, which is the one that is read."""
     from huggingface_hub import HfApi
@@ -65,12 +77,15 @@ def resolve(model: str | Path | None) -> Path:
     """The checkpoint folder; downloads a Hub id through huggingface_hub's cache. Raises CheckpointError."""
     if model is None:
         return miniature()
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:  # nobody's home
+        path = Path(model)
     if path.is_dir():
         return snapshot(path)
     if path.exists():
         raise CheckpointError(f"{path}: is a file; give the checkpoint's folder")
-    if isinstance(model, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+    if isinstance(model, Path) or not is_hub_id(model):
         raise CheckpointError(f"{model}: no such folder, and not a Hub id such as xverse/XVERSE-Ent-A4.2B")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError

@@ -1,7 +1,6 @@
 """A plan as one HTML page: the curve of all sizes with the plan and the mixes by name, its types by layer, and how to run it."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from math import ceil, floor, log10
 from pathlib import Path
@@ -10,7 +9,7 @@ from exporters.interface import Alternative, Expected, PlanSummary
 from xent_quant.cli.show import bits_of, type_map
 from xent_quant.errors import ConfigError, ExportError
 from xent_quant.page import document, escape, label, section
-from xent_quant.storage import replace_bytes
+from xent_quant.storage import can_be_written, replace_bytes
 from xent_quant.units import human_bytes
 
 WIDTH, HEIGHT = 860, 400
@@ -38,8 +37,7 @@ def measured(folder: Path, kind: str) -> list[Alternative]:
 
 def check(path: Path) -> None:
     """Raise ConfigError, before the work, for a page that could not be written."""
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+    if not can_be_written(path):
         raise ConfigError(f"--plan-page {path}: no file can be written there; choose another name")
 
 
@@ -149,14 +147,16 @@ def _sizes(expected: Expected, reports: Sequence[Alternative]) -> str:
 def _apart(
     first: tuple[tuple[float, float], str], named: Sequence[tuple[float, float, str]]
 ) -> list[tuple[tuple[float, float], str]]:
-    """Where labels go beside the first: right of their marks, or further down where another one is."""
+    """Where labels begin beside the first: right of their marks, left where there is no room, or further down where another one
+    is."""
     placed = [first]
 
     def free(x: float, y: float, name: str) -> bool:
         return all(abs(y - low) >= 12 or x >= left + 7 * len(said) or left >= x + 7 * len(name) for (left, low), said in placed)
 
     for x, y, name in sorted(named, key=lambda each: (each[1], each[0])):
-        left, low = x + 9, y + 4
+        size = 7 * len(name)
+        left, low = (x + 9 if x + 9 + size <= WIDTH else max(0, x - 9 - size)), y + 4
         while not free(left, low, name):
             low += 4
         placed.append(((left, low), name))

@@ -113,7 +113,7 @@ class _Lines:
 @contextmanager
 def progress(console: Console) -> "Iterator[_Bars | _Lines]":
     """Bars on a terminal, lines elsewhere."""
-    if not console.is_interactive:
+    if not (console.is_interactive and console.file.isatty()):  # FORCE_COLOR makes a log interactive to rich
         yield _Lines()
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Speed())

@@ -13,6 +13,12 @@ from xent_quant.options import JudgeOptions, SuiteOptions
 RESULT = group("Results", 3).group
 
 
+def _no_option(_: object, value: Path | None) -> None:
+    """Raise ValueError for the option that stands where a file should."""
+    if value is not None and str(value).startswith("-") and str(value) != "-":
+        raise ValueError("takes a file, or - for stdout")
+
+
 def validate(
     exported: Annotated[Path, Parameter(help="A .gguf file (the first shard of several), or an exported folder.")],
     /,
@@ -32,7 +38,12 @@ def validate(
     ] = None,
     json: Annotated[
         Path | None,
-        Parameter(group=RESULT, allow_leading_hyphen=True, help="Write the result to this file as JSON; - for stdout."),
+        Parameter(
+            group=RESULT,
+            allow_leading_hyphen=True,
+            validator=_no_option,
+            help="Write the result to this file as JSON; - for stdout.",
+        ),
     ] = None,
     verbose: Verbose = 0,
 ) -> None:

@@ -11,6 +11,7 @@ Nothing here asks which system it runs on: what one of them lacks is tested for 
 from xent_quant.storage.files import (
     PositionalFile,
     Rows,
+    can_be_written,
     check_free_space,
     free_bytes,
     read_bytes,
@@ -30,6 +31,7 @@ __all__ = [
     "Shared",
     "Target",
     "Workspace",
+    "can_be_written",
     "check_free_space",
     "free_bytes",
     "lock",

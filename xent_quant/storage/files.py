@@ -339,14 +339,21 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def can_be_written(file: Path) -> bool:
+    """Whether a file could be made there, in folders that are not there yet too; no more than a first look."""
+    there = next(parent for parent in file.absolute().parents if parent.exists())
+    return not file.is_dir() and there.is_dir() and os.access(there, os.W_OK)
+
+
 @contextmanager
-def reporting(folder: Path) -> Iterator[None]:
-    """Turn OSError within the block into ExportError in one line; `folder` is named where the system names no file."""
+def reporting(folder: Path, choose: str = "--output") -> Iterator[None]:
+    """Turn OSError within the block into ExportError in one line; `folder` is named where the system names no file, and `choose`
+    is what to choose another of."""
     try:
         yield
     except OSError as error:
         file = error.filename2 or error.filename or folder
-        raise ExportError(f"{file}: {error.strerror or error}; put that right, or choose another --output") from error
+        raise ExportError(f"{file}: {error.strerror or error}; put that right, or choose another {choose}") from error
 
 
 def _flat(data: Bytes) -> memoryview:

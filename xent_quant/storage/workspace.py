@@ -62,9 +62,9 @@ class Workspace:
 
     @classmethod
     @contextmanager
-    def open(cls, output: Path, targets: Sequence[Target], *, force: bool) -> Iterator[Self]:
+    def open(cls, output: Path, targets: Sequence[Target], *, force: bool, choose: str = "--output") -> Iterator[Self]:
         """Yield the work folder for `targets`, names in `output`, which no other run gets meanwhile: the same one for the same
-        names, so that a run can resume one that failed. It is kept unless published, or empty.
+        names, so that a run can resume one that failed. It is kept unless published, or empty. `choose`: see `reporting`.
 
         Raises ExportError where a target exists and `force` is False, is a folder in place of a file or the other way round,
         or is being written by another process; where the work folder is not this user's own; and for what the system refuses
@@ -74,7 +74,7 @@ class Workspace:
         if not names or len(set(names)) < len(names) or {target.path.parent for target in targets} != {output}:
             raise ValueError(f"{names}: not distinct names in {output}")
         path = output / f".xent-quant-{hashlib.sha256(os.fsencode(chr(0).join(names))).hexdigest()[:12]}"
-        with reporting(output), ExitStack() as locks:
+        with reporting(output, choose), ExitStack() as locks:
             if output.exists() and not output.is_dir():
                 raise ExportError(f"{output}: is a file; choose a folder as --output")
             output.mkdir(parents=True, exist_ok=True)

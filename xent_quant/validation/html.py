@@ -8,6 +8,9 @@ from xent_quant.validation.gates import WEIGHTS, bits_of
 from xent_quant.validation.report import KL_EDGES, Finding, Report, SuiteResult
 from xent_quant.validation.weights import TensorError
 
+NAME = 16
+"""Letters of a suite's name that there is room for beside a bar."""
+
 MARKS = {"within": "✓", "undecided": "?", "out": "✗"}
 SENTENCES = {
     "within": "Within tolerance",
@@ -88,6 +91,11 @@ def _split(sentence: str) -> tuple[str, str]:
     return name, colon + reason
 
 
+def short(name: str) -> str:
+    """A suite's name, cut where it is too long."""
+    return name if len(name) <= NAME else f"{name[: NAME - 1]}…"
+
+
 def _bars(results: Sequence[SuiteResult], pick: Callable[[SuiteResult], Finding], zero: float, digits: int, at_most: bool) -> str:
     """Horizontal bars from `zero` with two-standard-error whiskers and the bound as a line."""
     findings = [pick(result) for result in results]
@@ -102,7 +110,7 @@ def _bars(results: Sequence[SuiteResult], pick: Callable[[SuiteResult], Finding]
     height = step * len(results) + 24
 
     def x(value: float) -> float:
-        return left + width * (value - low) / (high - low)
+        return left + width * (value - low) / (high - low or 1.0)
 
     shapes = [f'<line x1="{x(zero):.1f}" x2="{x(zero):.1f}" y1="2" y2="{height - 22}" stroke="var(--line)"/>']
     for row, (result, finding, span) in enumerate(zip(results, findings, spans, strict=True)):
@@ -112,7 +120,7 @@ def _bars(results: Sequence[SuiteResult], pick: Callable[[SuiteResult], Finding]
         error = f" ± {finding.value.error:.{digits}f}" if finding.value.error < 1e9 else ""
         shapes.append(
             f"<g><title>{escape(result.name)}: {value:.{digits + 1}f}{error}, {finding.verdict}</title>"
-            f"{label(left - 8, y + 4, result.name, 'end')}{rect(start, y - 7, max(end - start, 1), 14, colour)}"
+            f"{label(left - 8, y + 4, short(result.name), 'end')}{rect(start, y - 7, max(end - start, 1), 14, colour)}"
             f'<path d="M{x(value - span):.1f} {y}H{x(value + span):.1f}m0 -4v8M{x(value - span):.1f} {y - 4}v8" '
             'stroke="var(--ink)" stroke-width="1.2" fill="none"/>'
             f'<text x="{left + width + 8}" y="{y + 4}">{value:.{digits}f} {MARKS[finding.verdict]}</text></g>'

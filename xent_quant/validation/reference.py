@@ -222,7 +222,7 @@ def stream(
 def work_folder(cache: Path, name: str) -> Iterator[Path]:
     """A private folder in `cache` for a run that takes long; kept where the block does not end well, so that the same run can
     go on. Raises ExportError where another process is at it."""
-    with Workspace.open(cache, [Target(cache / name, folder=True)], force=True) as work:
+    with Workspace.open(cache, [Target(cache / name, folder=True)], force=True, choose="folder") as work:
         yield work.path
         work.clear()
 

@@ -14,7 +14,7 @@ from xent_quant.validation import measures
 from xent_quant.validation.measures import F64, I64, Summary
 from xent_quant.validation.reference import F32, SuiteTokens, pieces
 
-COMPARED = 4096
+COMPARED = 1024
 """Token ids that are compared at a time."""
 
 
@@ -93,17 +93,22 @@ class Comparison:
 
 
 def agreement(ours: Sequence[int], theirs: Sequence[int]) -> float:
-    """Share of the reference's tokens that the runtime's tokenizer yields too, in order."""
-    if list(ours) == list(theirs):
-        return 1.0
+    """Share of the reference's tokens that the runtime's tokenizer yields too, in order. Where they differ they are compared part
+    by part, since time grows with the square of it."""
     from difflib import SequenceMatcher
 
-    same = there = 0
-    for start in range(0, len(ours), COMPARED):  # in parts, since time grows with the square
-        part = ours[start : start + COMPARED]
-        *blocks, _ = SequenceMatcher(
-            None, part, theirs[there : there + len(part) + COMPARED // 8], autojunk=False
-        ).get_matching_blocks()
+    own, other = np.array(ours, np.int64), np.array(theirs, np.int64)
+    same = here = there = 0
+    while here < len(own) and there < len(other):
+        length = min(len(own) - here, len(other) - there, 64 * COMPARED)
+        different = np.flatnonzero(own[here : here + length] != other[there : there + length])
+        alike = int(different[0]) if len(different) else length
+        same, here, there = same + alike, here + alike, there + alike
+        if alike == length:
+            continue
+        parts = own[here : here + COMPARED].tolist(), other[there : there + COMPARED + COMPARED // 8].tolist()
+        *blocks, _ = SequenceMatcher(None, *parts, autojunk=False).get_matching_blocks()
         same += sum(block.size for block in blocks)
-        there += blocks[-1].b + blocks[-1].size if blocks else len(part)
-    return same / max(len(ours), len(theirs))
+        here += len(parts[0])
+        there += blocks[-1].b + blocks[-1].size if blocks else len(parts[0])
+    return same / max(len(own), len(other))

@@ -65,5 +65,9 @@ def choose(names: Sequence[str] = (), files: Sequence[str] = ()) -> list[Suite]:
             raise ValidationError(f"--suite-file {item}: write NAME=PATH")
         if name in {suite.name for suite in chosen}:
             raise ValidationError(f"--suite-file {item}: there is a suite {name} already; choose another name")
-        chosen.append(_suite(name, _read(Path(path).expanduser()), path))
+        try:
+            file = Path(path).expanduser()
+        except RuntimeError:  # nobody's home
+            file = Path(path)
+        chosen.append(_suite(name, _read(file), path))
     return chosen

@@ -1,6 +1,7 @@
 """The report's files: written under a temporary name, renamed when complete."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from xent_quant.errors import ValidationError
@@ -13,11 +14,11 @@ def write(report: Report, folder: Path | None, json_file: Path | None = None) ->
     """report.html and report.json in `folder`, the JSON in `json_file` too. Raises ValidationError where they cannot be
     written."""
     text = readable_json(report.to_json(), indent=1, allow_nan=False) + "\n"
-    if folder:
-        _write(folder / "report.html", page(report))
-        _write(folder / "report.json", text)
     if json_file:
         _write(json_file, text)
+    if folder:
+        _write(folder / "report.json", text)
+        _write(folder / "report.html", page(report))
 
 
 def _write(path: Path, text: str) -> None:
@@ -27,5 +28,6 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, "utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ValidationError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
