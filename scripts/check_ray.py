@@ -64,7 +64,7 @@ class Command:
 
     def start(self, output: Path, *more: str) -> subprocess.Popen[bytes]:
         """Begin; `whole` waits for it."""
-        model = [self._options.model] if self._options.model else []
+        model = [self._options.model, "--allow-tokenizer-mismatch"] if self._options.model else []  # random ones' words are none
         command = [sys.executable, "-m", "xent_quant.cli.main", *model, "--output", str(output), "--threads", "1", "--json"]
         with open(f"{output}.json", "w") as told, open(f"{output}.log", "w") as log:
             return subprocess.Popen([*command, *more], stdout=told, stderr=log, env=QUIET)
