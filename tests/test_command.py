@@ -187,7 +187,7 @@ def test_killed_half_way_leaves_nothing_that_looks_finished(checkpoint, tmp_path
     assert process.poll() is None
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == (-9 if how is signal.SIGKILL else 130)
+    assert process.returncode == (-9 if how is signal.SIGKILL else 130), errors
     if how is not signal.SIGKILL:
         kept = list(out.glob(".xent-quant-*"))
         became = "the same command goes on where this one stopped" if kept else "nothing unfinished was left behind"

@@ -1,15 +1,18 @@
 """What is said when a run ends early, and whether it is true."""
 
+import ctypes
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from llvmlite.binding import ExecutionEngine
 
 from tests.walk.conftest import tree
-from xent_quant.cli.main import main
+from xent_quant.cli.main import CALLED_BY_LLVM, _interrupt, main
 from xent_quant.walk import collecting, job
 
 INTERRUPTED = 130
@@ -33,6 +36,28 @@ def command(*arguments: object) -> int:
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0
+
+
+def test_a_signal_that_comes_while_llvm_calls_back_is_not_lost() -> None:
+    """ctypes prints what is raised there, and numba then lacks what it compiled."""
+    assert any(name.startswith(CALLED_BY_LLVM) for name in vars(ExecutionEngine))
+    done = []
+
+    def _raw_object_cache_notify() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        done.append("the rest of it")
+
+    def compiles() -> None:
+        ctypes.CFUNCTYPE(None)(_raw_object_cache_notify)()
+        time.sleep(5)
+
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compiles()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done == ["the rest of it"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so `--help` answers at once.
 
 import sys
 import traceback
+from types import FrameType
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, UnusedCliTokensError
@@ -22,6 +23,8 @@ from xent_quant.errors import XentQuantError
 from xent_quant.plain import plain
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+CALLED_BY_LLVM = "_raw_object_cache_"
+"""What llvmlite's functions begin with that LLVM calls when something was compiled."""
 
 app = App(
     name="xent-quant",
@@ -52,7 +55,17 @@ def _fail(message: str) -> NoReturn:
     sys.exit(EXIT_ERROR)
 
 
-def _interrupt(*_: object) -> NoReturn:
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle a signal; a little later where LLVM is calling back, since ctypes would swallow what is raised there, and numba go
+    on without what it compiled."""
+    import signal
+    import threading
+
+    while frame is not None:
+        if frame.f_code.co_name.startswith(CALLED_BY_LLVM):
+            threading.Timer(0.05, signal.raise_signal, (number,)).start()
+            return
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 
@@ -87,7 +100,7 @@ def _run(arguments: list[str]) -> None:
     verbosity = _verbosity(arguments)
     _log(verbosity)
     try:
-        for polite in ("SIGTERM", "SIGHUP"):  # they end as Ctrl-C does; Windows has but the first
+        for polite in ("SIGINT", "SIGTERM", "SIGHUP"):  # they end as Ctrl-C does; Windows has but the first two
             number = getattr(signal, polite, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, _interrupt)
