@@ -35,3 +35,8 @@ class ExportError(XentQuantError):
 
 class ValidationError(XentQuantError):
     """A comparison that cannot be made: mismatched tokenizer, missing runtime, empty suite."""
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it is Ctrl-C, or what Python makes of it where C code goes on with it: a SystemError, of which it is the cause."""
+    return isinstance(error.__cause__ if isinstance(error, SystemError) else error, KeyboardInterrupt)

@@ -60,6 +60,21 @@ def test_a_signal_that_comes_while_llvm_calls_back_is_not_lost() -> None:
     assert done == ["the rest of it"]
 
 
+def test_a_signal_that_c_code_goes_on_with(model: Path, tmp_path: Path, behind_commit, capsys) -> None:
+    """Python makes it a SystemError: a function "returned a result with an exception set"."""
+    wanted = [1]
+
+    def stop(done: int) -> None:
+        if done == wanted[0]:
+            raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+    behind_commit(stop)
+    arguments = [model, "--method", "rtn", "--type", "Q8_0", "--output", tmp_path / "out"]
+    for wanted[0], said in ((1, NOTHING), (3, GOES_ON)):
+        assert command(*arguments) == INTERRUPTED
+        assert capsys.readouterr().err.endswith(said)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_polite_signal(number: signal.Signals, model: Path, tmp_path: Path, behind_commit, capsys) -> None:
     wanted = [1]

@@ -19,7 +19,7 @@ from xent_quant.cli.options import EVERY
 from xent_quant.cli.quantize import quantize
 from xent_quant.cli.sensitivity import sensitivity
 from xent_quant.cli.validate import validate
-from xent_quant.errors import XentQuantError
+from xent_quant.errors import XentQuantError, is_interrupt
 from xent_quant.plain import plain
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -119,6 +119,9 @@ def _run(arguments: list[str]) -> None:
         terminal.say(f"xent-quant: interrupted{f'; {stop}' if stop.args else ''}.")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
+        if is_interrupt(error):
+            terminal.say("xent-quant: interrupted.")
+            sys.exit(EXIT_INTERRUPTED)
         if verbosity >= 2:
             for line in traceback.format_exc().split("\n"):
                 print(plain(line), file=sys.stderr)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from xent_quant.errors import ExportError, Interrupted, XentQuantError
+from xent_quant.errors import ExportError, Interrupted, XentQuantError, is_interrupt
 from xent_quant.journal import Journal
 from xent_quant.storage import Workspace
 
@@ -22,15 +22,15 @@ def kept(work: Workspace, journal: Journal) -> Iterator[None]:
         if hopeless or (journal.done < LEAST_STEPS and journal.experts is None):
             with suppress(OSError, ExportError):  # what was raised matters more
                 work.clear()
-            if isinstance(error, KeyboardInterrupt):
+            if is_interrupt(error):
                 raise Interrupted("nothing unfinished was left behind") from None
             raise
         if work.published:
-            if isinstance(error, KeyboardInterrupt):
+            if is_interrupt(error):
                 raise Interrupted("the result was complete by then") from None
             raise
         remark = "the same command goes on where this one stopped"
-        if isinstance(error, KeyboardInterrupt):
+        if is_interrupt(error):
             raise Interrupted(remark) from None
         if isinstance(error, OSError):
             named = error.filename2 or error.filename or work.path
