@@ -58,14 +58,13 @@ def _fail(message: str) -> NoReturn:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Handle a signal; a little later where LLVM is calling back, since ctypes would swallow what is raised there, and numba go
     on without what it compiled."""
-    import signal
-    import threading
+    # What LLVM calls is the first of Python's that runs behind it, so no frame but this one is looked at.
+    if frame is not None and frame.f_code.co_name.startswith(CALLED_BY_LLVM):
+        import signal
+        import threading
 
-    while frame is not None:
-        if frame.f_code.co_name.startswith(CALLED_BY_LLVM):
-            threading.Timer(0.05, signal.raise_signal, (number,)).start()
-            return
-        frame = frame.f_back
+        threading.Timer(0.05, signal.raise_signal, (number,)).start()
+        return
     raise KeyboardInterrupt
 
 
