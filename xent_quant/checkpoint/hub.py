@@ -50,6 +50,14 @@ def reason(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with a home folder for its ~; as it is where nobody has that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def is_hub_id(text: str) -> bool:
     """Whether a repository on the Hub could be called so."""
     from huggingface_hub.errors import HFValidationError
@@ -77,10 +85,7 @@ def resolve(model: str | Path | None) -> Path:
     """The checkpoint folder; downloads a Hub id through huggingface_hub's cache. Raises CheckpointError."""
     if model is None:
         return miniature()
-    try:
-        path = Path(model).expanduser()
-    except RuntimeError:  # nobody's home
-        path = Path(model)
+    path = expanded(model)
     if path.is_dir():
         return snapshot(path)
     if path.exists():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from xent_quant.checkpoint.hub import expanded
 from xent_quant.errors import ValidationError
 
 NAMES = ("XfictionEN", "XfictionZH", "XconversationEN", "XconversationZH", "XwebccEN", "XwebccZH")
@@ -65,9 +66,5 @@ def choose(names: Sequence[str] = (), files: Sequence[str] = ()) -> list[Suite]:
             raise ValidationError(f"--suite-file {item}: write NAME=PATH")
         if name in {suite.name for suite in chosen}:
             raise ValidationError(f"--suite-file {item}: there is a suite {name} already; choose another name")
-        try:
-            file = Path(path).expanduser()
-        except RuntimeError:  # nobody's home
-            file = Path(path)
-        chosen.append(_suite(name, _read(file), path))
+        chosen.append(_suite(name, _read(expanded(path)), path))
     return chosen
