@@ -14,7 +14,7 @@ ones.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any, Generic, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from xent_quant.parallel import once, one_thread
 from xent_quant.tensors import InputStatistics
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from xent_quant.device.statistics import DeviceStatistics
 
 
@@ -142,6 +145,11 @@ class Regression(Generic[Matrix]):
             mix = gaussian(MIXED, inputs.T) * MIXED**-0.5
             inputs, drifts = product(mix, inputs), product(mix, drifts)
         return cls(known.curvature.solve(known.drift), inputs, drifts, known.furthest)
+
+    def on(self, device: "torch.device") -> "Regression[Tensor]":
+        """One of tensors, on another device."""
+        matrix, inputs, drifts = (cast(Any, each).to(device) for each in (self.matrix, self.inputs, self.drifts))
+        return Regression(matrix, inputs, drifts, self.furthest)
 
     def moved(self, start: int, weights: Matrix) -> tuple[Matrix, Matrix | None]:
         """As `Correction.moved`, with None for P = 0. Goes as far as is best on the held-out rows. Holds another copy of the

@@ -57,6 +57,14 @@ class Measuring:
         found._held_out, found._judged = self._held_out[tokens], self._judged[tokens]
         return found
 
+    def on(self, device: torch.device) -> "Measuring":
+        """The same for the experts of the same layer on another device."""
+        found = copy(self)
+        found._held_out, found._judged = self._held_out.to(device), self._judged.to(device)
+        found._device, found._layer = device, self._layer and self._layer.on(device)
+        found.drifted = self.drifted and self.drifted.on(device)
+        return found
+
     def fewest(self, columns: int) -> int:
         """Rows on which the statistics of a weight of so many columns must stand."""
         return fewest_rows(columns, self._hessian)

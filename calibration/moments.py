@@ -146,6 +146,14 @@ class Moments:
         """Σ w r xᵀ."""
         return self._sum(2)
 
+    def on(self, device: torch.device) -> "Moments":
+        """What makes up a rare expert's, on another device."""
+        found = Moments(self.columns, self.hessian, device, self.rows, self.weight)
+        found.squares, products = self.squares, self.products
+        found._sums[0] = None if products is None else products.to(device)
+        found.held_out = [rows.to(device) for rows in self.held_out]
+        return found
+
     def forget_drift(self) -> None:
         """Let go of the sum."""
         self._sums[1] = None

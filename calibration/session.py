@@ -59,8 +59,9 @@ class Text(Protocol):
         """Tokens of a window."""
 
     @property
-    def methods_on(self) -> torch.device | None:
-        """The device where methods compute, and the windows are; None: by the CPU's kernels."""
+    def devices(self) -> tuple[torch.device, ...]:
+        """The device where methods compute, and the windows are, and others that share its experts; none: by the CPU's
+        kernels."""
 
     def windows(
         self, fewest: int, progress: Progress | None = None, folder: Path | None = None, room: Room | None = None
@@ -77,10 +78,9 @@ class Windows:
     """A Text of given windows [n, length] int64."""
 
     dtype = narrow = torch.float32
-    methods_on: torch.device | None = None
 
-    def __init__(self, windows: Tensor) -> None:
-        self._windows, self.length = windows, windows.shape[1]
+    def __init__(self, windows: Tensor, devices: tuple[torch.device, ...] = ()) -> None:
+        self._windows, self.length, self.devices = windows, windows.shape[1], devices
         self.identity = {"text": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
 
     def windows(
@@ -102,8 +102,8 @@ class Session:
         longest = checkpoint.architecture.max_position_embeddings
         if settings.seqlen > longest:
             raise ConfigError(f"--seqlen {settings.seqlen}: the model's context is {longest}")
-        self.methods_on = choose(settings.device)
-        if settings.vram is not None and self.methods_on is None:
+        self.devices = choose(settings.device)
+        if settings.vram is not None and not self.devices:
             raise ConfigError(
                 f"--vram {settings.vram}: has no effect, since --device {settings.device} finds no GPU; drop it, or use --memory"
             )
@@ -118,10 +118,10 @@ class Session:
         chat = ChatTemplate(checkpoint.path)
         own = load(named, tokens=tokens, spare=room, text_field=settings.text_field, chat=chat)
         self.text = supplemented(own, tokenizer, load, mix=settings.calib_mix, tokens=tokens, spare=room, chinese=chinese)
-        self.device = self.methods_on or torch.device("cpu")
+        self.device = self.devices[0] if self.devices else torch.device("cpu")
         # What a quantised stream lacks of the exact one is less than bfloat16 rounds off, at eight bits a weight.
         self.dtype = self.narrow = torch.float32
-        if self.methods_on is None and multiplies_bfloat16() and stored_in_bfloat16(checkpoint):
+        if not self.devices and multiplies_bfloat16() and stored_in_bfloat16(checkpoint):
             self.narrow = torch.bfloat16  # as llama.cpp multiplies such weights
         self.length = settings.seqlen
 
@@ -198,7 +198,7 @@ class Session:
 
     @property
     def _computed_by(self) -> str:
-        if self.methods_on is None:
+        if not self.devices:
             return "cpu"
         return ON_CPU if self.device.type == "cpu" else self.device.type
 

@@ -247,7 +247,7 @@ def end_to_end(name: str, small: bool) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as room:
         for device in (name, "cpu"):
             options: dict[str, Any] = {"type": "Q4_K_M", "tokens": "2k" if small else "32k", "device": device}
-            counted = choose(device)
+            counted = next(iter(choose(device)), None)
             if counted is not None and counted.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(counted)
             done = pipeline.quantize(None, output=Path(room) / str(len(found)), **options)
@@ -351,10 +351,10 @@ def main() -> None:
     options = parser.parse_args()
     name = ON_CPU if options.device == "cpu" else options.device
     try:
-        device = choose(name)
+        devices = choose(name)
     except ConfigError as error:
         sys.exit(f"check_gpu: {error}")
-    assert device is not None
+    device = devices[0]
     small = device.type == "cpu" and not options.real_sizes
     options.tokens = options.tokens or ("2k" if small else "32k")
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"

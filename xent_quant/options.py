@@ -138,7 +138,8 @@ class TargetOptions(_Choices):
         object.__setattr__(self, "formats", tuple(dict.fromkeys(self.formats)))
 
 
-DEVICES = r"auto|cpu|torch-cpu|mps|(cuda|xpu)(:\d{1,2})?"
+_GPU = r"(torch-cpu|mps|(cuda|xpu)(:\d{1,2})?)"
+DEVICES = rf"auto|cpu|{_GPU}(,{_GPU})*"
 """Names of --device; torch-cpu is the devices' code on the CPU, for tests."""
 
 
@@ -183,9 +184,10 @@ class CalibrationOptions(TextOptions):
     """Text to calibrate on, and where."""
 
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] | str = "auto"
-    """Where the model runs for calibration and codes are chosen; cuda:1 is the second card. auto: CUDA or XPU if any."""
+    """Where the model runs for calibration and codes are chosen. cuda is all cards like the first, cuda:1 the second alone;
+    cuda:0,cuda:2 are two. auto: CUDA or XPU if any."""
     vram: int | str | None = None
-    """Memory of that device to stay within, such as 8G; refused at once where that cannot be. Default: most of what is free."""
+    """Memory of each device to stay within, such as 8G; refused at once where that cannot be. Default: most of what is free."""
     memory: int | str | None = None
     """RAM to stay within, such as 6G; refused at once where that cannot be. Default: what is needed, see --dry-run."""
 
@@ -203,7 +205,7 @@ class CalibrationOptions(TextOptions):
         super().__post_init__()
         _ = self.memory_bytes
         if not re.fullmatch(DEVICES, self.device):
-            raise ConfigError(f"--device {self.device[:40]}: choose auto, cpu, cuda, cuda:1, xpu or mps")
+            raise ConfigError(f"--device {self.device[:40]}: choose auto, cpu, cuda, cuda:1, cuda:0,cuda:1, xpu or mps")
         if self.vram_bytes is not None and self.device == "cpu":
             raise ConfigError(f"--vram {self.vram}: has no effect with --device cpu; drop it, or use --memory")
 

@@ -7,7 +7,7 @@ job on one thread gives the same bits however many there are.
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, overload
 
@@ -32,14 +32,14 @@ class _Mine(threading.local):
 _mine = _Mine()
 
 
-def run(jobs: Sequence[Callable[[], T]], most: int | None = None, *, each: int = 1) -> list[T]:
+def run(jobs: Sequence[Callable[[], T]], most: int | None = None, *, each: int = 1, every: bool = False) -> list[T]:
     """What the jobs return, in their order. They are begun in it too, so one may wait for those before it (`Turns`).
 
-    As many run at a time as numba has threads here, or `most`; a job's own products, factorisations and kernels have one thread,
-    or `each` where several jobs run, and jobs within it run one after the other, or so many at a time. Raises what the first of
-    them that fails raises; the others stop at their next `check`.
+    As many run at a time as numba has threads here, or `most`, or `every` one, if later ones are waited for too; a job's own
+    products, factorisations and kernels have one thread, or `each` where several jobs run, and jobs within it run one after the
+    other, or so many at a time. Raises what the first of them that fails raises; the others stop at their next `check`.
     """
-    count = min(numba.get_num_threads(), len(jobs), most or len(jobs))
+    count = len(jobs) if every else min(numba.get_num_threads(), len(jobs), most or len(jobs))
     stop = threading.Event()
 
     def begin() -> None:
@@ -54,6 +54,9 @@ def run(jobs: Sequence[Callable[[], T]], most: int | None = None, *, each: int =
         with ThreadPoolExecutor(count, initializer=begin) as pool:
             futures = [pool.submit(job) for job in jobs]
             try:
+                if every:  # else those before one that failed may wait for it
+                    wait(futures, return_when=FIRST_EXCEPTION)
+                    _ = [future.result() for future in futures if future.done()]
                 return [future.result() for future in futures]
             except BaseException:
                 stop.set()

@@ -137,14 +137,17 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
     followers, tokens = sum(hessian) if session else 0, session.text.windows.size if session else 0
     if not prepared.measure:  # no more of it is run than what says which experts stay
         tokens = min(tokens, SALIENCY_TOKENS)
-    device, vram = session.methods_on if session and prepared.measure else None, None
+    devices, vram = session.devices if session and prepared.measure else (), None
+    device = devices[0] if devices else None
     length = session.length if session else 0
     if device is None:
         room = resources.room(architecture, followers, length, wanted.memory_bytes)
         memory = resources.memory(architecture, followers, length, room)
     else:
         room = resources.device_room(architecture, followers, length, device, wanted.vram_bytes, memory=wanted.memory_bytes)
-        memory = resources.beside_device(architecture, followers, length, room, device)
+        sharing = resources.helping(architecture, followers, length, room, devices, Silent(), memory=wanted.memory_bytes)
+        devices = (device, *sharing)
+        memory = resources.beside_device(architecture, followers, length, room, device, len(devices))
         vram = resources.vram(architecture, followers, length, room)
     products = session.narrow if session and not any(hessian) else None
     taken = resources.Resources(
@@ -154,6 +157,7 @@ def resources(model: str | Path | None = None, **options: Any) -> "tuple[Resourc
         tokens=tokens,
         seconds=None if vram or wanted.ray else resources.seconds(architecture, exporters, tokens, hessian, products),
         vram=vram,
+        devices=len(devices),
     )
     said = _said(prepared, session)
     if session and prepared.measure and not any(hessian) and len(session.text.spare):

@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_works_on_as_many_experts_as_before(
             notes.append(message)
 
     def watched(*arguments: Any) -> Any:
-        used.append(arguments[-2].experts)
+        used.append(arguments[-3].experts)
         return walk(*arguments)
 
     monkeypatch.setattr(job, "Walk", watched)
@@ -155,7 +155,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_devices_that_are_not_there_are_refused(model: Path, text: Any, tmp_path: Path, no_gpu: None) -> None:
     for device in ("cuda", "cuda:1", "xpu", "mps"):
-        with pytest.raises(ConfigError, match=rf"--device {device}: torch \S+ sees no such device; use --device cpu"):
+        with pytest.raises(ConfigError, match=rf"--device {device}: torch \S+ sees no {device}; use --device cpu"):
             export(model, tmp_path / "out", device=device, **text)
     for device in ("gpu", "cuda:", "cuda:x", "meta"):
         with pytest.raises(ConfigError, match=r"--device \S+: choose auto, cpu, cuda"):
@@ -175,11 +175,11 @@ def test_a_device_is_chosen_before_text_is_read(model: Path, tmp_path: Path, no_
 
 def test_the_second_card_is_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_count", lambda kind: 2 * (kind == "cuda"))
-    assert choice.choose("auto") == choice.choose("cuda") == torch.device("cuda", 0)
-    assert choice.choose("cuda:1") == torch.device("cuda", 1)
+    assert choice.choose("cuda:0") == (torch.device("cuda", 0),)
+    assert choice.choose("cuda:1") == (torch.device("cuda", 1),)
     with pytest.raises(ConfigError, match=r"--device cuda:2: .* there is cuda:0, cuda:1"):
         choice.choose("cuda:2")
-    assert choice.choose("cpu") is None
+    assert choice.choose("cpu") == ()
 
 
 def test_vram_is_kept_or_refused(model: Path, text: Any, tmp_path: Path, gpu: None) -> None:
@@ -245,8 +245,8 @@ def test_a_limit_is_kept_for_the_run_and_counts_what_torch_holds(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
     gpu = torch.device("cuda", 0)
     assert choice.free_bytes(gpu) == int(0.9 * 8 * 2**30)
-    with choice.memory_of(gpu):
+    with choice.memory_of([gpu]):
         assert not fractions
-    with choice.memory_of(gpu, 3 * 2**30):
-        assert fractions == [0.25]
-    assert fractions == [0.25, 1.0]
+    with choice.memory_of([gpu, torch.device("cuda", 1)], 3 * 2**30):
+        assert fractions == [0.25, 0.25]
+    assert fractions == [0.25, 0.25, 1.0, 1.0]

@@ -170,7 +170,7 @@ def test_what_cannot_be_left_out_is_refused(tmp_path: Path) -> None:
 def test_a_cpu_finds_which_stay_where_nothing_else_is_measured(
     options: dict[str, Any], model: Path, text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calibration.session.choose", lambda name: {"cpu": None}[name])
+    monkeypatch.setattr("calibration.session.choose", lambda name: {"cpu": ()}[name])
     assert export(model, tmp_path, **options, **DROP, **text).exports
     assert xent_quant.resources(model, **options, **DROP, **text)[0].vram is None
 

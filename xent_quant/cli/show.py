@@ -179,7 +179,8 @@ def resources(taken: "Resources", notes: Sequence[str]) -> None:
     for line in notes:
         out.print(line)
     work = f", {human_bytes(taken.disk)} for work until it is done" if taken.disk else ""
-    vram = f" VRAM for the work: about {human_bytes(taken.vram)}." if taken.vram else ""
+    each = f" on each of {taken.devices} devices" if taken.devices > 1 else ""
+    vram = f" VRAM for the work: about {human_bytes(taken.vram)}{each}." if taken.vram else ""
     out.print(f"RAM: about {human_bytes(taken.memory)}.{vram} Disk: {human_bytes(taken.result)}{work}.")
     if taken.seconds is not None:
         text = f" with {taken.tokens:,} tokens of text" if taken.tokens else ""

@@ -1,6 +1,6 @@
 """Which device computes, and how much of its memory is free."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -18,21 +18,36 @@ SHARE = 0.9
 """Of what is free, that is planned with: other programs draw on the same card."""
 
 
-def choose(name: str) -> torch.device | None:
-    """The device that `--device` names; None for the CPU's kernels. Raises ConfigError where torch has no such device."""
+def choose(name: str) -> tuple[torch.device, ...]:
+    """The devices that `--device` names, the first of which does all but its share of experts; none for the CPU's kernels. A
+    kind without a number is all of it that is like the first. Raises ConfigError where torch has no such device."""
     if name == "cpu":
-        return None
-    if name == ON_CPU:
-        return torch.device("cpu")
+        return ()
     if name == "auto":
-        return next((torch.device(kind, 0) for kind in KINDS[:2] if _count(kind)), None)
-    kind, _, number = name.partition(":")
-    count = _count(kind)
-    if int(number or 0) < count:
-        return torch.device(kind, int(number or 0))
-    there = ", ".join(f"{each}:{index}" for each in KINDS for index in range(_count(each)))
-    remedy = f"there is {there}" if there else "use --device cpu"
-    raise ConfigError(f"--device {name}: torch {torch.__version__} sees no such device; {remedy}")
+        return next((_alike(kind) for kind in KINDS[:2] if _count(kind)), ())
+    found: list[torch.device] = []
+    for each in name.split(","):
+        kind, _, number = each.partition(":")
+        if each == ON_CPU:
+            found.append(torch.device("cpu"))
+        elif int(number or 0) < _count(kind):
+            found += [torch.device(kind, int(number))] if number else _alike(kind)
+        else:
+            there = ", ".join(f"{each}:{index}" for each in KINDS for index in range(_count(each)))
+            remedy = f"there is {there}" if there else "use --device cpu"
+            raise ConfigError(f"--device {name}: torch {torch.__version__} sees no {each}; {remedy}")
+    if len({device.type for device in found}) > 1 or (found[0].type != "cpu" and len(set(found)) < len(found)):
+        raise ConfigError(f"--device {name}: name devices of one kind, each once")
+    return tuple(found)
+
+
+def _alike(kind: str) -> tuple[torch.device, ...]:
+    every = [torch.device(kind, number) for number in range(_count(kind))]
+    return tuple(device for device in every if len(every) == 1 or _name(device) == _name(every[0]))
+
+
+def _name(device: torch.device) -> str:
+    return str(_module(device.type).get_device_name(device))
 
 
 def _module(kind: str) -> ModuleType:
@@ -59,20 +74,22 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 @contextmanager
-def memory_of(device: torch.device, limit: int | None = None) -> Iterator[None]:
-    """Raise ExportError where the device has no memory left for the block. On CUDA devices that is where `limit` bytes more than
-    now would be taken, too; elsewhere the plan is all that there is."""
-    capped = device.type == "cuda" and limit is not None
-    if capped and limit is not None:
+def memory_of(devices: Sequence[torch.device], limit: int | None = None) -> Iterator[None]:
+    """Raise ExportError where one of the devices has no memory left for the block. On CUDA devices that is where `limit` bytes
+    more than now would be taken of one, too; elsewhere the plan is all that there is."""
+    capped = [device for device in devices if device.type == "cuda" and limit is not None]
+    for device in capped:
         total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated(device) + limit) / total), device)
+        share = (torch.cuda.memory_allocated(device) + (limit or 0)) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
     try:
         yield
     except RuntimeError as error:  # OutOfMemoryError is one; MPS raises a plain one
         if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
             raise
+        named = ",".join(map(str, devices))
         remedy = "close what else uses it, or give --vram less than it took, so that less is worked on together"
-        raise ExportError(f"--device {device}: its memory ran out; {remedy}, and the same command goes on") from error
+        raise ExportError(f"--device {named}: its memory ran out; {remedy}, and the same command goes on") from error
     finally:
-        if capped:
+        for device in capped:
             torch.cuda.set_per_process_memory_fraction(1.0, device)

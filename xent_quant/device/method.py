@@ -59,6 +59,10 @@ class OnDevice:
         self.device, self._method = device, method
         self._effort: Effort = method.effort if isinstance(method, GPTQ | Search) else "fast"
 
+    def on(self, device: torch.device) -> "OnDevice":
+        """The same method on another device."""
+        return OnDevice(self._method, device)
+
     @staticmethod
     def here(kind: Encoding) -> bool:
         """Whether codes of this type are chosen on the device."""

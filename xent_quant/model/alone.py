@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xent_quant.checkpoint.architecture import Layer
 from xent_quant.formats.base import F32
-from xent_quant.model.stages import Expert, ExpertDown, ExpertIn, Mlp, Pass, Stage, Stream, WeightSource
+from xent_quant.model.stages import Expert, ExpertIn, Mlp, Pass, Stage, Stream, WeightSource
 from xent_quant.model.states import InMemory
 
 
@@ -93,9 +93,8 @@ class Alone:
         self.run.total = seen.total
         layer = self.run.architecture.layer(seen.layer)
         mlp = _Collecting(self.run, layer)
-        gate, up, down = next(weights for number, weights in enumerate(layer.experts) if number == seen.expert)
-        expert = Expert(mlp, seen.expert)
-        self.stages: list[Stage] = [ExpertIn(expert, (gate, up)), ExpertDown(expert, (down,))]
+        weights = next(weights for number, weights in enumerate(layer.experts) if number == seen.expert)
+        self.stages = Expert(mlp, seen.expert).stages(weights)
         self._rows = mlp.rows
 
     @property

@@ -13,6 +13,7 @@ its own, what an export made of the model's (a *quantised stream*). Norms are th
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
@@ -31,7 +32,7 @@ from xent_quant.errors import CalibrationError
 from xent_quant.linalg import linear
 from xent_quant.model.layers import attention, head_norm, rms_norm, rotary_tables, route, swiglu
 from xent_quant.model.sizes import ATTENDED, DEVICE_PART_TOKENS, INNER, KEPT_ROWS, PART_TOKENS, STATE_FILES
-from xent_quant.model.states import States
+from xent_quant.model.states import OnDisk, States
 from xent_quant.parallel import Turns, check
 from xent_quant.parallel import run as run_jobs
 from xent_quant.tensors import TensorSpec
@@ -103,6 +104,14 @@ class Stream:
         """What attention makes, until its output projection."""
         return self.attended or self.y
 
+    def on(self, device: torch.device) -> "Stream":
+        """The states of a stream in files, and its routing in the layer that is under way, for that layer's experts on another
+        device."""
+        x, y = (states.on(device) for states in (self.x, self.y) if isinstance(states, OnDisk))
+        found = Stream(x, y, x)
+        found.chosen, found.gates = self.chosen.to(device), self.gates.to(device)
+        return found
+
 
 class Stage(ABC):
     """Weights that read the same rows, and what happens with what they make of them."""
@@ -155,6 +164,11 @@ class Pass:
         self.windows, self.device = windows, windows.device
         self.count, self.length = windows.shape
 
+    def on(self, device: torch.device) -> "Pass":
+        """The same, of streams in files, for the experts of the layer that is under way on another device."""
+        streams = [stream.on(device) for stream in self.streams]
+        return Pass(self.source, self.windows.to(device), streams, self.dtype, self.kept_rows, self.products)
+
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
         """Of rotary embedding, for every place in a window."""
@@ -198,9 +212,8 @@ class Pass:
         mlp, every = Mlp(self, layer), layer.mlp or ()
         stages: list[Stage] = [_AttentionIn(self, layer), _AttentionOut(self, (layer.output,), index)]
         stages.append(_Router(mlp, (*((layer.router,) if layer.router else ()), *every[:2])))
-        for number, (gate, up, down) in enumerate(layer.experts):
-            expert = Expert(mlp, number)
-            stages += [ExpertIn(expert, (gate, up)), ExpertDown(expert, (down,))]
+        for number, weights in enumerate(layer.experts):
+            stages += Expert(mlp, number).stages(weights)
         return [*stages, _SharedDown(mlp, every[2:])]
 
     def head(self) -> "Head":
@@ -333,6 +346,12 @@ class Mlp:
         self._turn_of = list(range(run.architecture.num_experts or 0))
         self._adding = [Turns(len(self._turn_of)) for _ in run.streams]
 
+    def on(self, device: torch.device) -> "Mlp":
+        """Of the same layer on another device, for experts; those of both have their turns together."""
+        found = copy(self)
+        found.run, found._norm, found.shared = self.run.on(device), None, []
+        return found
+
     @property
     def norm(self) -> Tensor:
         if self._norm is None:
@@ -383,6 +402,10 @@ class Expert:
         self.mlp, self.number = mlp, number
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._inner: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def stages(self, weights: Sequence[TensorSpec]) -> list[Stage]:
+        """Its stages, with gate, up and down."""
+        return [ExpertIn(self, weights[:2]), ExpertDown(self, weights[2:])]
 
     def chose(self, stream: int) -> Tensor:
         """Mask [n_tokens] of the tokens of which a stream sends to the expert."""
@@ -588,13 +611,49 @@ def side_by_side(stages: Sequence[Stage]) -> Iterator[list[list[Stage]]]:
         yield chains
 
 
-def take(stages: Sequence[Stage], work: Callable[[Sequence[Stage]], None], most: int | None = None) -> None:
+def shared(groups: Sequence[list[list[Stage]]], devices: Sequence[torch.device]) -> list[list[list[list[Stage]]]]:
+    """Groups of a layer's routed experts, dealt out: those that stay where they are, and those of each of these devices, there.
+    Who gets which does not depend on who is done first. All must be under way at the same time (`on_devices`)."""
+    used = devices[: len(groups) - 1]
+    dealt = [list(groups[number :: len(used) + 1]) for number in range(len(used) + 1)]
+    for number, device in enumerate(used, 1):
+        mlp = cast(_MlpStage, groups[0][0][0]).mlp.on(device)
+        dealt[number] = [[_of(mlp, own) for own in group] for group in dealt[number]]
+    return dealt
+
+
+def _of(mlp: Mlp, expert: Sequence[Stage]) -> list[Stage]:
+    return Expert(mlp, cast(int, expert[0].expert)).stages([spec for stage in expert for spec in stage.weights])
+
+
+def on_devices(jobs: Sequence[Callable[[], None]]) -> None:
+    """Have each device do its share of `shared`. Raises what one of them raises."""
+    if len(jobs) == 1:
+        jobs[0]()
+    else:
+        run_jobs(jobs, each=max(1, numba.get_num_threads() // len(jobs)), every=True)
+
+
+def take(
+    stages: Sequence[Stage],
+    work: Callable[[Sequence[Stage]], None],
+    most: int | None = None,
+    devices: Sequence[torch.device] = (),
+) -> None:
     """Have `work` do stages in their order; on the CPU those of `most` routed experts at a time, of one for each thread, are
-    done side by side. Raises what it raises."""
+    done side by side, and elsewhere further `devices` share them. Raises what it raises."""
     for together in side_by_side(stages):
-        jobs = [partial(work, own) for own in together]
-        if together[0][0].expert is not None and together[0][0].run.device.type == "cpu":
-            run_jobs(jobs, most)
+        routed = together[0][0].expert is not None
+        if routed and together[0][0].run.device.type == "cpu" and not devices:
+            run_jobs([partial(work, own) for own in together], most)
+        elif routed:
+            on_devices([partial(_each, work, groups) for groups in shared([[own] for own in together], devices)])
         else:
-            for job in jobs:
-                job()
+            for own in together:
+                work(own)
+
+
+def _each(work: Callable[[Sequence[Stage]], None], groups: Sequence[list[list[Stage]]]) -> None:
+    for group in groups:
+        for own in group:
+            work(own)

@@ -51,6 +51,10 @@ class OnDisk:
         self.file = rows
         self._dtype, self._device, self._first = dtype, device, first
 
+    def on(self, device: torch.device) -> "OnDisk":
+        """The same rows, read to another device and written from it."""
+        return OnDisk(self.file, self._dtype, device, self._first)
+
     def read(self, start: int, stop: int) -> Tensor:
         return torch.from_numpy(self.file.read(self._first + start, self._first + stop)).to(self._device, self._dtype)
 

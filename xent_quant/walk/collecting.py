@@ -50,13 +50,20 @@ class Collecting:
 
     The head is included, which llama-imatrix does with --process-output only; the router is not. Each step's sums are a file of
     `folder` when it is done, so that another run can go on behind it. Holds the sums of one layer, and what `Pass` holds, with
-    at most so many `experts` side by side.
+    at most so many `experts` side by side, on each of further `devices` too.
     """
 
     def __init__(
-        self, session: Session, streams: Streams, journal: Journal, folder: Path, progress: Progress, experts: int | None = None
+        self,
+        session: Session,
+        streams: Streams,
+        journal: Journal,
+        folder: Path,
+        progress: Progress,
+        experts: int | None = None,
+        devices: Sequence[torch.device] = (),
     ) -> None:
-        self._experts = experts
+        self._experts, self._devices = experts, devices
         self._model, self._checkpoint = session.checkpoint.architecture, session.checkpoint
         self._streams, self._journal, self._folder, self._report = streams, journal, folder, progress
 
@@ -83,12 +90,12 @@ class Collecting:
 
     def _layer(self, index: int) -> Sums:
         found: Sums = {}
-        take(self._streams.run.layer(index), partial(self._measure, index, found), self._experts)
+        take(self._streams.run.layer(index), partial(self._measure, index, found), self._experts, self._devices)
         return found
 
     def _measure(self, index: int, found: Sums, stages: Sequence[Stage]) -> None:
-        run = self._streams.run
         for stage in stages:
+            run = stage.run
             if stage.weights:
                 self._add(stage, found)
             exact: dict[str, Tensor] = {spec.name: run.read(spec.name) for spec in stage.weights}
@@ -157,11 +164,13 @@ def collect(
     Raises what running the model raises, and ExportError for what cannot be written.
     """
     model = session.checkpoint.architecture
-    device = session.methods_on
+    devices = session.devices
+    device, sharing = devices[0] if devices else None, devices[:0]
     if device is None:
         room = resources.room(model, 0, session.length, memory)
     else:
         room = resources.device_room(model, 0, session.length, device, vram, memory=memory)
+        sharing = resources.helping(model, 0, session.length, room, devices, progress, memory=memory)
     before = fingerprint(session.checkpoint)
     identity = {
         "checkpoint": before,
@@ -177,7 +186,7 @@ def collect(
             journal = Journal(path, identity)
         files.enter_context(kept(work, journal))
         if device is not None:
-            files.enter_context(memory_of(device, vram))
+            files.enter_context(memory_of((device, *sharing), vram))
         opened = files.enter_context(ExitStack())
         if done := journal.layers(model.num_layers):
             progress.note(f"Going on with an interrupted run: {done} of {model.num_layers} layers are done.")
@@ -199,7 +208,7 @@ def collect(
             products=session.narrow,
         )
         opened.callback(streams.close)
-        collecting = Collecting(session, streams, journal, work.path, progress, room.experts)
+        collecting = Collecting(session, streams, journal, work.path, progress, room.experts, sharing)
         collecting.run()
         opened.close()
         matrix = Imatrix(collecting.entries(), session.text.names, len(windows), windows.shape[1])

@@ -74,10 +74,10 @@ def run(
 ) -> Done:
     """Quantise `checkpoint` for all `exporters`, which write into `output`, in one walk, with `statistics` of a file or of a
     `text` that runs along; files say of them what `provenance` holds, and `identity` is what their bytes depend on. At most
-    `memory` bytes are resident, or ConfigError is raised before anything is read; of the device's on which methods compute, where
-    the text names one, `vram` (None: what is free). With `dropping` the checkpoint is any view with as many experts as will stay,
-    and the exporters are planned for it; which stay is measured when the run begins, and their view takes its place. `ray` is the
-    address of a cluster that helps.
+    `memory` bytes are resident, or ConfigError is raised before anything is read; on each device on which methods compute, where
+    the text names some, `vram` (None: what is free). With `dropping` the checkpoint is any view with as many experts as will
+    stay, and the exporters are planned for it; which stay is measured when the run begins, and their view takes its place. `ray`
+    is the address of a cluster that helps.
 
     All exports appear, or none does, and what they replace is lost only when they are there. After an error or a kill the work
     that was done stays beside the output, and the same call goes on with it unless `restart` is given. Holds what `Walk` holds.
@@ -86,12 +86,13 @@ def run(
     model, report = checkpoint.architecture, progress or Silent()
     hessian = [exporter.method is not None and exporter.method.needs_hessian for exporter in exporters]
     followers = sum(hessian) if text else 0
-    device = text.methods_on if text else None
-    if text is None or device is None:
-        length = text.length if text else dropping.session.length if dropping else 0
+    devices = text.devices if text else ()
+    device, sharing = devices[0] if devices else None, devices[:0]
+    length = text.length if text else dropping.session.length if dropping else 0
+    if device is None:
         room = resources.room(model, followers, length, memory)
     else:
-        fitting = partial(resources.device_room, model, followers, text.length, device, vram, memory=memory)
+        fitting = partial(resources.device_room, model, followers, length, device, vram, memory=memory)
         room = fitting()
     for exporter in exporters:
         exporter.check(force)
@@ -117,10 +118,11 @@ def run(
                 if room != earlier:
                     report.note(f"{device} has less memory left than before: other last bits than in one run are possible.")
             journal.room = vars(room).copy()
+            sharing = resources.helping(model, followers, length, room, devices, report, memory=memory)
         cluster = files.enter_context(_cluster(ray, report))  # before `kept`: there may be one the next time
         files.enter_context(kept(work, journal))
         if device is not None:
-            files.enter_context(_memory_of(device, vram))
+            files.enter_context(_memory_of((device, *sharing), vram))
         if dropping:
             if journal.experts is None:
                 journal.experts = dropping.measured(work.path / SALIENCY, report, room)
@@ -146,7 +148,7 @@ def run(
         if text:
             streams, measuring = _streams(checkpoint, text, lanes, hessian, results, journal, work, room, device, report)
             opened.callback(streams.close)
-        Walk(checkpoint, lanes, journal, streams, measuring, report, room, cluster).run()
+        Walk(checkpoint, lanes, journal, streams, measuring, report, room, cluster, sharing).run()
         exported = []
         for lane in lanes:
             exported.append(lane.writer.finish(unmeasured_notes(lane.unmeasured, lane.measured)))
@@ -175,10 +177,10 @@ def _cluster(address: str | None, report: Progress) -> "Iterator[Cluster | None]
         yield cluster
 
 
-def _memory_of(device: "torch.device", limit: int | None) -> AbstractContextManager[None]:
+def _memory_of(devices: "Sequence[torch.device]", limit: int | None) -> AbstractContextManager[None]:
     from xent_quant.device.choice import memory_of
 
-    return memory_of(device, limit)
+    return memory_of(devices, limit)
 
 
 def _on(device: "torch.device | None", exporter: Exporter) -> "OnDevice | None":

@@ -16,6 +16,7 @@ from xent_quant.methods.rtn import RoundToNearest
 from xent_quant.tensors import InputStatistics, Role, StatisticsSource, TensorSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from xent_quant.device.method import Job, OnDevice
@@ -69,8 +70,12 @@ class Lane:
         """What an earlier run found."""
         self.unmeasured, self.measured, self._seen = list(unmeasured), measured, set(unmeasured)
 
+    def on(self, device: "torch.device") -> "Lane":
+        """The same export on another device; what is noted there `made_elsewhere` takes."""
+        return Lane(self.choices, self.writer, self.stream, self.file, self.device and self.device.on(device))
+
     def made_elsewhere(self, rows: "Iterable[Packed]", unmeasured: Sequence[str], measured: int) -> None:
-        """What another lane of the same export, in another process, put and noted."""
+        """What another lane of the same export, in another process or on another device, put and noted."""
         for name, number, start, packed in rows:
             self.writer.put(self._slots[name][number], start, packed)
         with self._noting:

@@ -30,6 +30,8 @@ from xent_quant.walk.lanes import Lane
 from xent_quant.walk.work import Reports, Work
 
 if TYPE_CHECKING:
+    import torch
+
     from calibration.measuring import Measuring
     from xent_quant.model.stages import Stage
     from xent_quant.model.streams import Streams
@@ -57,9 +59,12 @@ class Walk:
         progress: Progress | None = None,
         room: Room | None = None,
         cluster: "Cluster | None" = None,
+        devices: "Sequence[torch.device]" = (),
     ) -> None:
         """So many experts of a layer as there is `room` for are worked on at a time: in threads, or together by methods that
-        compute on a device. A `cluster` takes them instead, as do weights of which no text tells anything."""
+        compute on a device, and on each of further `devices`. A `cluster` takes them instead, as do weights of which no text
+        tells anything."""
+        self._devices = devices
         self.checkpoint, self.lanes, self.journal, self.streams = checkpoint, lanes, journal, streams
         self._side_by_side, together = (room.experts, room.streams) if room else (None, None)
         self._progress = progress or Silent()
@@ -142,15 +147,27 @@ class Walk:
 
     def _experts(self, experts: "list[list[Stage]]") -> None:
         """The stages of a layer's routed experts: side by side in processes elsewhere or in threads, or as many as fit together
-        on a device."""
+        on each device."""
         if self._work.device is not None:
-            step = self._side_by_side or 1
-            parts = [experts[start : start + step] for start in range(0, len(experts), step)]
-            self._work.stages([same for part in parts for same in zip(*part, strict=True)])
+            self._on_devices(experts)
         elif self._elsewhere:
             self._elsewhere.experts(experts)
         else:
             parallel.run([partial(self._work.stages, zip(chain)) for chain in experts], self._side_by_side)
+
+    def _on_devices(self, experts: "list[list[Stage]]") -> None:
+        from xent_quant.model.stages import on_devices, shared
+
+        step = self._side_by_side or 1
+        first, *others = shared([experts[start : start + step] for start in range(0, len(experts), step)], self._devices)
+        beside = [self._work.on(groups[0][0][0].run) for groups in others]
+        jobs = []
+        for work, groups in zip([self._work, *beside], [first, *others], strict=True):
+            jobs.append(partial(work.stages, [same for group in groups for same in zip(*group, strict=True)]))
+        on_devices(jobs)
+        for work in beside:
+            for lane, other in zip(self.lanes, work.lanes, strict=True):
+                lane.made_elsewhere((), other.unmeasured, other.measured)
 
     def _head(self) -> None:
         self._pass([self.checkpoint.architecture.final_norm], self.lanes)

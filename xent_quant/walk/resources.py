@@ -29,6 +29,7 @@ from xent_quant.model.sizes import (
     Room,
     state_files,
 )
+from xent_quant.progress import Progress
 from xent_quant.tensors import ATTENTION_ROLES, InputStatistics, Role, TensorSpec
 from xent_quant.units import human_bytes
 
@@ -56,7 +57,7 @@ PROBE_ROWS, PROBE_COLUMNS = 192, 1024
 class Resources:
     """`memory` is the peak of resident bytes, `disk` what the work takes beside the results until it is done, `result` the
     bytes of these; `seconds` of the clock, None where nothing was measured. `tokens` run through the model. `vram` is the peak of
-    bytes on the device that methods compute on, None where there is none."""
+    bytes on each of the `devices` that methods compute on, None where there is none."""
 
     memory: int
     disk: int
@@ -64,6 +65,7 @@ class Resources:
     tokens: int
     seconds: float | None
     vram: int | None = None
+    devices: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return vars(self).copy()
@@ -184,14 +186,14 @@ def vram(model: Architecture, followers: int, length: int, room: Room) -> int:
     return int(MARGIN * (4 * HELD * MAX_LANES + max(for_all + scores, experts, stage(_slice(model), hidden))))
 
 
-def beside_device(model: Architecture, followers: int, length: int, room: Room, device: "torch.device") -> int:
-    """Peak of resident bytes of such a walk, without what the driver takes. Where the device is the CPU, that of the device is
-    among them."""
-    columns, number = max(model.hidden_size, model.intermediate_size, model.shared_size), room.experts or 1
+def beside_device(model: Architecture, followers: int, length: int, room: Room, device: "torch.device", devices: int = 1) -> int:
+    """Peak of resident bytes of such a walk, without what the driver takes, where so many `devices` share experts. Where the
+    device is the CPU, those of the devices are among them."""
+    columns, number = max(model.hidden_size, model.intermediate_size, model.shared_size), (room.experts or 1) * devices
     # float32 of two stages, one of them being read, and in pinned memory; codes and bytes.
     weights = 14 * max(_slice(model), *(each * (number if routed else 1) for each, _, routed in _stages(model)))
-    rows = 2 * 4 * DEVICE_PART_TOKENS * columns
-    there = vram(model, followers, length, room) if device.type == "cpu" else 0
+    rows = 2 * 4 * DEVICE_PART_TOKENS * columns * devices
+    there = devices * vram(model, followers, length, room) if device.type == "cpu" else 0
     return there + int(MARGIN * (PROGRAM + VOCABULARY * model.vocab_size + TORCH + weights + rows))
 
 
@@ -224,6 +226,37 @@ def device_room(
         raise _too_little(memory, beside_device(model, followers, length, Room(0, 1, 1), device), followers, True)
     said = f"--vram {human_bytes(limit)}" if limit is not None else f"--device {device}: {human_bytes(free or 0)} are free"
     raise ConfigError(f"{said}: about {human_bytes(least)} are needed; use --device cpu, or one format at a time")
+
+
+def helping(
+    model: Architecture,
+    followers: int,
+    length: int,
+    room: Room,
+    devices: "Sequence[torch.device]",
+    report: Progress,
+    *,
+    memory: int | None = None,
+) -> "tuple[torch.device, ...]":
+    """Of `devices` behind the first those that share its experts: on which as much memory is free as is planned on the first,
+    and beside which `memory` bytes of RAM suffice. How many experts are one stack, and so what is written, depends on none."""
+    from xent_quant.device.choice import free_bytes
+
+    first, *others = devices
+    found: list[torch.device] = []
+    groups = -(-(model.num_experts or 0) // (room.experts or 1))
+    needed = vram(model, followers, length, room)
+    for device in others[: max(0, groups - 1)]:
+        free, beside = free_bytes(device), beside_device(model, followers, length, room, first, len(found) + 2)
+        if free is not None and free < needed:
+            report.note(f"{device} takes no part: {human_bytes(needed)} of its memory are needed, {human_bytes(free)} are free.")
+        elif memory is not None and memory < beside:
+            report.note(f"{device} takes no part: about {human_bytes(beside)} of RAM are needed, --memory is less.")
+        else:
+            found.append(device)
+    if found:
+        report.note(f"{', '.join(map(str, [first, *found]))} share each layer's experts.")
+    return tuple(found)
 
 
 def disk(model: Architecture, tokens: int, followers: int, device: "torch.device | None", *, measured: bool = True) -> int:

@@ -72,6 +72,11 @@ class Work:
         """Where methods compute, the same for all lanes that have one."""
         return next((lane.device.device for lane in self.lanes if lane.device is not None), None)
 
+    def on(self, run: "Pass") -> "Work":
+        """The same for experts on the device of `run`; see `Lane.on`."""
+        measuring = [each.on(run.device) for each in self.measuring.values()]
+        return Work(self.checkpoint, [lane.on(run.device) for lane in self.lanes], run, measuring, self.reports)
+
     def stages(self, stages: "Iterable[tuple[Stage, ...]]") -> None:
         """Stages of a layer one after the other, or the same stages of several experts; those of another expert may be under way
         beside them."""
