@@ -263,6 +263,22 @@ def end_to_end(name: str, small: bool) -> dict[str, dict[str, Any]]:
     return found
 
 
+def several(name: str) -> dict[str, Any]:
+    """The miniature by one device, and by all cards like it (the CPU twice), which share its experts."""
+    first, *others = choose(name)
+    if first.type != "cpu" and not others:
+        return {"left out": "there is one card of this kind"}
+    every = ",".join(map(str, (first, *others))) if others else f"{name},{name}"
+    files, seconds = [], {}
+    with tempfile.TemporaryDirectory() as room:
+        for device in (every.partition(",")[0], every):
+            output = Path(room) / str(len(files))
+            done = pipeline.quantize(None, output=output, type="Q4_K_M", tokens="2k", device=device)
+            seconds[device] = done.walk_seconds
+            files.append(done.exports[0].read_bytes())
+    return {"seconds of the walk": seconds, "bytes": "the same" if files[0] == files[1] else "OTHER"}
+
+
 def _agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     return {
         "largest difference of logits": float(np.abs(ours - theirs).max()),
@@ -364,6 +380,7 @@ def main() -> None:
         "parity with the CPU's kernels": partial(parity, device, small),
         "one layer": partial(layer, device, options, small),
         "the miniature, end to end": partial(end_to_end, name, small),
+        "the miniature, by several devices": partial(several, name),
         "ONNX, fp16": partial(onnx, device, "fp16"),
         "ONNX, bf16": partial(onnx, device, "bf16"),
         "bitsandbytes, NF4": partial(bitsandbytes, device),

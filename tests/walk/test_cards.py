@@ -17,7 +17,7 @@ from xent_quant.errors import ConfigError, ExportError, Interrupted
 from xent_quant.model.sizes import Room
 from xent_quant.model.stages import ExpertIn, Pass
 from xent_quant.progress import Silent
-from xent_quant.walk import resources
+from xent_quant.walk import job, resources
 from xent_quant.walk.work import Work
 
 ONE, TWO, THREE = (",".join(["torch-cpu"] * count) for count in (1, 2, 3))
@@ -55,7 +55,9 @@ def test_what_several_devices_write_is_what_one_writes(
             shares.append((id(self.run), len(every)))
         run(self, every)
 
+    noted: list[Any] = []
     monkeypatch.setattr(Work, "stages", watched)
+    monkeypatch.setattr(job, "unmeasured_notes", lambda *arguments: noted.append(arguments) or ())
     notes, layers = Notes(), 0
     for device, count in ((ONE, 1), (TWO, 2), (THREE, 3)):
         shares.clear()
@@ -65,6 +67,9 @@ def test_what_several_devices_write_is_what_one_writes(
         assert len({run for run, _ in shares}) >= count
         assert sum(stages for _, stages in shares) == 6 * layers  # three pairs of experts, two stages each
         assert tree(tmp_path / device) == tree(tmp_path / ONE)
+    third = len(noted) // 3
+    assert noted[0][1]  # of how many weights statistics are known
+    assert noted[third : 2 * third] == noted[2 * third :] == noted[:third]
     assert [note for note in notes.said if "share" in note] == [
         "cpu, cpu share each layer's experts.",
         "cpu, cpu, cpu share each layer's experts.",
