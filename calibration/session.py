@@ -78,9 +78,10 @@ class Windows:
     """A Text of given windows [n, length] int64."""
 
     dtype = narrow = torch.float32
+    devices: tuple[torch.device, ...] = ()
 
-    def __init__(self, windows: Tensor, devices: tuple[torch.device, ...] = ()) -> None:
-        self._windows, self.length, self.devices = windows, windows.shape[1], devices
+    def __init__(self, windows: Tensor) -> None:
+        self._windows, self.length = windows, windows.shape[1]
         self.identity = {"text": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
 
     def windows(
