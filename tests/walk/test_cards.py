@@ -198,3 +198,11 @@ def test_a_dry_run_tells_of_all_devices(model: Path, text: Any) -> None:
     assert (taken[ONE].devices, taken[THREE].devices) == (1, 3)
     assert taken[THREE].vram == taken[ONE].vram
     assert taken[THREE].memory >= taken[ONE].memory + 2 * (taken[ONE].vram or 0)
+
+
+@pytest.mark.slow
+def test_two_devices_write_the_miniature_as_one(tmp_path: Path) -> None:
+    """Its products are large enough for torch to cut them by threads."""
+    for device in (ONE, TWO):
+        xent_quant.quantize(None, output=tmp_path / device, device=device, type="Q4_K_M", tokens="2k", threads=2)
+    assert tree(tmp_path / TWO) == tree(tmp_path / ONE)

@@ -627,11 +627,12 @@ def _of(mlp: Mlp, expert: Sequence[Stage]) -> list[Stage]:
 
 
 def on_devices(jobs: Sequence[Callable[[], None]]) -> None:
-    """Have each device do its share of `shared`. Raises what one of them raises."""
+    """Have each device do its share of `shared`, what the CPU does for it with as many threads as for one: their number decides
+    last bits of torch's products. Raises what one of them raises."""
     if len(jobs) == 1:
         jobs[0]()
     else:
-        run_jobs(jobs, each=max(1, numba.get_num_threads() // len(jobs)), every=True)
+        run_jobs(jobs, each=numba.get_num_threads(), every=True)
 
 
 def take(
