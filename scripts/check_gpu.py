@@ -45,6 +45,7 @@ from xent_quant.methods import METHODS
 from xent_quant.model.sizes import DEVICE_PART_TOKENS
 from xent_quant.model.stages import Batch
 from xent_quant.options import CalibrationOptions
+from xent_quant.progress import Silent
 from xent_quant.tensors import InputStatistics
 from xent_quant.units import human_bytes, human_seconds
 from xent_quant.validation.onnx_runtime import OnnxModel, generate
@@ -263,20 +264,33 @@ def end_to_end(name: str, small: bool) -> dict[str, dict[str, Any]]:
     return found
 
 
+class _Notes(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
 def several(name: str) -> dict[str, Any]:
     """The miniature by one device, and by all cards like it (the CPU twice), which share its experts."""
     first, *others = choose(name)
     if first.type != "cpu" and not others:
         return {"left out": "there is one card of this kind"}
     every = ",".join(map(str, (first, *others))) if others else f"{name},{name}"
-    files, seconds = [], {}
+    files, seconds, notes = [], {}, _Notes()
     with tempfile.TemporaryDirectory() as room:
         for device in (every.partition(",")[0], every):
             output = Path(room) / str(len(files))
-            done = pipeline.quantize(None, output=output, type="Q4_K_M", tokens="2k", device=device)
+            done = pipeline.quantize(None, output=output, type="Q4_K_M", tokens="2k", device=device, progress=notes)
             seconds[device] = done.walk_seconds
             files.append(done.exports[0].read_bytes())
-    return {"seconds of the walk": seconds, "bytes": "the same" if files[0] == files[1] else "OTHER"}
+    who = [note for note in notes.said if "share each" in note or "takes no part" in note]
+    if not any("share each" in note for note in who):
+        return {"left out": "; ".join(who)}
+    if files[0] != files[1]:
+        raise AssertionError(f"{every} writes other bytes than {first}")
+    return {"seconds of the walk": seconds, "bytes": "the same", "who": "; ".join(who)}
 
 
 def _agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:

@@ -184,8 +184,7 @@ class CalibrationOptions(TextOptions):
     """Text to calibrate on, and where."""
 
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] | str = "auto"
-    """Where the model runs for calibration and codes are chosen. cuda is all cards like the first, cuda:1 the second alone;
-    cuda:0,cuda:2 are two. auto: CUDA or XPU if any."""
+    """Where the model runs for calibration and codes are chosen. cuda is all cards like the first, cuda:1 the second alone, cuda:0,cuda:2 are two. auto: CUDA or XPU if any."""  # noqa: E501
     vram: int | str | None = None
     """Memory of each device to stay within, such as 8G; refused at once where that cannot be. Default: most of what is free."""
     memory: int | str | None = None

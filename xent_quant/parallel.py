@@ -45,6 +45,7 @@ def run(jobs: Sequence[Callable[[], T]], most: int | None = None, *, each: int =
     def begin() -> None:
         numba.set_num_threads(each)
         if torch := sys.modules.get("torch"):
+            torch.get_num_threads()  # else a thread's first product takes the number that was set last, wherever that was
             torch.set_num_threads(each)
         _mine.stop = stop
 

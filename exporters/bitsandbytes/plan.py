@@ -81,8 +81,9 @@ class BnbPlan:
         return {4: self.bnb_type.upper(), 8: "INT8", 16: "BF16"}[self.bits]
 
     def beside_weights(self, context: int) -> int:
-        """The KV cache in bfloat16, the largest weight while it is dequantised, RUNTIME_BYTES: an estimate."""
-        largest = 2 * max(prod(tensor.shape) for tensor in self.tensors)
+        """The KV cache in bfloat16, the largest quantised weight while it is dequantised, RUNTIME_BYTES: an estimate."""
+        small = [tensor for tensor in self.tensors if self.bits < 16 and tensor.encoding.name == self.type]
+        largest = 2 * max((prod(tensor.shape) for tensor in small), default=0)
         return kv_cache_bytes(self.architecture, context) + largest + RUNTIME_BYTES
 
     def vram_bytes(self, context: int) -> int:

@@ -4,9 +4,9 @@
     layout (tensors, their bytes by type) ─┼─► problems ─► xent_quant.planning ─► types ─► Recipe ─► plan ─► the exporter
     machine (memories, bandwidths) ────────┘
 
-Everything but routers and norms, which stay F32, has one of `sensitivities.TYPES`, whose blocks divide its rows; where experts
-have a width that needs padding for most types, both the padded and the plain one are planned, and the better is taken. For a
-GPU beside RAM there is a problem for each number of layers whose experts stay in RAM, too.
+Everything but routers and norms, which stay F32, has one of `sensitivities.TYPES`, whose blocks divide its rows, or F16 where
+none does; where experts have a width that needs padding for most types, both the padded and the plain one are planned, and the
+better is taken. For a GPU beside RAM there is a problem for each number of layers whose experts stay in RAM, too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ from xent_quant.planning import (
     least_loss,
     least_product,
 )
-from xent_quant.recipes import planned_recipe, recipe
+from xent_quant.recipes import LAST_RESORT, planned_recipe, recipe
 from xent_quant.sensitivities import EMBEDDING, HEAD, TYPES, Sensitivity, place
 from xent_quant.tensors import KEPT_ROLES
 from xent_quant.units import human_bytes
@@ -116,10 +116,10 @@ class Layout:
         return {where: Group(" ".join(where), tuple(self._choices(where, some))) for where, some in self.together.items()}
 
     def _choices(self, where: Place, tensors: Sequence[PlannedTensor]) -> Iterator[Choice]:
-        for kind in TYPES:
-            if all(tensor.columns % formats.get(kind).block_size == 0 for tensor in tensors):
-                nbytes = sum(replace(tensor, type=kind).aligned_bytes for tensor in tensors)
-                yield Choice(kind, nbytes, self.loss(where, kind))
+        some = [kind for kind in TYPES if all(each.columns % formats.get(kind).block_size == 0 for each in tensors)]
+        for kind in some or [LAST_RESORT]:
+            nbytes = sum(replace(tensor, type=kind).aligned_bytes for tensor in tensors)
+            yield Choice(kind, nbytes, self.loss(where, kind) if some else 0.0)
 
     @cached_property
     def kept(self) -> list[PlannedTensor]:
@@ -315,9 +315,12 @@ def _too_little(candidates: Sequence[Candidate], goal: Goal, header: int) -> Exp
         assert goal.size is not None
         return too_small("size", goal.size, min(nbytes[0] - each.problem.memory[0] for each, nbytes, _ in left), "takes")
     alone = machine.vram is None or machine.ram is None
-    remedy = "; with --ram experts may stay in RAM" if machine.ram is None and candidates[0].layout.model.num_experts else ""
+    experts = bool(candidates[0].layout.model.num_experts)
+    remedy = "; with --ram experts may stay in RAM" if machine.ram is None and experts else ""
+    if not alone and not experts:
+        remedy = "; without experts all of it lies on the GPU: give --ram alone, or less --context"
     for option, limit, memory, what in (
-        ("fit", machine.vram, VRAM, "needs" if alone else "with all experts in RAM needs"),
+        ("fit", machine.vram, VRAM, "needs" if alone or not experts else "with all experts in RAM needs"),
         ("ram", machine.ram, RAM, "needs" if alone else "beside that VRAM needs"),
     ):
         over = [nbytes[memory] - each.problem.memory[memory] for each, nbytes, _ in left]

@@ -75,9 +75,10 @@ def section(
     tag = re.sub(r"[^a-z0-9._-]+", "-", stem.lower())
     lines += [f"ollama create {tag} -f {modelfile}", f'ollama run {tag} "{PROMPT}"', "```", ""]
     if plan.architecture.num_experts:
+        cache = "" if plan.kv == "f16" else f" in a cache of {plan.kv}"
         lines += [
             f"On a GPU add `-ngl 99` and, where it does not fit, leave the experts of some layers in RAM. "
-            f"With {plan.context:,} tokens of context ({human_bytes(plan.vram_bytes())} in all, estimated):",
+            f"With {plan.context:,} tokens of context{cache} ({human_bytes(plan.vram_bytes())} in all, estimated):",
             "",
             "| VRAM | option |",
             "|---|---|",
@@ -116,9 +117,11 @@ def joined(
 
 def server(plan: GGUFPlan, file: str) -> str:
     """The command that serves a `file`, quoted for a shell, as it was planned: on a GPU where there is one."""
-    layers = f"-ngl {99 if plan.placement.gpu else 0}" + (f" --n-cpu-moe {moved}" if (moved := plan.placement.cpu_layers) else "")
+    moved, all_layers = plan.placement.cpu_layers, max(99, plan.architecture.num_layers + 1)
+    layers = f"-ngl {all_layers if plan.placement.gpu else 0}" + (f" --n-cpu-moe {moved}" if moved else "")
     cache = "" if plan.kv == "f16" else f" -fa on -ctk {plan.kv} -ctv {plan.kv}"
-    return f"llama-server -m {file} {layers} -c {plan.context} -np 1{cache}"
+    prompts = " --cache-ram 0" if moved or not plan.placement.gpu else ""  # else up to 8 GiB of RAM keep prompts that were left
+    return f"llama-server -m {file} {layers} -c {plan.context} -np 1{cache}{prompts}"
 
 
 def sampling(generation: Mapping[str, Any]) -> dict[str, float]:
@@ -135,6 +138,10 @@ def modelfile(plan: GGUFPlan, files: Sequence[Path], stem: str, *, chat: bool, s
     if plan.placement.cpu_layers:
         head.append(
             f"# Planned for llama.cpp's --n-cpu-moe {plan.placement.cpu_layers}; ollama's num_gpu counts whole layers instead."
+        )
+    if plan.kv != "f16":
+        head.append(
+            f"# Planned for a smaller cache, as ollama serves with OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={plan.kv}."
         )
     return "\n".join(
         [

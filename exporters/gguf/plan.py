@@ -27,6 +27,9 @@ BATCH = 512
 RUNTIME_BYTES = 300_000_000
 """What a GPU's driver context and llama.cpp's alignment take, about."""
 
+CACHE_STEP = 256
+"""llama.cpp rounds a context up to a multiple of so many tokens."""
+
 SYSTEM_BYTES = 2_000_000_000
 """Of a computer's RAM what the operating system, llama.cpp's own buffers there and a few small programs take: an allowance."""
 
@@ -194,6 +197,11 @@ class GGUFPlan:
         return next((each for each in layers if self.needs(Placement(cpu_layers=each)).held[VRAM] <= vram), None)
 
 
+def whole(context: int) -> int:
+    """Tokens that llama.cpp has room for."""
+    return -(-context // CACHE_STEP) * CACHE_STEP
+
+
 def compute_bytes(model: Architecture, width: int, context: int) -> int:
     """llama.cpp's compute buffer for BATCH tokens of `context`, with flash attention and experts of `width`: the mask in float16,
     and in float32 what is there at once in the stage that needs most: logits, or the experts' outputs before and after their
@@ -210,6 +218,7 @@ def beside_weights(model: Architecture, width: int, context: int, kv: str, place
     """What is needed besides weights: the KV cache in a type of KV_ITEM, of which a token reads CACHE_FILL, the compute buffer,
     and the allowances. Of experts in RAM llama.cpp uploads one tensor at a time where it computes a prompt: the `largest` of
     them has its place in VRAM too."""
+    context = whole(context)
     cache = kv_cache_bytes(model, context, KV_ITEM[kv])
     held = cache + compute_bytes(model, width, context)
     if not placement.gpu:

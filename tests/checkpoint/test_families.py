@@ -50,7 +50,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "clipped": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0; only null can be exported"),
     "heads that do not make up the width": ("olmoe", {"head_dim": 32}, "head_dim 32 differs"),
     "biases": ("llama", {"mlp_bias": True}, "mlp_bias is True"),
-    "a base of three": ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "type 'llama3' is not supported"),
+    "a base of three": (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "'llama3' is not supported .* is another model",
+    ),
     "dense first": ("bailing_moe", {"first_k_dense_replace": 1}, "first_k_dense_replace is 1"),
     "a normed head": ("bailing_moe", {"norm_head": True}, "norm_head is True"),
     "the second generation": ("bailing_moe", {"score_function": "sigmoid"}, "score_function is 'sigmoid'; only 'softmax'"),

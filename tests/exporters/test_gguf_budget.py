@@ -26,6 +26,8 @@ from xent_quant.tensors import KEPT_ROLES
 from xent_quant.units import human_bytes
 
 MODEL = architecture(num_hidden_layers=3)
+DENSE = {"model_type": "llama", "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+DENSE |= {"num_attention_heads": 4, "tie_word_embeddings": True}
 WEIGHTS = {"attn_v": 30.0, "attn_output": 10.0, "ffn_down_exps": 3.0, "output": 40.0}
 
 
@@ -116,8 +118,7 @@ def test_a_bound_on_the_loss_gives_the_smallest_file() -> None:
 
 
 def test_a_tied_embedding_without_a_head_of_its_own_counts_as_both() -> None:
-    config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-    model = Architecture.from_config({**config, "num_attention_heads": 4, "tie_word_embeddings": True})
+    model = Architecture.from_config(DENSE)
     known = sensitivity(model)
     groups = Layout(model, 512, known, method="imatrix").groups.values()
     (both,) = (group for group in groups if group.label == "token_embd output")
@@ -200,6 +201,27 @@ def test_what_llama_cpp_refuses_is_refused() -> None:
         planned(MODEL, sensitivity(MODEL), Goal(name="test", machine=Machine(vram=10**10), context=16384))
 
 
+def test_rows_that_no_type_divides_are_floats() -> None:
+    """Experts' down projections of 172 columns; padded, they have types. Rows of 16 columns have none."""
+    narrow = architecture(num_hidden_layers=2, hidden_size=64, intermediate_size=172, num_attention_heads=2)
+    known = sensitivity(narrow)
+    (whole, padded) = layouts(narrow, known, method="gptq", pad="auto")
+    down = ("blk.0.ffn_down_exps",)
+    assert [choice.type for choice in whole.groups[down].choices] == ["F16"]
+    assert "Q4_K" in {choice.type for choice in padded.groups[down].choices}
+    for goal in (Goal(name="test", size=10**9), Goal(name="test", max_kl=1.0)):
+        made = planned(narrow, known, goal, pad="never")
+        assert {tensor.type for tensor in made.tensors if "ffn_down_exps" in tensor.name} == {"F16"}
+    smallest = planned(narrow, known, Goal(name="test", max_kl=100.0), pad="auto")
+    assert smallest.expert_width == 256
+
+
+def test_a_context_has_as_many_tokens_as_llama_cpp_makes_of_it() -> None:
+    odd, even = (beside_weights(MODEL, 1792, tokens, "f16", Placement()) for tokens in (4100, 4352))
+    assert odd == even
+    assert even.held[VRAM] > beside_weights(MODEL, 1792, 4096, "f16", Placement()).held[VRAM]
+
+
 MACHINE = Machine(vram=int(1.5e9), ram=int(4.5e9))
 
 
@@ -234,10 +256,17 @@ def test_the_card_says_which_command_it_was_planned_for() -> None:
     made = split()
     layers = made.placement.cpu_layers
     text = card.section(made, [Path("m.gguf")], "m", "m.Modelfile", {}, chat=True, sampling={})
-    assert f"\nllama-server -m m.gguf -ngl 99 --n-cpu-moe {layers} -c 1024 -np 1\n" in text
+    assert f"\nllama-server -m m.gguf -ngl 99 --n-cpu-moe {layers} -c 1024 -np 1 --cache-ram 0\n" in text
     assert all(note in text for note in made.notes)
     told = f"# Planned for llama.cpp's --n-cpu-moe {layers}; ollama's num_gpu counts whole layers instead.\nFROM ./m.gguf\n"
     assert card.modelfile(made, [Path("m.gguf")], "m", chat=True, sampling={}).startswith(told)
+    small = card.modelfile(replace(made, kv="q8_0"), [Path("m.gguf")], "m", chat=True, sampling={})
+    assert "OLLAMA_KV_CACHE_TYPE=q8_0" in small
+    assert "in a cache of q8_0 (" in card.section(
+        replace(made, kv="q8_0"), [Path("m.gguf")], "m", "m", {}, chat=True, sampling={}
+    )
+    deep = replace(made, architecture=replace(MODEL, num_layers=126), placement=Placement())
+    assert card.server(deep, "m") == "llama-server -m m -ngl 127 -c 1024 -np 1"
     assert "n-cpu-moe" not in card.modelfile(split(Machine(vram=int(2.5e9))), [Path("m.gguf")], "m", chat=True, sampling={})
 
 
@@ -286,6 +315,10 @@ def test_which_limit_is_too_narrow_is_told_and_what_would_do() -> None:
         split(replace(narrow, **{field: least}))
         with pytest.raises(ExportError):
             split(replace(narrow, **{field: least - 1}))
+    dense = Architecture.from_config(DENSE)
+    goal = Goal(name="test", machine=Machine(vram=10**8, ram=10**10), context=128)
+    with pytest.raises(ExportError, match=r"plan of this model needs .*; without experts all of it lies on the GPU: give --ram"):
+        planned(dense, sensitivity(dense), goal)
     with pytest.raises(ExportError, match=r"--speed 1e\+06: bandwidth allows the smallest plan of this model") as refused:
         split(speed=1e6)
     fastest = float(str(refused.value).split("model ")[1].split()[0])
@@ -299,8 +332,8 @@ def test_the_plan_of_a_machine_says_how_it_is_run(tmp_path: Path, capsys: pytest
     assert summary.expected is not None
     assert summary.expected.at_work is not None
     layers = summary.expected.at_work.cpu_layers
-    moved = f" --n-cpu-moe {layers}" if layers else ""
-    assert summary.command == f"llama-server -m xent-mini-fit370M-ram3G.gguf -ngl 99{moved} -c 512 -np 1"
+    moved, prompts = (f" --n-cpu-moe {layers}", " --cache-ram 0") if layers else ("", "")
+    assert summary.command == f"llama-server -m xent-mini-fit370M-ram3G.gguf -ngl 99{moved} -c 512 -np 1{prompts}"
     show.plans([summary])
     shown = capsys.readouterr().out
     assert summary.command in shown

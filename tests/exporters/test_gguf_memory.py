@@ -11,7 +11,7 @@ import pytest
 
 from exporters.base_model import BaseModel
 from exporters.gguf import metadata
-from exporters.gguf.plan import KV_ITEM, GGUFPlan, compute_bytes, plan
+from exporters.gguf.plan import KV_ITEM, GGUFPlan, compute_bytes, plan, whole
 from exporters.interface import kv_cache_bytes
 from tests.exporters.test_gguf_plan import architecture
 from xent_quant import formats
@@ -24,6 +24,7 @@ CASES: list[tuple[dict[str, Any], str, int, str]] = [
     ({}, "Q4_K_M", 8192, "f16"),
     ({}, "Q2_K", 512, "f16"),
     ({}, "Q6_K", 32768, "f16"),
+    ({}, "Q4_K_M", 4100, "f16"),
     (A57B, "Q4_K_M", 8192, "f16"),
     (A57B, "IQ3_S", 8192, "q8_0"),
     ({"num_key_value_heads": 8}, "Q4_K_M", 8192, "f16"),
@@ -81,7 +82,8 @@ def test_memory_is_what_stock_llama_cpp_projects(tmp_path: Path, capfd: pytest.C
         write_holes(planned, file)
         weights, cache, compute = projected(file, context, kv, capfd)
         file.unlink()
-        ours = kv_cache_bytes(model, context, KV_ITEM[kv]), compute_bytes(model, planned.expert_width, context)
+        tokens = whole(context)
+        ours = kv_cache_bytes(model, tokens, KV_ITEM[kv]), compute_bytes(model, planned.expert_width, tokens)
         case = f"{changes} {kind} {context} {kv}: {weights} {cache} {compute} {planned.nbytes / 2**20:.0f} {ours}"
         assert abs(ours[0] / 2**20 - cache) <= 1, case
         assert abs(ours[1] / 2**20 - compute) <= 0.1 * compute, case

@@ -8,8 +8,8 @@ import torch
 
 import xent_quant
 from calibration.moments import Moments
-from tests.device.card import card
-from tests.walk.conftest import export, tree
+from tests.device.card import SECOND, card
+from tests.walk.conftest import LAYERS, export, tree
 from tests.walk.test_device import real_sizes
 from xent_quant import linalg, pipeline
 from xent_quant.device import choice
@@ -97,9 +97,13 @@ def test_nothing_of_a_run_is_on_the_other_card(model: Path, text: Any, tmp_path:
     monkeypatch.setattr(choice, "_name", lambda device: "a card")
     monkeypatch.setattr(choice, "free_bytes", lambda device: 6 * 2**30 if device.type == "cuda" else None)
     options = {**GPTQ, **text, "tokens": 40}
+    used, on = [], Pass.on
+    monkeypatch.setattr(Pass, "on", lambda self, device: used.append(device) or on(self, device))
     with card():
         export(model, tmp_path / "two", device="cuda", **options)
         xent_quant.calibrate(model, output=tmp_path / "two.gguf", device="cuda", **text)
+    assert used == [SECOND] * len(used)
+    assert len(used) == 2 * LAYERS
     export(model, tmp_path / "one", device=ONE, **options)
     xent_quant.calibrate(model, output=tmp_path / "one.gguf", device=ONE, **text)
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
@@ -188,7 +192,20 @@ def test_a_card_that_is_full_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> N
     assert resources.beside_device(model, 1, 512, room, cards[0]) < least
     assert resources.helping(model, 1, 512, room, cards, notes, memory=least) == (cards[2],)
     assert notes.said[-2].startswith("cuda:3 takes no part: about ")
-    assert resources.helping(model, 1, 512, Room(0, 64), cards, notes) == ()  # one stack of all
+    few = real_sizes(num_experts=16)
+    assert resources.helping(few, 1, 512, Room(0, 16), cards[::2], notes) == ()
+    assert notes.said[-1] == "cuda:2 takes no part: there are no more stacks of a layer's experts than devices before it."
+    assert resources.helping(few, 1, 512, Room(0, 16), cards[::2], notes, stacks=False) == (cards[2],)
+    assert resources.helping(few, 1, 512, room, cards, notes) == (
+        cards[2],
+    )  # the second is full, for the fourth there is no stack
+
+    def busy(device: torch.device) -> int:
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(choice, "free_bytes", busy)
+    assert resources.helping(model, 1, 512, room, cards[:2], notes) == ()
+    assert notes.said[-1] == "cuda:1 takes no part: CUDA error: out of memory"
     dense = real_sizes(num_experts=0, moe_top_k=0, num_shared_experts=0)
     assert resources.helping(dense, 1, 512, room, cards, notes) == ()
 

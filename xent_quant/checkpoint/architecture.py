@@ -246,7 +246,7 @@ class Architecture:
             )
         defaults, keys = family.defaults, family.keys
         if boolean("attention_bias", False):
-            raise UnsupportedError(f"{source}: attention_bias is true; the target runtimes' graphs have no such biases")
+            raise UnsupportedError(f"{source}: attention_bias is true; models with such biases cannot be exported")
         if config.get("hidden_act") not in (None, "silu"):
             raise UnsupportedError(f"{source}: hidden_act is {rope.shown(config['hidden_act'])}; only 'silu' can be exported")
         if config.get("pretraining_tp") not in (None, 1):

@@ -15,7 +15,9 @@ INNER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_
 SILENT = re.compile(r"(?:^|\.)rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
 """Computed from config.json, whatever the files say."""
 QUANTISED = re.compile(r"\.(?:weight_scale(?:_inv)?|weight_zero_point|weight_shape|weight_packed|weight_g_idx)$")
-ACTIVATIONS = re.compile(r"\.(?:(?:input|output|activation)_(?:scale|zero_point|global_scale)|[kvq]_scale|[kv]_zero_point)$")
+ACTIVATIONS = re.compile(
+    r"\.(?:(?:input|output|activation)_(?:scale|zero_point|global_scale)|(?:kv|[kvq])_scale|[kv]_zero_point)$"
+)
 """How a runtime rounds activations: no business of the weights."""
 GATE = re.compile(r"(?:\.|_)gate(?:\.weight)?$")
 SHOWN = 3

@@ -57,7 +57,7 @@ class Scheme:
             if given.get("fmt") not in (None, "e4m3"):
                 raise refuse(f"fmt {shown(given['fmt'])}")
             return cls(method, (tuple(block),) if block else ())
-        if given.get("quantization_status") not in (None, "compressed"):
+        if given.get("quantization_status") not in (None, "compressed", "frozen"):  # older ones of the latter are packed, too
             raise refuse(f"quantization_status {shown(given['quantization_status'])}")
         if given.get("transform_config"):
             raise refuse("transform_config (rotated weights)")

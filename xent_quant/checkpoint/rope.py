@@ -27,6 +27,8 @@ KEYS: dict[str, frozenset[str]] = {
     ),
 }
 """What each type reads, besides its own name and rope_theta."""
+EVERYWHERE = frozenset({"llama3", "longrope", "su"})
+"""Types that are not known here and cannot be left out."""
 WITHOUT_EFFECT = frozenset({"partial_rotary_factor", "finetuned", "original_max_position_embeddings"})
 """Keys that transformers too reads for nothing, of types that KEYS does not give them to; the first is refused unless it is 1."""
 
@@ -115,9 +117,9 @@ def parse(config: Mapping[str, Any], source: str, max_position_embeddings: int) 
                 f"{source}: partial_rotary_factor is {shown(value)}; only heads that are rotated whole can be exported"
             )
     if kind not in KEYS:
+        where = "; it changes short texts too, so without it this is another model" if kind in EVERYWHERE else ""
         raise UnsupportedError(
-            f"{source}: rope_scaling of type {shown(kind)} is not supported (there are {', '.join(KEYS)}); "
-            "remove it to use the native context"
+            f"{source}: rope_scaling of type {shown(kind)} is not supported (there are {', '.join(KEYS)}){where}"
         )
     unknown = set(given) - KEYS[kind] - WITHOUT_EFFECT - {"rope_type", "type", "rope_theta"}
     if unknown:

@@ -1,11 +1,10 @@
 """`linalg.Curvature` of a stack of Hessians on any device."""
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
 from xent_quant.linalg import DAMPING
+from xent_quant.parallel import once
 
 
 def root(hessians: Tensor) -> Tensor:
@@ -38,11 +37,11 @@ class Curvature:
         self.hessian.diagonal(dim1=1, dim2=2).copy_(diagonal + damping)
         self._blocks: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    @cached_property
+    @once
     def _root(self) -> Tensor:
         return root(self.hessian)
 
-    @cached_property
+    @once
     def factor(self) -> Tensor:
         """U [stack, n, n], unit upper triangular, with H + λ = U diag(D) Uᵀ."""
         return self._root / self._root.diagonal(dim1=1, dim2=2)[:, None]

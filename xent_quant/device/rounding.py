@@ -21,6 +21,7 @@ from xent_quant.formats._vectors import VectorFormat
 from xent_quant.formats.base import F32, Effort
 from xent_quant.formats.prescaled import InMemory
 from xent_quant.methods.gptq import lumps
+from xent_quant.parallel import check
 
 C = TypeVar("C", Coded, Points)
 
@@ -79,6 +80,7 @@ class Rows(ABC, Generic[C]):
         pulled = self.weights if self.pull is None else self.weights + self.curvature.solve_half(self.pull)
         found = []
         for start, stop in lumps(self.weights.shape[1], self._step):
+            check()
             targets = pulled[:, start:stop] + factor[:, :start, start:stop].mT @ self.errors[:, :start]
             for first in range(start, stop, step):
                 last, here = first + step, slice(first, first + step)
@@ -96,6 +98,7 @@ class Rows(ABC, Generic[C]):
         loss."""
         step, hessian = self._step, self.curvature.hessian
         for start, stop in lumps(self.weights.shape[1], self._step):
+            check()
             gradient = hessian[:, start:stop] @ self.errors  # H e at these columns
             if self.pull is not None:
                 gradient += self.pull[:, start:stop]

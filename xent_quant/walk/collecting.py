@@ -170,7 +170,7 @@ def collect(
         room = resources.room(model, 0, session.length, memory)
     else:
         room = resources.device_room(model, 0, session.length, device, vram, memory=memory)
-        sharing = resources.helping(model, 0, session.length, room, devices, progress, memory=memory)
+        sharing = resources.helping(model, 0, session.length, room, devices, progress, memory=memory, stacks=False)
     before = fingerprint(session.checkpoint)
     identity = {
         "checkpoint": before,

@@ -11,6 +11,7 @@ Without text there are no streams, and only the second line is left.
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -75,9 +76,14 @@ class Walk:
         self._layers = checkpoint.architecture.num_layers
         self._seconds, self._begun = journal.seconds, time.perf_counter()
         self._saved = self._begun
+        self._saving: Future[None] | None = None
 
     def run(self) -> None:
         """All steps that the journal does not have yet."""
+        with ThreadPoolExecutor(1) as self._saver:  # where it ends early, a commit that is under way is waited for
+            self._run()
+
+    def _run(self) -> None:
         steps: list[tuple[str, Callable[[], None]]] = [
             ("embedding", self._embedding),
             *((f"layer {index + 1} of {self._layers}", lambda index=index: self._layer(index)) for index in range(self._layers)),
@@ -101,20 +107,28 @@ class Walk:
         return sum(tensor.n_weights for tensor in of_step)
 
     def _commit(self, done: int, last: bool) -> None:
+        """Without text beside the next step: the disk takes as long as the arithmetic, and what else is written meanwhile is of
+        steps that the journal does not have."""
         now = time.perf_counter()
         if not self.streams and not last and now - self._saved < LEAST_SECONDS:
             return
+        if self._saving:
+            self._saving.result()
+        known = [(list(lane.unmeasured), lane.measured) for lane in self.lanes]
+        self._saving = self._saver.submit(self._save, done, known, self._seconds + now - self._begun)
+        if self.streams or last:
+            self._saving.result()
+        self._saved = now
+
+    def _save(self, done: int, known: Sequence[tuple[list[str], int]], seconds: float) -> None:
         for lane in self.lanes:
             lane.writer.sync()
         if self.streams:
             self.streams.sync()
             self.journal.swapped = self.streams.swapped
-        self.journal.done = done
-        self.journal.unmeasured = [lane.unmeasured for lane in self.lanes]
-        self.journal.measured = [lane.measured for lane in self.lanes]
-        self.journal.seconds = self._seconds + now - self._begun
+        self.journal.done, self.journal.seconds = done, seconds
+        self.journal.unmeasured, self.journal.measured = [names for names, _ in known], [count for _, count in known]
         self.journal.save()
-        self._saved = now
 
     def _embedding(self) -> None:
         tensor = self.checkpoint.architecture.embedding

@@ -237,17 +237,27 @@ def helping(
     report: Progress,
     *,
     memory: int | None = None,
+    stacks: bool = True,
 ) -> "tuple[torch.device, ...]":
-    """Of `devices` behind the first those that share its experts: on which as much memory is free as is planned on the first,
-    and beside which `memory` bytes of RAM suffice. How many experts are one stack, and so what is written, depends on none."""
+    """Of `devices` behind the first those that share its experts, in stacks or, unless `stacks`, one by one: on which as much
+    memory is free as is planned on the first, and beside which `memory` bytes of RAM suffice. How many experts are one stack, and
+    so what is written, depends on none."""
     from xent_quant.device.choice import free_bytes
 
     first, *others = devices
     found: list[torch.device] = []
-    groups = -(-(model.num_experts or 0) // (room.experts or 1))
+    parts = -(-(model.num_experts or 0) // ((room.experts or 1) if stacks else 1))
     needed = vram(model, followers, length, room)
-    for device in others[: max(0, groups - 1)]:
-        free, beside = free_bytes(device), beside_device(model, followers, length, room, first, len(found) + 2)
+    for device in others:
+        if len(found) + 1 >= parts:
+            report.note(f"{device} takes no part: there are no more stacks of a layer's experts than devices before it.")
+            continue
+        beside = beside_device(model, followers, length, room, first, len(found) + 2)
+        try:
+            free = free_bytes(device)
+        except RuntimeError as error:  # what asks takes some of its memory, or it is another program's alone
+            report.note(f"{device} takes no part: {str(error).splitlines()[0]}")
+            continue
         if free is not None and free < needed:
             report.note(f"{device} takes no part: {human_bytes(needed)} of its memory are needed, {human_bytes(free)} are free.")
         elif memory is not None and memory < beside:
