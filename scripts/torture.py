@@ -185,13 +185,13 @@ def kill_behind_commit(number: int, delay: float) -> Hook:
 
     def hook() -> None:
         saves, save = [0], Journal.save
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # here: without text a thread saves
 
         def saved(journal: Journal) -> None:
             save(journal)
             saves[0] += of_a_walk(journal)
             if of_a_walk(journal) and saves[0] == number + 1:
                 if delay:
-                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
                     signal.setitimer(signal.ITIMER_REAL, delay)  # ends the process where it is, as SIGKILL does
                 else:
                     os.kill(os.getpid(), signal.SIGKILL)

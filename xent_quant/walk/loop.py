@@ -115,9 +115,11 @@ class Walk:
         if self._saving:
             self._saving.result()
         known = [(list(lane.unmeasured), lane.measured) for lane in self.lanes]
-        self._saving = self._saver.submit(self._save, done, known, self._seconds + now - self._begun)
+        save = partial(self._save, done, known, self._seconds + now - self._begun)
         if self.streams or last:
-            self._saving.result()
+            save()
+        else:
+            self._saving = self._saver.submit(save)
         self._saved = now
 
     def _save(self, done: int, known: Sequence[tuple[list[str], int]], seconds: float) -> None:
