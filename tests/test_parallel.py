@@ -138,3 +138,24 @@ def test_what_failed_is_made_again_and_no_lock_stays() -> None:
     assert maker.value == [2]
     del maker.begun, maker.others  # whose locks are the test's own
     assert pickle.loads(pickle.dumps(maker)).value == [2]
+
+
+def test_one_that_fails_ends_those_before_it_that_wait_for_it(threads: int) -> None:
+    """All of them are under way, whatever the threads."""
+    stopped = []
+
+    def waits() -> None:
+        try:
+            while True:
+                parallel.check()
+                threading.Event().wait(0.01)
+        except parallel.Stopped:
+            stopped.append(True)
+            raise
+
+    def fails() -> None:
+        raise ValueError("no memory")
+
+    with pytest.raises(ValueError, match="no memory"):
+        parallel.run([waits, waits, fails], every=True)
+    assert stopped == [True, True]

@@ -77,7 +77,7 @@ def section(
     if plan.architecture.num_experts:
         cache = "" if plan.kv == "f16" else f" in a cache of {plan.kv}"
         lines += [
-            f"On a GPU add `-ngl 99` and, where it does not fit, leave the experts of some layers in RAM. "
+            f"On a GPU add `-ngl {all_layers(plan)}` and, where it does not fit, leave the experts of some layers in RAM. "
             f"With {plan.context:,} tokens of context{cache} ({human_bytes(plan.vram_bytes())} in all, estimated):",
             "",
             "| VRAM | option |",
@@ -115,10 +115,15 @@ def joined(
     return "\n".join([*head, *parts]).encode()
 
 
+def all_layers(plan: GGUFPlan) -> int:
+    """llama.cpp's -ngl for all of them and the head: 99, as people write it, unless there are more."""
+    return max(99, plan.architecture.num_layers + 1)
+
+
 def server(plan: GGUFPlan, file: str) -> str:
     """The command that serves a `file`, quoted for a shell, as it was planned: on a GPU where there is one."""
-    moved, all_layers = plan.placement.cpu_layers, max(99, plan.architecture.num_layers + 1)
-    layers = f"-ngl {all_layers if plan.placement.gpu else 0}" + (f" --n-cpu-moe {moved}" if moved else "")
+    moved = plan.placement.cpu_layers
+    layers = f"-ngl {all_layers(plan) if plan.placement.gpu else 0}" + (f" --n-cpu-moe {moved}" if moved else "")
     cache = "" if plan.kv == "f16" else f" -fa on -ctk {plan.kv} -ctv {plan.kv}"
     prompts = " --cache-ram 0" if moved or not plan.placement.gpu else ""  # else up to 8 GiB of RAM keep prompts that were left
     return f"llama-server -m {file} {layers} -c {plan.context} -np 1{cache}{prompts}"

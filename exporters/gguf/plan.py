@@ -197,8 +197,8 @@ class GGUFPlan:
         return next((each for each in layers if self.needs(Placement(cpu_layers=each)).held[VRAM] <= vram), None)
 
 
-def whole(context: int) -> int:
-    """Tokens that llama.cpp has room for."""
+def cache_tokens(context: int) -> int:
+    """Tokens that llama.cpp has room for, of a context of so many."""
     return -(-context // CACHE_STEP) * CACHE_STEP
 
 
@@ -218,7 +218,7 @@ def beside_weights(model: Architecture, width: int, context: int, kv: str, place
     """What is needed besides weights: the KV cache in a type of KV_ITEM, of which a token reads CACHE_FILL, the compute buffer,
     and the allowances. Of experts in RAM llama.cpp uploads one tensor at a time where it computes a prompt: the `largest` of
     them has its place in VRAM too."""
-    context = whole(context)
+    context = cache_tokens(context)
     cache = kv_cache_bytes(model, context, KV_ITEM[kv])
     held = cache + compute_bytes(model, width, context)
     if not placement.gpu:

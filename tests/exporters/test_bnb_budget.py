@@ -87,6 +87,14 @@ def test_a_budget_too_small_says_what_would_fit() -> None:
         made(vram=plain.nbytes, context=512)
 
 
+def test_room_is_kept_for_what_is_dequantised() -> None:
+    """No embedding, and nothing of a model in bfloat16."""
+    small, whole = plan(MODEL), plan(MODEL, bits=16)
+    largest = max(prod(tensor.shape) for tensor in small.tensors if tensor.type == "NF4")
+    assert largest < MODEL.embedding.n_weights
+    assert small.beside_weights(512) - whole.beside_weights(512) == 2 * largest
+
+
 def test_a_gpu_of_that_size_holds_it() -> None:
     limit = plan(MODEL).vram_bytes(2048) + 50_000_000
     ours = made(vram=limit, context=2048)

@@ -11,7 +11,7 @@ import pytest
 
 from exporters.base_model import BaseModel
 from exporters.gguf import metadata
-from exporters.gguf.plan import KV_ITEM, GGUFPlan, compute_bytes, plan, whole
+from exporters.gguf.plan import KV_ITEM, GGUFPlan, cache_tokens, compute_bytes, plan
 from exporters.interface import kv_cache_bytes
 from tests.exporters.test_gguf_plan import architecture
 from xent_quant import formats
@@ -82,7 +82,7 @@ def test_memory_is_what_stock_llama_cpp_projects(tmp_path: Path, capfd: pytest.C
         write_holes(planned, file)
         weights, cache, compute = projected(file, context, kv, capfd)
         file.unlink()
-        tokens = whole(context)
+        tokens = cache_tokens(context)
         ours = kv_cache_bytes(model, tokens, KV_ITEM[kv]), compute_bytes(model, planned.expert_width, tokens)
         case = f"{changes} {kind} {context} {kv}: {weights} {cache} {compute} {planned.nbytes / 2**20:.0f} {ours}"
         assert abs(ours[0] / 2**20 - cache) <= 1, case

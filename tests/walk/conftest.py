@@ -13,12 +13,23 @@ import xent_quant
 from tests.conftest import TINY, random_weights, write_checkpoint
 from xent_quant.journal import Journal
 from xent_quant.pipeline import QuantizeResult
+from xent_quant.progress import Silent
 from xent_quant.walk import loop
 
 CONFIG = {**TINY, "hidden_size": 64, "intermediate_size": 32, "max_position_embeddings": 64}
 LAYERS = int(CONFIG["num_hidden_layers"])
 
 Tree = dict[str, bytes]
+
+
+class Notes(Silent):
+    """Keeps what is `said`."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
 
 
 def tree(folder: Path) -> Tree:

@@ -9,27 +9,18 @@ import torch
 import xent_quant
 from calibration.moments import Moments
 from tests.device.card import SECOND, card
-from tests.walk.conftest import LAYERS, export, tree
+from tests.walk.conftest import LAYERS, Notes, export, tree
 from tests.walk.test_device import real_sizes
 from xent_quant import linalg, pipeline
 from xent_quant.device import choice
 from xent_quant.errors import ConfigError, ExportError, Interrupted
 from xent_quant.model.sizes import Room
 from xent_quant.model.stages import ExpertIn, Pass
-from xent_quant.progress import Silent
 from xent_quant.walk import job, resources
 from xent_quant.walk.work import Work
 
 ONE, TWO, THREE = (",".join(["torch-cpu"] * count) for count in (1, 2, 3))
 GPTQ = {"type": "Q4_0", "method": "gptq", "effort": "fast", "threads": 1}
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 import xent_quant
 from tests.conftest import random_weights, write_checkpoint
 from tests.device.card import card
-from tests.walk.conftest import CONFIG, export, tree
+from tests.walk.conftest import CONFIG, Notes, export, tree
 from xent_quant import linalg, pipeline
 from xent_quant.checkpoint.architecture import Architecture
 from xent_quant.checkpoint.reader import Checkpoint
@@ -19,7 +19,6 @@ from xent_quant.device.method import OnDevice
 from xent_quant.errors import ConfigError, ExportError, Interrupted
 from xent_quant.model.sizes import Room
 from xent_quant.model.streaming import StreamingModel
-from xent_quant.progress import Silent
 from xent_quant.validation.gguf_source import GGUFFile, GGUFSource
 from xent_quant.walk import collecting, job, resources
 
@@ -109,11 +108,7 @@ def test_a_run_that_goes_on_works_on_as_many_experts_as_before(
 ) -> None:
     """How many are one stack may decide last bits. Where memory is short by then it goes on with fewer, and says so."""
     options = {"type": "Q4_0", "method": "imatrix", "device": "torch-cpu", **FAST, **text}
-    walk, used, notes = job.Walk, [], []
-
-    class Notes(Silent):
-        def note(self, message: str) -> None:
-            notes.append(message)
+    walk, used, notes = job.Walk, [], Notes()
 
     def watched(*arguments: Any) -> Any:
         used.append(arguments[-3].experts)
@@ -124,15 +119,15 @@ def test_a_run_that_goes_on_works_on_as_many_experts_as_before(
         monkeypatch.setattr(resources, "EXPERTS_TOGETHER", most)
         interrupt(done)
         with pytest.raises(Interrupted):
-            export(model, tmp_path / "out", progress=Notes(), **options)
+            export(model, tmp_path / "out", progress=notes, **options)
     assert used == [3, 3]
-    assert not any("less memory" in note for note in notes)
+    assert not any("less memory" in note for note in notes.said)
     planned = resources.vram
     monkeypatch.setattr(resources, "vram", lambda *each: planned(*each) + 2**40 * (each[-1].experts > 2))
     interrupt(None)
-    assert export(model, tmp_path / "out", vram="1T", progress=Notes(), **options).resumed
+    assert export(model, tmp_path / "out", vram="1T", progress=notes, **options).resumed
     assert used == [3, 3, 2]
-    assert any("less memory" in note for note in notes)
+    assert any("less memory" in note for note in notes.said)
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """A run that was stopped anywhere and is repeated writes what an undisturbed one writes, byte for byte."""
 
+import errno
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import pytest
 
 import xent_quant
+from exporters.gguf.export import GGUFWriter
 from tests.walk.conftest import LAYERS, Tree, export, tree
 from xent_quant.errors import ExportError, Interrupted
 from xent_quant.model.sizes import STATE_FILES
@@ -189,3 +193,52 @@ def test_what_a_header_says_is_that_of_one_run(model: Path, tmp_path: Path, inte
     interrupt(None)
     with pytest.raises(ExportError, match=r'quantize\.imatrix\.file was "a\.gguf", is "b\.gguf"'):
         xent_quant.quantize(model, imatrix=tmp_path / "b.gguf", **options)
+
+
+@pytest.fixture
+def syncing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None]], None]:
+    """syncing(act) has `act` called with the number of earlier syncs before each one of a GGUF file under way."""
+    sync, count = GGUFWriter.sync, iter(range(1000))
+
+    def install(act: Callable[[int], None]) -> None:
+        def synced(writer: GGUFWriter) -> None:
+            act(next(count))
+            sync(writer)
+
+        monkeypatch.setattr(GGUFWriter, "sync", synced)
+
+    return install
+
+
+def test_without_text_a_step_is_committed_beside_the_next(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syncing: Any, behind_commit: Any
+) -> None:
+    """Of which the journal knows nothing yet."""
+    put, puts, saved, seen = GGUFWriter.put, [], [], []
+    monkeypatch.setattr(GGUFWriter, "put", lambda writer, *arguments: puts.append(arguments) or put(writer, *arguments))
+
+    def act(number: int) -> None:
+        before, until = len(puts), time.monotonic() + 20
+        while not number and len(puts) == before and time.monotonic() < until:
+            time.sleep(0.01)
+        seen.append((len(puts) > before, list(saved)))
+
+    syncing(act)
+    behind_commit(saved.append)
+    export(model, tmp_path / "out", method="rtn", type="Q4_0")
+    assert seen[0] == (True, [])  # more was put while it waited
+    assert saved == list(range(1, LAYERS + 3))
+
+
+def test_a_disk_that_fails_beside_the_next_step_is_told(model: Path, tmp_path: Path, syncing: Any) -> None:
+    def act(number: int) -> None:
+        if number == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+
+    syncing(act)
+    options = {"method": "rtn", "type": "Q4_0"}
+    with pytest.raises(ExportError, match=r"No space left .* the same command goes on where this one stopped"):
+        export(model, tmp_path / "out", **options)
+    assert export(model, tmp_path / "out", **options).resumed
+    export(model, tmp_path / "whole", **options)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")

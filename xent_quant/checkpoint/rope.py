@@ -117,9 +117,10 @@ def parse(config: Mapping[str, Any], source: str, max_position_embeddings: int) 
                 f"{source}: partial_rotary_factor is {shown(value)}; only heads that are rotated whole can be exported"
             )
     if kind not in KEYS:
-        where = "; it changes short texts too, so without it this is another model" if kind in EVERYWHERE else ""
+        native = "remove it to use the native context"
+        remedy = "it changes short texts too, so without it this is another model" if kind in EVERYWHERE else native
         raise UnsupportedError(
-            f"{source}: rope_scaling of type {shown(kind)} is not supported (there are {', '.join(KEYS)}){where}"
+            f"{source}: rope_scaling of type {shown(kind)} is not supported (there are {', '.join(KEYS)}); {remedy}"
         )
     unknown = set(given) - KEYS[kind] - WITHOUT_EFFECT - {"rope_type", "type", "rope_theta"}
     if unknown:

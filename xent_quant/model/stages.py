@@ -107,7 +107,9 @@ class Stream:
     def on(self, device: torch.device) -> "Stream":
         """The states of a stream in files, and its routing in the layer that is under way, for that layer's experts on another
         device."""
-        x, y = (states.on(device) for states in (self.x, self.y) if isinstance(states, OnDisk))
+        assert isinstance(self.x, OnDisk)
+        assert isinstance(self.y, OnDisk)
+        x, y = self.x.on(device), self.y.on(device)
         found = Stream(x, y, x)
         found.chosen, found.gates = self.chosen.to(device), self.gates.to(device)
         return found
@@ -611,7 +613,11 @@ def side_by_side(stages: Sequence[Stage]) -> Iterator[list[list[Stage]]]:
         yield chains
 
 
-def shared(groups: Sequence[list[list[Stage]]], devices: Sequence[torch.device]) -> list[list[list[list[Stage]]]]:
+Experts = list[list[Stage]]
+"""Routed experts that are worked on together, each one's stages in their order."""
+
+
+def dealt_out(groups: Sequence[Experts], devices: Sequence[torch.device]) -> list[list[Experts]]:
     """Groups of a layer's routed experts, dealt out: those that stay where they are, and those of each of these devices, there.
     Who gets which does not depend on who is done first. All must be under way at the same time (`on_devices`)."""
     used = devices[: len(groups) - 1]
@@ -627,8 +633,8 @@ def _of(mlp: Mlp, expert: Sequence[Stage]) -> list[Stage]:
 
 
 def on_devices(jobs: Sequence[Callable[[], None]]) -> None:
-    """Have each device do its share of `shared`, what the CPU does for it with as many threads as for one: their number decides
-    last bits of torch's products. Raises what one of them raises."""
+    """Have each device do what `dealt_out` gave it. What the CPU does for it has as many threads as for one device: their number
+    decides last bits of torch's products. Raises what one of them raises."""
     if len(jobs) == 1:
         jobs[0]()
     else:
@@ -648,13 +654,13 @@ def take(
         if routed and together[0][0].run.device.type == "cpu" and not devices:
             run_jobs([partial(work, own) for own in together], most)
         elif routed:
-            on_devices([partial(_each, work, groups) for groups in shared([[own] for own in together], devices)])
+            on_devices([partial(_each, work, groups) for groups in dealt_out([[own] for own in together], devices)])
         else:
             for own in together:
                 work(own)
 
 
-def _each(work: Callable[[Sequence[Stage]], None], groups: Sequence[list[list[Stage]]]) -> None:
+def _each(work: Callable[[Sequence[Stage]], None], groups: Sequence[Experts]) -> None:
     for group in groups:
         for own in group:
             work(own)

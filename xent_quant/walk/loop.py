@@ -6,7 +6,7 @@
         advance      every stream with its own weights: the model's, or what a lane made of them
         commit       (behind every layer) all of it to the disk, and the journal
 
-Without text there are no streams, and only the second line is left.
+Without text there are no streams, and only the second line is left, and the last one, beside the next layer.
 """
 
 import time
@@ -172,13 +172,13 @@ class Walk:
             parallel.run([partial(self._work.stages, zip(chain)) for chain in experts], self._side_by_side)
 
     def _on_devices(self, experts: "list[list[Stage]]") -> None:
-        from xent_quant.model.stages import on_devices, shared
+        from xent_quant.model.stages import dealt_out, on_devices
 
         step = self._side_by_side or 1
-        first, *others = shared([experts[start : start + step] for start in range(0, len(experts), step)], self._devices)
-        beside = [self._work.on(groups[0][0][0].run) for groups in others]
+        dealt = dealt_out([experts[start : start + step] for start in range(0, len(experts), step)], self._devices)
+        beside = [self._work.on(groups[0][0][0].run) for groups in dealt[1:]]
         jobs = []
-        for work, groups in zip([self._work, *beside], [first, *others], strict=True):
+        for work, groups in zip([self._work, *beside], dealt, strict=True):
             jobs.append(partial(work.stages, [same for group in groups for same in zip(*group, strict=True)]))
         on_devices(jobs)
         for work in beside:
